@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,3 +79,95 @@ def new_folder(target: str | Path):
             if not target.exists():
                 os.replace(old / target.name, target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+class History:
+    """The record of a run, written to training_history.json as it grows.
+
+    `data` holds status ("running", "finished", "failed"), reason, task, total_steps, steps_per_epoch, `steps` (one
+    record an optimizer step) and `epochs` (one record a validation).
+    """
+
+    def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):
+        self.path = Path(path)
+        self.data = data or {"status": "running", "reason": None, "steps": [], "epochs": []}
+        self.seconds_between_writes = seconds_between_writes
+        self._written = 0.0
+
+    def add_step(self, record: dict) -> None:
+        """Add a step; the file follows at most every `seconds_between_writes`."""
+        self.data["steps"].append(record)
+        if time.monotonic() - self._written >= self.seconds_between_writes:
+            self.write()
+
+    def add_epoch(self, record: dict) -> None:
+        """Add an epoch and write the file."""
+        self.data["epochs"].append(record)
+        self.write()
+
+    def end(self, status: str, reason: str | None) -> None:
+        """Record how the run ended and write the file."""
+        self.data |= {"status": status, "reason": reason}
+        self.write()
+
+    def write(self) -> None:
+        """Write the file now."""
+        write_json(self.path, self.data)
+        self._written = time.monotonic()
+
+
+def _number(value):
+    """A number, or None for what is none (NaN was written into such files as NaN, null or text)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _first(record: dict, *names):
+    return next((record[name] for name in names if name in record), None)
+
+
+def read_history(path: str | Path) -> dict:
+    """A run's history; the original scripts' files (`train_loss`, `val_loss`, `epochs`, `step_logs`) too.
+
+    Returns:
+        The kit's own form (see `History`); what an old file does not say is None.
+
+    Raises:
+        ValueError: the file is no JSON object with a history in it.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    if isinstance(data, dict) and "steps" in data and "status" in data:
+        return data
+    if not isinstance(data, dict) or not {"train_loss", "val_loss", "step_logs"} & set(data):
+        raise ValueError(f"{path}: no training history (neither `steps` nor `train_loss` in it).")
+    steps = []
+    for number, log in enumerate(data.get("step_logs") or [], start=1):
+        steps.append(
+            {
+                "global_step": _first(log, "global_step", "step") or number,
+                "epoch": _first(log, "epoch"),
+                "loss": _number(_first(log, "loss", "train_loss")),
+                "lr": _number(_first(log, "lr", "learning_rate")),
+                "grad_norm": _number(_first(log, "grad_norm")),
+            }
+        )
+    train, val = data.get("train_loss") or [], data.get("val_loss") or []
+    numbers = data.get("epochs") or range(1, max(len(train), len(val)) + 1)
+    epochs = []
+    for index, number in enumerate(numbers):
+        loss = _number(val[index]) if index < len(val) else None
+        record = {"epoch": number, "train_loss": _number(train[index]) if index < len(train) else None}
+        epochs.append(record | {"val_loss": {"validation": loss}, "lr": None, "decision": None})
+    return {"status": "finished", "reason": None, "task": data.get("task"), "steps": steps, "epochs": epochs}
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that the kit wrote; no folder is no error."""
+    shutil.rmtree(folder, ignore_errors=not Path(folder).exists())

@@ -1,0 +1,193 @@
+"""What a run saves: adapters that stock peft loads, the state to go on from, and the manifest. No pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from mmrev_kit import runs
+from mmrev_kit.config import project_root, warnings_for
+from mmrev_kit.loading import PACKAGES, fingerprint, model_folder, trainable
+
+STATE_FORMAT = 1
+
+
+def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and a model card; `folder` changes as a whole.
+
+    The saved tensors are exactly the trainable parameters.
+    """
+    with runs.new_folder(folder) as new:
+        run.model.save_pretrained(new, save_embedding_layers=False)
+        runs.write_text(new / "README.md", model_card(run, losses))
+
+
+def model_card(run, losses: dict[str, float]) -> str:
+    """What this adapter is, on what it was trained and which base it belongs to, with the hub's front matter."""
+    from huggingface_hub import ModelCardData
+
+    config, training = run.config, run.config.training
+    base = base_facts(config)
+    own_base = None if config.model.name == "embedded" else config.model.name
+    card = ModelCardData(base_model=own_base, library_name="peft", tags=["lora", "reversal-curse", "mmrev_kit"])
+    front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}"
+    rows = "\n".join(f"| {source} | {loss:.4f} |" for source, loss in losses.items())
+    directions = {"forward": "image → description", "reverse": "description → image, Correct or Wrong"}
+    return f"""---
+{front}
+---
+
+# {config.experiment.name}: {config.experiment.task}
+
+A LoRA adapter trained with mmrev_kit on the task `{config.experiment.task}` ({directions[config.experiment.task]}).
+
+- base model: {config.model.name}, fingerprint `{base["fingerprint"]}`; it fits no other base
+- adapter: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}, on
+  {", ".join(config.lora.target_modules)} of the language model; {count_trainable(run.model):,} parameters
+- training: epoch {run.progress["epoch"]}, step {run.progress["global_step"]:,}, effective batch {run.batch},
+  learning rate {training.learning_rate:g}, seed {config.experiment.seed}
+- data: invented people; nothing that this adapter states about a face is true
+
+Validation loss (nats a token):
+
+| source | loss |
+|---|---|
+{rows}
+
+Load it with `PeftModel.from_pretrained(base, folder)`.
+"""
+
+
+def count_trainable(model) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in trainable(model))
+
+
+def base_facts(config) -> dict:
+    """Name, revision and fingerprint of the base model."""
+    facts = {"name": config.model.name, "revision": config.model.revision}
+    return facts | {"fingerprint": fingerprint(model_folder(config))}
+
+
+def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
+    import torch
+
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            _flatten(item, f"{path}/{key}" if path else str(key), tensors, plain)
+    elif isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+    else:
+        plain[path] = value
+
+
+def _unflatten(flat: dict) -> dict:
+    nested: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        target = nested
+        for key in parents:
+            target = target.setdefault(int(key) if key.isdigit() else key, {})
+        target[last] = value
+    return nested
+
+
+def save_last(run) -> None:
+    """Write `last/`: adapter, optimizer, scaler, schedule and progress, so that the rest of the run is the same."""
+    from safetensors.torch import save_file
+
+    adapter = {name: p.detach().cpu().contiguous() for name, p in run.model.named_parameters() if p.requires_grad}
+    tensors, plain = {}, {}
+    state = run.optimizer.state_dict()
+    _flatten(state["state"], "", tensors, plain)
+    record = {
+        "format": STATE_FORMAT,
+        "progress": run.progress,
+        "schedule": run.schedule.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "optimizer": plain,
+        "param_groups": state["param_groups"],
+    }
+    with runs.new_folder(run.folder / "last") as new:
+        save_file(adapter, new / "adapter.safetensors")
+        save_file(tensors, new / "optimizer.safetensors")
+        runs.write_json(new / "state.json", record)
+
+
+def load_last(run) -> bool:
+    """Go on from `last/`; False where there is none.
+
+    The history is cut back to the step that was saved: what came after is done again.
+
+    Raises:
+        ValueError: the folder was not written by this version of the kit, or for another adapter.
+    """
+    from safetensors.torch import load_file
+
+    folder = run.folder / "last"
+    if not folder.is_dir():
+        return False
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    adapter = load_file(folder / "adapter.safetensors")
+    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    same = record.get("format") == STATE_FORMAT and {name: p.shape for name, p in parameters.items()} == {
+        name: tensor.shape for name, tensor in adapter.items()
+    }
+    if not same:
+        raise ValueError(f"{folder}: not a state of this run; set launch.overwrite=true to start anew.")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(adapter[name])
+    state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
+    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    run.scaler.load_state_dict(record["scaler"])
+    run.schedule.load_state_dict(record["schedule"])
+    run.progress = record["progress"]
+    if run.history.path.is_file():
+        history = runs.read_history(run.history.path)
+        history["steps"] = history["steps"][: run.progress["global_step"]]
+        history["epochs"] = history["epochs"][: run.progress["epoch"]]
+        run.history.data = history | {"status": "running", "reason": None}
+    return True
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        return None
+    return out.stdout.strip() or None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
+
+
+def write_manifest(run) -> None:
+    """Write manifest.json: everything needed to tell later what this run was."""
+    import torch
+
+    device = run.state.device
+    facts = {
+        "versions": {name: version(name) for name in ("mmrev-kit", *PACKAGES)} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "seed": run.config.experiment.seed,
+        "base": base_facts(run.config),
+        "data": {_short(path): _sha256(path) for path in run.task.data.files},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "compute_dtype": str(run.dtype).removeprefix("torch."),
+        "num_processes": run.state.num_processes,
+        "effective_batch": run.batch,
+        "trainable_parameters": count_trainable(run.model),
+        "plan": run.task.plan.table(),
+        "warnings": warnings_for(run.config),
+    }
+    runs.write_json(run.folder / "manifest.json", facts)

@@ -1,0 +1,293 @@
+"""Experiment and pool files read into rows, strictly: every fault is collected and told with file and line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmrev_kit.config import Config, experiment_dir, resolve
+from mmrev_kit.entities import make_experiment
+from mmrev_kit.pools import make_face_pool
+
+TASK_FILES = {"forward": "forward", "reverse": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
+POOL_TASKS = {"cw": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
+LETTERS = "ABCD"
+# What the scripts that started this line of work call the same fields.
+OLD_NAMES = {"description": "object_name", "image_path": "image"}
+FIELDS = {
+    "forward": ("image_path", "description", "connector"),
+    "reverse": ("image_path", "description", "connector", "label"),
+    "mcq_i2d": ("image_path", "connector", "choices", "correct_index"),
+    "mcq_d2i": ("description", "connector", "image_choices", "correct_index"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with the data: where (file:line), what, and what to do about it."""
+
+    where: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason} {self.advice}"
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message lists every fault that was found."""
+
+    def __init__(self, faults: list[Fault], shown: int = 20):
+        self.faults = list(faults)
+        lines = [str(fault) for fault in self.faults[:shown]]
+        if len(self.faults) > shown:
+            lines.append(f"... and {len(self.faults) - shown} more.")
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__(f"{count} in the data:\n" + "\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. `images` are absolute paths, one, or four in mcq_d2i; `answer` is the text to be produced."""
+
+    task: str  # forward, reverse, mcq_i2d or mcq_d2i
+    source: str  # what its loss is reported under, e.g. forward, reverse, face_cw
+    where: str  # file:line
+    entity_id: str
+    group: str | None
+    images: tuple[Path, ...]
+    description: str | None
+    connector: str
+    choices: tuple[str, ...]
+    answer: str
+
+
+def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
+    """(line number, object) pairs of a JSONL file, and the faults of the lines that are none.
+
+    Blank lines, a byte-order mark and Windows line ends are accepted. Lines end at a line feed only: U+2028 and its
+    like may stand inside strings.
+    """
+    rows, faults = [], []
+    if not path.is_file():
+        return rows, [Fault(str(path), "there is no such file.", "Make the data again or correct the folder's name.")]
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return rows, [Fault(str(path), f"byte {error.start} is not UTF-8.", "Save the file as UTF-8.")]
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            faults.append(Fault(f"{path}:{number}", f"not JSON ({error.msg}).", "Correct the line or remove it."))
+            continue
+        if isinstance(value, dict):
+            rows.append((number, value))
+        else:
+            reason = f"a {type(value).__name__}, not an object with fields."
+            faults.append(Fault(f"{path}:{number}", reason, "Write one JSON object a line."))
+    if not rows and not faults:
+        faults.append(Fault(str(path), "the file has no rows.", "Make the data again."))
+    return rows, faults
+
+
+def _modern(record: dict, task: str) -> dict:
+    """The record under today's field names; folders of the original scripts are read as they are."""
+    record = dict(record)
+    for new, old in OLD_NAMES.items():
+        if new not in record and old in record:
+            record[new] = record[old]
+    options = record.get("options")
+    if isinstance(options, dict) and sorted(options) == list(LETTERS):
+        key = "image_choices" if task == "mcq_d2i" else "choices"
+        record.setdefault(key, [options[letter] for letter in LETTERS])
+        if record.get("answer") in tuple(LETTERS):
+            record.setdefault("correct_index", LETTERS.index(record["answer"]))
+    return record
+
+
+def _wrong_field(record: dict, task: str) -> str | None:
+    """The reason why a record is no row of `task`, or None."""
+    for name in FIELDS[task]:
+        value = record.get(name)
+        if value is None:
+            return f"the field {name} is missing."
+        if name == "correct_index":
+            if type(value) is not int or not 0 <= value < 4:
+                return f"correct_index is {value!r}, not 0, 1, 2 or 3."
+        elif name in ("choices", "image_choices"):
+            texts = isinstance(value, list) and len(value) == 4 and all(isinstance(v, str) and v.strip() for v in value)
+            if not texts:
+                return f"{name} is not a list of four texts."
+            if len(set(value)) < 4:
+                return f"{name} names the same option twice."
+        elif not isinstance(value, str) or not value.strip():
+            return f"{name} is {value!r}, not a text."
+    if task == "reverse" and record["label"] not in ("Correct", "Wrong"):
+        return f"label is {record['label']!r}, not Correct or Wrong."
+    return None
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """An image named in a data file: relative to the experiment's folder, absolute, or relative to the current one."""
+    for candidate in (folder / name, Path.cwd() / name):
+        if candidate.is_file():
+            return candidate.resolve()
+    return None
+
+
+def read_rows(path: Path, task: str, source: str, groups: dict[str, str]) -> tuple[list[Row], list[Fault]]:
+    """The rows of one file and all its faults.
+
+    Args:
+        path: a JSONL file; image paths in it start from its folder.
+        groups: entity id -> group, for files whose rows do not say it.
+    """
+    records, faults = read_jsonl(path)
+    rows = []
+    for number, raw in records:
+        where = f"{path}:{number}"
+        record = _modern(raw, task)
+        reason = _wrong_field(record, task)
+        if reason:
+            faults.append(Fault(where, reason, "Correct the line or remove it."))
+            continue
+        names = record["image_choices"] if task == "mcq_d2i" else [record["image_path"]]
+        images = [find_image(path.parent, name) for name in names]
+        missing = [name for name, image in zip(names, images, strict=True) if image is None]
+        for name in missing:
+            faults.append(Fault(where, f"there is no image {name}.", f"Paths start from {path.parent}."))
+        if missing:
+            continue
+        entity = str(record.get("entity_id", ""))
+        letter = LETTERS[record["correct_index"]] if task.startswith("mcq") else None
+        row = Row(
+            task=task,
+            source=source,
+            where=where,
+            entity_id=entity,
+            group=groups.get(entity, record.get("group")),
+            images=tuple(images),
+            description=record.get("description"),
+            connector=record["connector"].strip(),
+            choices=tuple(record.get("choices") or ()),
+            answer=letter or record.get("label" if task == "reverse" else "description"),
+        )
+        rows.append(row)
+    return rows, faults
+
+
+def read_entities(folder: Path) -> list[dict]:
+    """The entities of an experiment; ids become text.
+
+    Raises:
+        DataError: entities.json is missing or is no list of objects with an id.
+    """
+    path = folder / "entities.json"
+    try:
+        entities = json.loads(path.read_text(encoding="utf-8-sig"))
+        return [entity | {"id": str(entity.get("id", entity.get("entity_id")))} for entity in entities]
+    except FileNotFoundError:
+        fault = Fault(str(path), "there is no such file.", "Name an experiment that exists in experiment.name.")
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        fault = Fault(str(path), f"not a list of entities ({error}).", "Make the data again.")
+    raise DataError([fault])
+
+
+@dataclass
+class RunData:
+    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention."""
+
+    train: dict[str, list[Row]]
+    val: dict[str, list[Row]]
+    pools: dict[str, list[Row]]
+    files: list[Path]
+
+
+def uses_retention(config: Config) -> bool:
+    """Whether this run's task is mixed with retention rows."""
+    return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
+
+
+def _file_of_pool(folder: Path, task: str, split: str) -> Path:
+    """A pool's file; the original scripts put `retention_` before its name."""
+    old = folder / f"retention_{task}_{split}.jsonl"
+    return old if old.is_file() else folder / f"{task}_{split}.jsonl"
+
+
+def load_run_data(config: Config) -> RunData:
+    """All rows that a training run of `config` uses.
+
+    In the run's own direction both groups take part; in the other direction only control entities do.
+
+    Raises:
+        DataError: with every fault of every file.
+    """
+    folder = experiment_dir(config)
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder)}
+    data, faults = RunData({}, {}, {}, []), []
+
+    def read(path: Path, task: str, source: str) -> list[Row]:
+        rows, found = read_rows(path, task, source, groups)
+        faults.extend(found)
+        data.files.append(path)
+        return rows
+
+    own = config.experiment.task
+    other = "reverse" if own == "forward" else "forward"
+    for split, target in (("train", data.train), ("val", data.val)):
+        target[own] = read(folder / f"{own}_{split}.jsonl", own, own)
+        if "control" in groups.values():
+            rows = read(folder / f"{other}_{split}.jsonl", other, other)
+            target[other] = [row for row in rows if row.group == "control"]
+    if uses_retention(config):
+        for kind, pool in pool_folders(config).items():
+            for name, task in POOL_TASKS.items():
+                source = f"{kind}_{name}"
+                data.pools[source] = read(_file_of_pool(pool, name, "train"), task, source)
+                data.val[source] = read(_file_of_pool(pool, name, "val"), task, source)
+    if faults:
+        raise DataError(faults)
+    return data
+
+
+def pool_folders(config: Config) -> dict[str, Path]:
+    """The pools this run draws from, {"face": folder}."""
+    return {"face": resolve(config.retention.face_pool)}
+
+
+def ensure_data(config: Config) -> list[str]:
+    """Make the drawn experiment and the face pool where they are absent; existing folders are never changed.
+
+    Returns:
+        One line a folder: made, or already there.
+
+    Raises:
+        DataError: a folder that the kit made under this name was made with other settings.
+    """
+    folder = experiment_dir(config)
+    wanted = asdict(config.data) | {"seed": config.experiment.seed}
+    info = folder / "experiment_info.json"
+    said = []
+    if not folder.exists():
+        make_experiment(folder, config.data, config.experiment.seed)
+        said.append(f"made {folder}")
+    else:
+        made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
+        keys = ("num_main", "num_control", "image_size", "images_per_entity", "seed")
+        wrong = [f"{key} is {made[key]}, not {wanted[key]}" for key in keys if key in made and made[key] != wanted[key]]
+        if wrong:
+            advice = "Choose another experiment.name, or remove the folder to have it made anew."
+            raise DataError([Fault(str(info), f"made with other settings: {', '.join(wrong)}.", advice)])
+        said.append(f"found {folder}")
+    if uses_retention(config):
+        for pool in pool_folders(config).values():
+            if not pool.exists():
+                make_face_pool(pool, config.retention.num_faces, config.data.image_size, config.experiment.seed)
+                said.append(f"made {pool}")
+            else:
+                said.append(f"found {pool}")
+    return said

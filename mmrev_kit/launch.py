@@ -1,0 +1,211 @@
+"""From a notebook cell to a finished run: the run folder, the processes, live progress, and errors that arrive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from copy import deepcopy
+from pathlib import Path
+
+from mmrev_kit import runs
+from mmrev_kit.config import Config, ConfigError, differences, load_config, project_root, run_dir, to_yaml
+from mmrev_kit.loading import preflight
+from mmrev_kit.progress import Progress
+from mmrev_kit.train import TrainingError, worker
+
+OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
+OWN_FOLDERS = ("best", "final", "last")
+
+
+def count_processes(config: Config) -> int:
+    """Processes of this run: as configured, else one per GPU, else 1.
+
+    Raises:
+        ConfigError: more processes than GPUs on a machine that has GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()  # asks the driver; does not initialise CUDA
+    wanted = config.launch.num_processes or max(gpus, 1)
+    if gpus and wanted > gpus:
+        raise ConfigError(f"launch.num_processes = {wanted}, but this machine has {gpus} GPUs.")
+    return wanted
+
+
+def why_not_here() -> str | None:
+    """Why processes cannot be forked from this one, or None. CUDA and bitsandbytes do not survive a fork."""
+    import torch
+    from accelerate.state import PartialState
+
+    if torch.cuda.is_initialized():
+        return "CUDA is initialised in this kernel"
+    if "bitsandbytes" in sys.modules:
+        by = " (peft imports it)" if "peft" in sys.modules else ""
+        return f"bitsandbytes has been imported in this kernel{by}"
+    if PartialState._shared_state:
+        return "an Accelerator has been used in this kernel"
+    return None
+
+
+def prepare_folder(config: Config) -> dict | None:
+    """Make the run folder ready; returns the history of a run that is already finished, else None.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or cannot be written.
+    """
+    folder = run_dir(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = folder / "config.yaml"
+        if config.launch.overwrite:
+            for name in OWN_FOLDERS:
+                runs.remove_folder(folder / name)
+            for file in [folder / name for name in OWN_FILES]:
+                file.unlink(missing_ok=True)
+        elif before.is_file():
+            changed = differences(load_config(before), config)
+            changed.pop("launch.overwrite", None)
+            if changed:
+                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
+                raise ConfigError(
+                    f"{folder} holds a run with another configuration: {listed}. "
+                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
+                )
+        for error in folder.glob("error_rank*.txt"):
+            error.unlink()
+        runs.write_text(before, to_yaml(config))
+    except PermissionError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
+    history = folder / "training_history.json"
+    if history.is_file() and runs.read_history(history)["status"] == "finished":
+        return runs.read_history(history)
+    return None
+
+
+def launch(config: Config) -> dict:
+    """Train: start the processes, show progress, and return the run's history when it has ended.
+
+    Two processes or more are forked from this kernel by accelerate's `notebook_launcher`; a single one, or several
+    from a kernel that cannot be forked, run in a fresh Python that does the same. An interrupted run goes on from its
+    last save, a finished one is not trained again.
+
+    Raises:
+        ConfigError, DataError: nothing was started; the message says what to change.
+        TrainingError: the run ended with an error; the message is the failing process's own.
+    """
+    config = deepcopy(config)
+    config.launch.num_processes = count_processes(config)
+    found = preflight(config)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    finished = prepare_folder(config)
+    folder = run_dir(config)
+    if finished:
+        print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
+        return finished
+    number = config.launch.num_processes
+    reason = "one process" if number == 1 else why_not_here()
+    count = "1 process" if number == 1 else f"{number} processes"
+    print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
+    progress = Progress(folder / "training_history.json")
+    (_run_fresh if reason else _run_forked)(config, progress)
+    progress.show(last=True)
+    return runs.read_history(folder / "training_history.json")
+
+
+def free_port() -> str:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _start_workers(config: Config) -> None:
+    from accelerate import notebook_launcher
+
+    notebook_launcher(worker, (config,), num_processes=config.launch.num_processes, use_port=free_port())
+
+
+def _run_forked(config: Config, progress: Progress) -> None:
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            progress.show()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        _start_workers(config)
+    except Exception as error:  # whatever the launcher makes of it, the worker's own error is what counts
+        raise TrainingError(error_text(config) or str(error)) from None
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _run_fresh(config: Config, progress: Progress) -> None:
+    folder = run_dir(config)
+    command = [sys.executable, "-m", "mmrev_kit.launch", str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))}
+    with open(folder / "train.log", "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=project_root(), env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        while process.poll() is None:
+            try:
+                process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                progress.show()
+    except KeyboardInterrupt:
+        print(f"interrupted; run the same cell again to go on from {folder / 'last'}")
+        raise
+    finally:
+        _end_group(process)
+    if process.returncode:
+        raise TrainingError(error_text(config) or f"the training process ended with code {process.returncode}.")
+
+
+def _package_root() -> str:
+    return str(Path(__file__).resolve().parent.parent)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Leave no process of the run behind: ask, then end."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, sign)
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def error_text(config: Config) -> str | None:
+    """The error that the first failing process left in the run folder, or the end of the log."""
+    folder = run_dir(config)
+    files = sorted(folder.glob("error_rank*.txt"), key=lambda file: file.stat().st_mtime)
+    if files:
+        rank = files[0].stem.removeprefix("error_rank")
+        text = files[0].read_text(encoding="utf-8").strip()
+        return text if config.launch.num_processes == 1 else f"process {rank}: {text}"
+    log = folder / "train.log"
+    if log.is_file():
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]) or None
+    return None
+
+
+def main() -> None:
+    """`python -m mmrev_kit.launch RUN_FOLDER`: what a fresh Python runs for `launch`."""
+    _start_workers(load_config(Path(sys.argv[1]) / "config.yaml"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Records in, figures out. Nothing here reads a file or knows a model."""
+
+from __future__ import annotations
+
+import math
+
+MARKERS = "osD^vP*X"
+
+
+def _subplots(rows: int, width: float, height: float):
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, 1, figsize=(width, height), squeeze=False, layout="constrained")
+    pyplot.close(figure)  # a notebook shows the figure once, as the value of its cell
+    for axis in axes[:, 0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+    return figure, axes[:, 0]
+
+
+def _gaps(values: list) -> list[float]:
+    """None becomes NaN, which matplotlib leaves out of a line."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    """Mean of each value and those before it within `window`; gaps stay gaps."""
+    smooth = []
+    for index, value in enumerate(values):
+        near = [v for v in values[max(0, index - window + 1) : index + 1] if not math.isnan(v)]
+        smooth.append(math.nan if math.isnan(value) else sum(near) / len(near))
+    return smooth
+
+
+def _epoch_ends(history: dict) -> list[float]:
+    """The step after which each epoch was validated; the epoch's number where the file has no steps."""
+    steps, per_epoch = history["steps"], history.get("steps_per_epoch")
+    if not steps:
+        return [record["epoch"] for record in history["epochs"]]
+    per_epoch = per_epoch or max(1, len(steps) // max(1, len(history["epochs"])))
+    return [record["epoch"] * per_epoch for record in history["epochs"]]
+
+
+def _draw_losses(axis, histories: dict[str, dict]) -> None:
+    alone = len(histories) == 1
+    colors = iter([f"C{number % 10}" for number in range(60)])
+    for name, history in histories.items():
+        ends = _epoch_ends(history)
+        steps = history["steps"]
+        prefix = "" if alone else f"{name}: "
+        if steps:
+            losses = _gaps([step["loss"] for step in steps])
+            x = [step["global_step"] for step in steps]
+            color = "0.45" if alone else next(colors)
+            axis.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=color, linewidth=1.2, label=f"{prefix}training")
+        elif history["epochs"]:
+            train = _gaps([record["train_loss"] for record in history["epochs"]])
+            axis.plot(ends, train, color="0.45" if alone else next(colors), label=f"{prefix}training")
+        sources = list(history["epochs"][0]["val_loss"]) if history["epochs"] else []
+        shown = sources if alone else sources[:1]  # several runs: the source that decided
+        for index, source in enumerate(shown):
+            values = _gaps([record["val_loss"].get(source) for record in history["epochs"]])
+            marker = MARKERS[index % len(MARKERS)]
+            axis.plot(ends, values, color=next(colors), marker=marker, markersize=4, label=f"{prefix}{source}")
+    axis.set_ylabel("loss (nats a token)")
+    axis.set_yscale("log")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+
+
+def _draw_rates(axis, histories: dict[str, dict]) -> None:
+    for number, (name, history) in enumerate(histories.items()):
+        color = "C0" if len(histories) == 1 else f"C{number % 10}"
+        steps = [step for step in history["steps"] if step.get("lr") is not None]
+        axis.step(
+            [s["global_step"] for s in steps], [s["lr"] for s in steps], where="post", color=color, label=name
+        )
+        for end, record in zip(_epoch_ends(history), history["epochs"], strict=True):
+            decision = record["decision"]
+            if decision is None or record["lr"] is None:
+                continue
+            if decision["improved"]:
+                axis.plot(end, record["lr"], "o", color=color, markersize=5)
+            else:
+                axis.plot(end, record["lr"], "x", color="C3", markersize=6)
+            if decision["reduced"]:
+                axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), fontsize=7, xytext=(3, 4), textcoords="offset points")  # fmt: skip  # noqa: E501
+    axis.set_ylabel("learning rate")
+    axis.set_ylim(bottom=0)
+    axis.plot([], [], "o", color="0.3", label="improved, saved as best")
+    axis.plot([], [], "x", color="C3", label="no improvement")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+
+
+def _draw_throughput(axis, histories: dict[str, dict]) -> None:
+    for number, (name, history) in enumerate(histories.items()):
+        steps = [step for step in history["steps"] if step.get("samples_per_second")]
+        speeds = [step["samples_per_second"] for step in steps]
+        color = "C0" if len(histories) == 1 else f"C{number % 10}"
+        axis.plot([s["global_step"] for s in steps], _smooth(speeds, max(1, len(speeds) // 40)), color=color, label=name)
+    axis.set_ylabel("samples/s")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("optimizer step")
+
+
+def history_figure(histories: dict[str, dict]):
+    """Loss by source, learning rate with the decisions, and throughput over the steps of one or several runs.
+
+    Args:
+        histories: {name: history as from `runs.read_history`}; of several runs only the deciding source is drawn.
+
+    Returns:
+        A matplotlib Figure. A loss that was not finite is a gap.
+    """
+    figure, axes = _subplots(3, 9, 8)
+    axes[0].set_title(", ".join(histories), loc="left", fontsize=10)
+    _draw_losses(axes[0], histories)
+    _draw_rates(axes[1], histories)
+    _draw_throughput(axes[2], histories)
+    for axis in axes[:2]:
+        axis.sharex(axes[2])
+    if not any(history["steps"] for history in histories.values()):
+        axes[2].set_xlabel("epoch")
+        axes[2].text(0.5, 0.5, "the file has no steps", transform=axes[2].transAxes, ha="center", color="0.5")
+    return figure
+
+
+def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
+    """A simulated schedule: the losses put in, the rate each epoch trains with, and where it ends.
+
+    Args:
+        records: from `scheduler.simulate`.
+    """
+    figure, axes = _subplots(2, 7, 4)
+    epochs = [record["epoch"] for record in records]
+    axes[0].plot(epochs, [record["loss"] for record in records], color="0.45")
+    for record in records:
+        marker = ("o", "C0") if record["improved"] else ("x", "C3")
+        axes[0].plot(record["epoch"], record["loss"], marker[0], color=marker[1])
+    axes[0].axhline(min_val_loss, color="C2", linewidth=0.8, linestyle="--")
+    axes[0].annotate("min_val_loss", (epochs[0], min_val_loss), fontsize=7, color="C2", va="bottom")
+    axes[0].set_ylabel("assumed\nvalidation loss")
+    axes[0].set_title("o improved, saved as best      x no improvement", loc="left", fontsize=8)
+    axes[1].step([*epochs, epochs[-1] + 1], [r["lr"] for r in records] + [records[-1]["next_lr"]], where="post")
+    axes[1].axhline(min_lr, color="C3", linewidth=0.8, linestyle="--")
+    axes[1].annotate("min_lr", (epochs[0], min_lr), fontsize=7, color="C3", va="bottom")
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylabel("learning rate")
+    axes[1].set_xlabel(f"epoch; ends after {epochs[-1]}: {records[-1]['stop'] or 'the losses given'}")
+    return figure
+
+
+def mix_figure(table: list[dict]):
+    """The rows of an epoch by source, as one bar.
+
+    Args:
+        table: from `Plan.table`.
+    """
+    figure, (axis,) = _subplots(1, 9, 1.6)
+    left = 0
+    for number, row in enumerate(table):
+        axis.barh([0], [row["rows per epoch"]], left=left, color=f"C{number}", height=0.6, label=row["source"])
+        text = f"{row['actual share']:.1%}"
+        axis.text(left + row["rows per epoch"] / 2, 0, text, ha="center", va="center", fontsize=8, color="white")
+        left += row["rows per epoch"]
+    axis.set_yticks([])
+    axis.set_ylim(-0.4, 0.4)
+    axis.grid(False)
+    axis.set_xlabel("rows an epoch")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
+    return figure
