@@ -152,7 +152,9 @@ class TrainingConfig:
     optimizer: str = "adamw"
 
     def __post_init__(self):
-        positive = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length"), (1, math.inf))
+        positive = dict.fromkeys(
+            ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length"), (1, math.inf)
+        )
         shares = dict.fromkeys(("improvement_threshold", "warmup_ratio", "weight_decay"), (0, 1))
         rest = {"min_lr": (0, math.inf), "lr_patience": (1, math.inf), "min_val_loss": (0, math.inf)}
         _check_numbers("training", self, positive | shares | rest)
@@ -237,7 +239,8 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         values: {"section.key": value}, such as a notebook's parameters; a value of None leaves the key as it is.
 
     Raises:
-        ConfigError: missing or unreadable file, unknown key (with the nearest known one), a value of the wrong type or out of range.
+        ConfigError: missing or unreadable file, unknown key (with the nearest known one), or a value of the wrong
+            type or out of range.
     """
     config = OmegaConf.structured(Config)
     if path is not None:

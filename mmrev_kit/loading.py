@@ -47,9 +47,7 @@ def load_processor(config: Config):
 
 def make_encoder(config: Config) -> Encoder:
     """The encoder of a configuration: its processor, pixel limits and length limit."""
-    return Encoder(
-        load_processor(config), config.model.min_pixels, config.model.max_pixels, config.training.max_length
-    )
+    return Encoder(load_processor(config), config.model.min_pixels, config.model.max_pixels, config.training.max_length)
 
 
 def compute_dtype(config: Config, device):
@@ -92,8 +90,20 @@ def load_base(config: Config, device):
     )
     model.requires_grad_(False)
     model.config.use_cache = False
+    keep_cpu_weights_as_they_are(model)
     keep_residual_in_fp32(model)
     return model
+
+
+def keep_cpu_weights_as_they_are(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    The repacking happens at the first forward pass in eval mode and stays: from then on training would run a product
+    that has no gradient, so that everything after the first validation would silently train on wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def keep_residual_in_fp32(model) -> None:

@@ -12,7 +12,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mmrev_kit import plots, runs
-from mmrev_kit.config import Config, ConfigError, effective_batch, load_config, project_root, resolve, run_dir
+from mmrev_kit.config import (
+    Config,
+    ConfigError,
+    effective_batch,
+    load_config,
+    project_root,
+    resolve,
+    run_dir,
+    warnings_for,
+)
+from mmrev_kit.launch import count_processes
 from mmrev_kit.progress import is_interactive
 from mmrev_kit.scheduler import simulate
 
@@ -85,7 +95,7 @@ def read_parameters(scope: dict, known: list[str]) -> dict:
 
 
 def make_config(config: str | None = None, overrides: str | None = None, **parameters) -> Config:
-    """The configuration of a notebook's parameters. Unknown names, and values of the wrong type, are refused by name."""
+    """The configuration of a notebook's parameters; a value of the wrong type is refused by its parameter's name."""
     values = {PARAMETERS[name]: value for name, value in parameters.items()}
     return load_config(config, overrides or "", values)
 
@@ -96,9 +106,6 @@ def configure(scope: dict) -> Config:
     Args:
         scope: the notebook's `globals()`.
     """
-    from mmrev_kit.config import warnings_for
-    from mmrev_kit.launch import count_processes
-
     config = make_config(**read_parameters(scope, ["config", *PARAMETERS, "overrides"]))
     for section in fields(Config):
         values = vars(getattr(config, section.name))
@@ -175,7 +182,7 @@ def summary(history: dict) -> str:
         return f"The run has no validation loss yet ({history['status']})."
     source = next(iter(history["epochs"][0]["val_loss"]))
     loss, epoch = min(finite)
-    how = {"finished": "ended", "failed": "failed", "running": "has got to this point"}[history["status"]]
+    how = {"finished": "ended", "failed": "failed", "interrupted": "was interrupted"}.get(history["status"], "is")
     reason = f" ({history['reason']})" if history["reason"] else ""
     return (
         f"The run {how} after epoch {history['epochs'][-1]['epoch']}{reason}; "

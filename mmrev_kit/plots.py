@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 MARKERS = "osD^vP*X"
+SMALL = {"fontsize": 7, "textcoords": "offset points"}
 
 
 def _subplots(rows: int, width: float, height: float):
@@ -70,11 +71,9 @@ def _draw_losses(axis, histories: dict[str, dict]) -> None:
 
 def _draw_rates(axis, histories: dict[str, dict]) -> None:
     for number, (name, history) in enumerate(histories.items()):
-        color = "C0" if len(histories) == 1 else f"C{number % 10}"
+        color = f"C{number % 10}"
         steps = [step for step in history["steps"] if step.get("lr") is not None]
-        axis.step(
-            [s["global_step"] for s in steps], [s["lr"] for s in steps], where="post", color=color, label=name
-        )
+        axis.step([s["global_step"] for s in steps], [s["lr"] for s in steps], where="post", color=color, label=name)
         for end, record in zip(_epoch_ends(history), history["epochs"], strict=True):
             decision = record["decision"]
             if decision is None or record["lr"] is None:
@@ -84,7 +83,7 @@ def _draw_rates(axis, histories: dict[str, dict]) -> None:
             else:
                 axis.plot(end, record["lr"], "x", color="C3", markersize=6)
             if decision["reduced"]:
-                axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), fontsize=7, xytext=(3, 4), textcoords="offset points")  # fmt: skip  # noqa: E501
+                axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), xytext=(3, 4), **SMALL)
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
     axis.plot([], [], "o", color="0.3", label="improved, saved as best")
@@ -93,11 +92,11 @@ def _draw_rates(axis, histories: dict[str, dict]) -> None:
 
 
 def _draw_throughput(axis, histories: dict[str, dict]) -> None:
-    for number, (name, history) in enumerate(histories.items()):
+    for number, history in enumerate(histories.values()):
         steps = [step for step in history["steps"] if step.get("samples_per_second")]
         speeds = [step["samples_per_second"] for step in steps]
-        color = "C0" if len(histories) == 1 else f"C{number % 10}"
-        axis.plot([s["global_step"] for s in steps], _smooth(speeds, max(1, len(speeds) // 40)), color=color, label=name)
+        x = [step["global_step"] for step in steps]
+        axis.plot(x, _smooth(speeds, max(1, len(speeds) // 40)), color=f"C{number % 10}")
     axis.set_ylabel("samples/s")
     axis.set_ylim(bottom=0)
     axis.set_xlabel("optimizer step")

@@ -84,7 +84,7 @@ def new_folder(target: str | Path):
 class History:
     """The record of a run, written to training_history.json as it grows.
 
-    `data` holds status ("running", "finished", "failed"), reason, task, total_steps, steps_per_epoch, `steps` (one
+    `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch, `steps` (one
     record an optimizer step) and `epochs` (one record a validation).
     """
 

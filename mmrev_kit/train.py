@@ -334,10 +334,16 @@ def train(config: Config, state) -> None:
     if run.state.is_main_process:
         write_manifest(run)
         run.history.write()
-    stop = run.schedule.stop
-    while not stop:
-        began = time.perf_counter()
-        stop = finish_epoch(run, train_epoch(run), began)
+    try:
+        stop = run.schedule.stop
+        while not stop:
+            began = time.perf_counter()
+            stop = finish_epoch(run, train_epoch(run), began)
+    except BaseException as error:
+        if run.state.is_main_process:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
+            run.history.end(status, str(error) or type(error).__name__)
+        raise
     if run.state.is_main_process:
         save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
         run.history.end("finished", stop)

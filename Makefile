@@ -1,0 +1,34 @@
+# make run · make test · make lab · make train TASK=reverse     (each sets up .venv when it is missing or stale)
+PYTHON ?= python3
+TORCH ?= torch.txt
+TASK ?= forward
+# more parameters of the notebook, such as ARGS="-p num_epochs 2 -p overwrite true"
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/ready-$(basename $(TORCH))
+
+.PHONY: run train test lint lab
+
+run: $(READY)
+	@$(BIN)/python -m mmrev_kit.notebook train -p task forward $(ARGS)
+
+train: $(READY)
+	@$(BIN)/python -m mmrev_kit.notebook train -p task $(TASK) $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lab: $(READY)
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+$(READY): pyproject.toml constraints.txt $(TORCH)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up .venv (several minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(TORCH) -c constraints.txt -e '.[dev]'
+	@rm -f .venv/ready-* && touch $@

@@ -1,0 +1,39 @@
+"""Small data shared by the tests: 4 + 4 people at 32 pixels, and a pool of 40 others."""
+
+from pathlib import Path
+
+import pytest
+
+from mmrev_kit.config import Config, load_config
+from mmrev_kit.data import ensure_data
+from mmrev_kit.pools import make_face_pool
+
+SMALL = (
+    "experiment.name=small data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 "
+    "training.batch_size=8 training.num_epochs=2"
+)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A data folder with the experiment `small` and the pool `pool`."""
+    folder = tmp_path_factory.mktemp("data")
+    make_face_pool(folder / "pool", 40, 32, 0, rows_per_task=(60, 8))
+    ensure_data(load_config("configs/tiny_cpu.yaml", f"{SMALL} data.dir={folder} retention.face_pool={folder}/pool"))
+    return folder
+
+
+@pytest.fixture
+def small_overrides(small_data, tmp_path) -> str:
+    """Overrides for configs/tiny_cpu.yaml: small data, runs in the test's own folder."""
+    return f"{SMALL} data.dir={small_data} retention.face_pool={small_data}/pool launch.output_dir={tmp_path}/outputs"
+
+
+@pytest.fixture
+def small_config(small_overrides):
+    """A function from further overrides to a configuration."""
+
+    def make(more: str = "") -> Config:
+        return load_config("configs/tiny_cpu.yaml", f"{small_overrides} {more}")
+
+    return make
