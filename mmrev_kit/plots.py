@@ -66,6 +66,9 @@ def _draw_losses(axis, histories: dict[str, dict]) -> None:
             axis.plot(ends, values, color=next(colors), marker=marker, markersize=4, label=f"{prefix}{source}")
     axis.set_ylabel("loss (nats a token)")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=8)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
 
 

@@ -84,8 +84,8 @@ def new_folder(target: str | Path):
 class History:
     """The record of a run, written to training_history.json as it grows.
 
-    `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch, `steps` (one
-    record an optimizer step) and `epochs` (one record a validation).
+    `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
+    `steps` (one record an optimizer step) and `epochs` (one record a validation).
     """
 
     def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):
