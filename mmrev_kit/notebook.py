@@ -144,18 +144,23 @@ def schedule_simulator(config: Config):
         return draw()
     from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, interactive
 
-    training = config.training
-    return interactive(
-        draw,
-        first=FloatSlider(value=2.0, min=0.5, max=6.0, step=0.1),
-        floor=FloatSlider(value=0.3, min=0.0, max=1.0, step=0.02),
-        half_life=FloatSlider(value=1.0, min=0.2, max=5.0, step=0.1),
-        learning_rate=FloatLogSlider(value=training.learning_rate, min=-6, max=-1, step=0.1),
-        min_lr=FloatLogSlider(value=training.min_lr, min=-7, max=-2, step=0.1),
-        lr_reduction_factor=FloatSlider(value=training.lr_reduction_factor, min=0.1, max=0.9, step=0.05),
-        lr_patience=IntSlider(value=training.lr_patience, min=1, max=5),
-        improvement_threshold=FloatSlider(value=training.improvement_threshold, min=0.0, max=0.5, step=0.01),
-    )
+    training, wide = config.training, {"description_width": "160px"}
+    knobs = {
+        "first": FloatSlider(value=2.0, min=0.5, max=6.0, step=0.1, description="first loss"),
+        "floor": FloatSlider(value=0.3, min=0.0, max=1.0, step=0.02, description="lowest loss"),
+        "half_life": FloatSlider(value=1.0, min=0.2, max=5.0, step=0.1, description="epochs to halve"),
+        "learning_rate": FloatLogSlider(value=training.learning_rate, min=-6, max=-1, step=0.1),
+        "min_lr": FloatLogSlider(value=training.min_lr, min=-7, max=-2, step=0.1),
+        "lr_reduction_factor": FloatSlider(value=training.lr_reduction_factor, min=0.1, max=0.9, step=0.05),
+        "lr_patience": IntSlider(value=training.lr_patience, min=1, max=5),
+        "improvement_threshold": FloatSlider(value=training.improvement_threshold, min=0.0, max=0.5, step=0.01),
+    }
+    for name, knob in knobs.items():
+        knob.description = knob.description or name
+        knob.style, knob.layout.width = wide, "480px"
+    simulator = interactive(draw, **knobs)
+    simulator.update()  # draw now: later cells may keep the kernel busy for hours
+    return simulator
 
 
 def epoch_table(history: dict):

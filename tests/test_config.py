@@ -117,6 +117,11 @@ def test_the_guides_values(key, value):
     assert type(found) is type(value)
 
 
+def test_the_defaults_are_the_guides_too():
+    """The file repeats them, so that they can be read; what it says of this run alone is the model and the launch."""
+    assert set(differences(Config(), load_config(GUIDE))) == {"model.name", "launch.num_processes"}
+
+
 def test_pixels_are_squares_of_the_guides_sizes():
     model = load_config(GUIDE).model
     assert (math.isqrt(model.min_pixels), math.isqrt(model.max_pixels)) == (256, 448)
@@ -377,7 +382,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(load, text):
 
 
 def test_a_missing_file_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"configs/none\.yaml"):
+    with pytest.raises(ConfigError, match=r"configs/none\.yaml: there is no"):
         load_config("configs/none.yaml")
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,9 +122,9 @@ def test_the_text_is_on_the_disk_before_the_name_is_given(tmp_path, monkeypatch)
     seen = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(runs.os, "fsync", lambda handle: (seen.append(os.fstat(handle).st_size), fsync(handle)))
-    monkeypatch.setattr(runs.os, "replace", lambda a, b: (seen.append("renamed"), replace(a, b)))
+    monkeypatch.setattr(runs.os, "replace", lambda a, b: (seen.append(Path(a).parent), replace(a, b)))
     write_text(tmp_path / "a.txt", "12345")
-    assert seen == [5, "renamed"]
+    assert seen == [5, tmp_path]  # and it was written beside, on the same disk
 
 
 # A folder
@@ -333,6 +334,7 @@ def test_the_original_scripts_form(old_file):
     "content, epochs, train, val",
     [
         ({"train_loss": [2.0, 1.0], "val_loss": [3.0]}, [1, 2], [2.0, 1.0], [3.0, None]),
+        ({"train_loss": [2.0], "val_loss": [3.0, 4.0]}, [1, 2], [2.0, None], [3.0, 4.0]),
         ({"val_loss": [3.0], "epochs": [5]}, [5], [None], [3.0]),
         ({"train_loss": [2.0, 1.0], "epochs": [3, 4], "step_logs": []}, [3, 4], [2.0, 1.0], [None, None]),
     ],

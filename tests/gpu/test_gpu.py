@@ -1,0 +1,81 @@
+"""The same code on a GPU: `pytest tests/gpu` on a machine with one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrev_kit.config import run_dir
+from mmrev_kit.launch import launch
+from mmrev_kit.loading import add_adapter, compute_dtype, load_base, preflight, trainable
+from mmrev_kit.runs import read_history
+from mmrev_kit.train import prepare, sample_losses, seed_for
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: run it on a machine with one"),
+]
+ROOT = Path(__file__).parent.parent.parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def losses_and_gradient(config, device):
+    torch.manual_seed(seed_for(0, "adapter"))
+    model = add_adapter(load_base(config, CPU if device == CPU else GPU), config).train()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable(model):
+        parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(device)
+    task = prepare(config)
+    samples = [sample for rows in task.train.values() for sample in rows[:4]]
+    losses = sample_losses(model, task.encoder.collate(samples), device, compute_dtype(config, device))
+    losses.sum().backward()
+    return losses.detach().cpu(), torch.cat([parameter.grad.flatten().cpu() for parameter in trainable(model)])
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 0.01), ("bf16", 0.05)])
+def test_losses_and_gradients_equal_those_of_the_cpu(small_config, bits, dtype, tolerance):
+    config = small_config(f"lora.dropout=0 quantization.bits={bits}")
+    expected = losses_and_gradient(config, CPU)
+    config.quantization.compute_dtype = dtype
+    found = losses_and_gradient(config, GPU)
+    assert (found[0] - expected[0]).abs().max() < tolerance * expected[0].abs().max()
+    assert (found[1] - expected[1]).norm() < 4 * tolerance * expected[1].norm()
+
+
+RUNS = (
+    "quantization.compute_dtype=fp16",
+    "quantization.compute_dtype=bf16 quantization.bits=16",
+    "quantization.compute_dtype=fp16 memory.gradient_checkpointing=true training.optimizer=paged_adamw_8bit",
+)
+
+
+@pytest.mark.parametrize("more", RUNS)
+def test_a_run_trains_on_the_gpu_and_the_kernel_stays_clean(small_config, more):
+    config = small_config(more)
+    before = torch.cuda.memory_allocated()
+    history = launch(config)
+    assert history["status"] == "finished"
+    assert history["epochs"][-1]["val_loss"]["forward"] < 0.8 * history["steps"][0]["loss"]
+    assert history["steps"][-1]["peak_memory_gib"] > 0.01
+    assert torch.cuda.memory_allocated() == before
+    assert "GPU 0: NVIDIA" in str(preflight(config)) and not preflight(config).problems
+    assert read_history(run_dir(config) / "training_history.json") == history
+
+
+def test_looking_at_the_machine_does_not_touch_cuda():
+    code = """
+import torch
+from mmrev_kit.config import load_config
+from mmrev_kit.launch import count_processes
+from mmrev_kit.loading import preflight
+
+config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=null")
+preflight(config)
+assert count_processes(config) >= 1
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
