@@ -11,8 +11,10 @@ import math
 import random
 import shlex
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -197,6 +199,9 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
+_SECTIONS = {section.name for section in fields(Config)}
+
+
 def project_root() -> Path:
     """The folder that relative paths start from, whatever folder a notebook kernel was started in.
 
@@ -221,13 +226,59 @@ def _none_words(value):
     return None if isinstance(value, str) and value.strip().lower() in NONE_WORDS else value
 
 
+def _check_plain(values: dict, where: str) -> None:
+    """Sections hold keys, and a value is a value: OmegaConf's own `???` and `${...}` would get past the checks."""
+    for section, content in values.items():
+        if section in _SECTIONS and not isinstance(content, dict):
+            raise ConfigError(f"{where}: {section} is a section: give its keys, not {content!r}.")
+        for key, value in content.items() if isinstance(content, dict) else ():
+            if isinstance(value, str) and (value == "???" or "${" in value):
+                raise ConfigError(f"{where}: {section}.{key} = {value!r}: references are not resolved here.")
+            default = getattr(getattr(Config(), section, None), key, None)
+            if isinstance(default, bool) and type(value) in (int, float) and value not in (0, 1):
+                raise ConfigError(f"{where}: {section}.{key} = {value!r}: must be true or false.")
+
+
 def _merge(config, values: dict, where: str):
+    _check_plain(values, where)
     try:
         return OmegaConf.merge(config, _none_words(values))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "the file"
+        key = getattr(error, "full_key", None) or "a value"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{where}: {key}: {reason}") from None
+
+
+def _nest(key: str, value) -> dict:
+    """{"a": {"b": value}} for the key "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _read_overrides(text: str) -> list[tuple[str, str, object]]:
+    """(word, key, value) of each `section.key=value` word; a value is text, or a list or mapping in YAML's brackets.
+
+    Text stays text until the field's type reads it: YAML would make other numbers of a commit hash such as 0012345.
+    """
+    found = []
+    try:
+        for word in shlex.split(text):
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise ConfigError(f"overrides: {word!r} is not of the form section.key=value.")
+            bracketed = value.startswith(("[", "{"))
+            found.append((word, key, OmegaConf.to_container(OmegaConf.create(value)) if bracketed else value))
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"overrides: {text!r} cannot be read: {error}") from None
+    return found
+
+
+def reduced_rate(rate: float, factor: float) -> float:
+    """rate * factor as written in decimal: 3e-4 * 0.1 is 3e-5, and not a hair below it."""
+    return float(Fraction(str(rate)) * Fraction(str(factor)))
 
 
 def load_config(path: str | Path | None = None, overrides: str = "", values: dict | None = None) -> Config:
@@ -254,15 +305,11 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
         config = _merge(config, loaded, str(file))
-    for word in shlex.split(overrides or ""):
-        if "=" not in word:
-            raise ConfigError(f"overrides: {word!r} is not of the form section.key=value.")
-        config = _merge(config, OmegaConf.to_container(OmegaConf.from_dotlist([word])), f"overrides: {word}")
+    for word, key, value in _read_overrides(overrides or ""):
+        config = _merge(config, _nest(key, value), f"overrides: {word}")
     for key, value in (values or {}).items():
         if value is not None and str(value).strip().lower() not in NONE_WORDS:
-            nested = OmegaConf.create()
-            OmegaConf.update(nested, key, value)
-            config = _merge(config, OmegaConf.to_container(nested), f"{key.rsplit('.', 1)[-1]} = {value!r}")
+            config = _merge(config, _nest(key, value), f"{key.rsplit('.', 1)[-1]} = {value!r}")
     return OmegaConf.to_object(config)
 
 
@@ -291,7 +338,7 @@ def effective_batch(config: Config, num_processes: int) -> int:
 def warnings_for(config: Config) -> list[str]:
     """What a reader of this configuration should know before it is run; nothing is changed."""
     training = config.training
-    halved = training.learning_rate * training.lr_reduction_factor
+    halved = reduced_rate(training.learning_rate, training.lr_reduction_factor)
     found = []
     if halved < training.min_lr:
         found.append(

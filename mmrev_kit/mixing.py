@@ -16,7 +16,7 @@ def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
     Raises:
         ValueError: no weight is above 0 while there is something to share out.
     """
-    exact = {key: Fraction(weight) for key, weight in weights.items()}
+    exact = {key: Fraction(str(weight)) for key, weight in weights.items()}
     whole = sum(exact.values())
     if whole == 0:
         if total:
@@ -114,6 +114,8 @@ def make_plan(
     exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
     n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
     weights = source_weights(retention) if retention else {}
+    if n_retention and not any(weights.values()):
+        raise ValueError(f"retention.retention_ratio = {ratio}, but no pool has a share: set retention.face_share.")
     taken = apportion(n_retention, weights)
     for source, count in taken.items():
         if count and not pool_sizes.get(source):
@@ -121,9 +123,9 @@ def make_plan(
                 f"retention.retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
                 "Make the pool, set the weight to 0, or set retention.retention_ratio=0."
             )
-    taken = {source: count for source, count in taken.items() if count}
+    taken = {source: count for source, count in taken.items() if n_retention and weights[source]}
     asked = {source: (1 - ratio) * size / n_task for source, size in task_sizes.items()}
     whole = sum(weights.values()) or 1.0
     asked |= {source: ratio * weights[source] / whole for source in taken}
-    sizes = task_sizes | {source: pool_sizes[source] for source in taken}
+    sizes = task_sizes | {source: pool_sizes.get(source, 0) for source in taken}
     return Plan(sizes=sizes, counts=task_sizes | taken, asked=asked, seed=seed, epochs=epochs)

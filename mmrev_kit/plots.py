@@ -38,7 +38,7 @@ def _epoch_ends(history: dict) -> list[float]:
     steps, per_epoch = history["steps"], history.get("steps_per_epoch")
     if not steps:
         return [record["epoch"] for record in history["epochs"]]
-    per_epoch = per_epoch or max(1, len(steps) // max(1, len(history["epochs"])))
+    per_epoch = per_epoch or max(1, steps[-1]["global_step"] // max(1, len(history["epochs"])))
     return [record["epoch"] * per_epoch for record in history["epochs"]]
 
 

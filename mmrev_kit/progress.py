@@ -15,10 +15,15 @@ def is_interactive() -> bool:
     return "JPY_SESSION_NAME" in os.environ
 
 
+def loss_text(loss: float | None) -> str:
+    """A loss in four digits; None, which stands for NaN in a history, in words."""
+    return "not finite" if loss is None else f"{loss:.4g}"
+
+
 def epoch_line(record: dict, num_epochs: int | None) -> str:
     """One epoch in one line of text."""
     decision = record["decision"]
-    losses = ", ".join(f"{source} {loss:.4g}" for source, loss in record["val_loss"].items())
+    losses = ", ".join(f"{source} {loss_text(loss)}" for source, loss in record["val_loss"].items())
     if decision["improved"]:
         verdict = "improved, saved as best"
     elif decision["reduced"]:
@@ -28,8 +33,8 @@ def epoch_line(record: dict, num_epochs: int | None) -> str:
     of = f"/{num_epochs}" if num_epochs else ""
     end = f"; ends: {decision['stop']}" if decision["stop"] else ""
     return (
-        f"epoch {record['epoch']}{of}: train {record['train_loss']:.4g}, validation {losses}, lr {record['lr']:g}, "
-        f"{verdict}, {record['seconds']:.0f} s{end}"
+        f"epoch {record['epoch']}{of}: train {loss_text(record['train_loss'])}, validation {losses}, "
+        f"lr {record['lr']:g}, {verdict}, {record['seconds']:.0f} s{end}"
     )
 
 
@@ -69,7 +74,7 @@ class Progress:
         step = history["steps"][-1]
         tenth = LINES_PER_RUN * step["global_step"] // total
         if tenth > self._tenth and not fresh_epoch and step["global_step"] % per_epoch:
-            loss = "not finite" if step["loss"] is None else f"{step['loss']:.4g}"
+            loss = loss_text(step["loss"])
             rate = f"{step['samples_per_second']:.1f} samples/s"
             print(f"step {step['global_step']}/{total}: loss {loss}, {rate}", flush=True)
         self._tenth = max(self._tenth, tenth)

@@ -141,17 +141,26 @@ def read_history(path: str | Path) -> dict:
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path}: not JSON ({error}).") from None
-    if isinstance(data, dict) and "steps" in data and "status" in data:
-        return data
-    if not isinstance(data, dict) or not {"train_loss", "val_loss", "step_logs"} & set(data):
+    if not isinstance(data, dict) or not {"steps", "train_loss", "val_loss", "step_logs"} & set(data):
         raise ValueError(f"{path}: no training history (neither `steps` nor `train_loss` in it).")
+    for name in ("steps", "train_loss", "val_loss", "step_logs", "epochs"):
+        if not isinstance(data.get(name) or [], list):
+            raise ValueError(f"{path}: {name} is not a list.")
+    for name in ("steps", "step_logs"):
+        if not all(isinstance(record, dict) for record in data.get(name) or []):
+            raise ValueError(f"{path}: {name} is not a list of records.")
+    return data if "steps" in data and "status" in data else _from_original_scripts(data)
+
+
+def _from_original_scripts(data: dict) -> dict:
     steps = []
     for number, log in enumerate(data.get("step_logs") or [], start=1):
+        step = _first(log, "global_step", "step")
         steps.append(
             {
-                "global_step": _first(log, "global_step", "step") or number,
+                "global_step": number if step is None else step,
                 "epoch": _first(log, "epoch"),
                 "loss": _number(_first(log, "loss", "train_loss")),
                 "lr": _number(_first(log, "lr", "learning_rate")),

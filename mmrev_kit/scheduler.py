@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
-from mmrev_kit.config import TrainingConfig
+from mmrev_kit.config import TrainingConfig, reduced_rate
 
 TARGET_REACHED = "validation loss {loss:.4g} is below min_val_loss = {limit:g}"
 RATE_TOO_LOW = "learning rate {rate:g} is below min_lr = {limit:g}"
@@ -53,7 +54,7 @@ class Schedule:
         """The schedule of a run of `training.num_epochs` epochs of `steps_per_epoch` optimizer steps."""
         names = ("learning_rate", "min_lr", "lr_reduction_factor", "lr_patience", "improvement_threshold")
         same = {name: getattr(training, name) for name in (*names, "min_val_loss", "num_epochs")}
-        warmup = math.ceil(training.warmup_ratio * steps_per_epoch * training.num_epochs)
+        warmup = math.ceil(Fraction(str(training.warmup_ratio)) * steps_per_epoch * training.num_epochs)
         return cls(warmup_steps=warmup, **same)
 
     def lr_at(self, step: int) -> float:
@@ -73,14 +74,14 @@ class Schedule:
         if not math.isfinite(loss):
             raise ValueError(f"The validation loss is {loss}; the learning rate cannot be decided from it.")
         self.epoch += 1
-        improved = loss < self.best * (1 - self.improvement_threshold)
+        improved = math.isinf(self.best) or loss < self.best * (1 - self.improvement_threshold)
         reduced = False
         if improved:
             self.best, self.bad_epochs = loss, 0
         else:
             self.bad_epochs += 1
             if self.bad_epochs >= self.lr_patience:
-                self.lr, self.bad_epochs, reduced = self.lr * self.lr_reduction_factor, 0, True
+                self.lr, self.bad_epochs, reduced = reduced_rate(self.lr, self.lr_reduction_factor), 0, True
         if loss < self.min_val_loss:
             self.stop = TARGET_REACHED.format(loss=loss, limit=self.min_val_loss)
         elif self.lr < self.min_lr:

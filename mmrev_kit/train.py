@@ -26,6 +26,7 @@ from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.prompts import IGNORED, Encoder, Sample, encode_all
 from mmrev_kit.scheduler import Schedule
 
+EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 MAX_SKIPPED = 8  # fp16: updates in a row without a finite gradient before the run stops
 
 
@@ -92,7 +93,7 @@ class Run:
     dtype: Any
     schedule: Schedule
     history: runs.History
-    progress: dict = field(default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "global_step": 0, "loss_sum": 0.0})
+    progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
     skipped: int = 0
 
     @property
@@ -278,18 +279,24 @@ def peak_memory_gib(device) -> float:
 
 
 def train_epoch(run: Run) -> float:
-    """The rest of the current epoch. Returns the mean loss over the epoch's samples."""
+    """The rest of the current epoch.
+
+    Returns:
+        The mean loss over the epoch's samples; those of skipped updates, which have none, are left out.
+    """
     rows = run.task.plan.epoch_rows(run.progress["epoch"])
     windows = chunks(rows, run.batch)
     run.model.train()
     for window in windows[run.progress["step_in_epoch"] :]:
         record = update(run, [run.task.train[source][index] for source, index in window])
         run.progress["step_in_epoch"] += 1
-        run.progress["loss_sum"] += record["loss"] * len(window)
+        if math.isfinite(record["loss"]):
+            run.progress["loss_sum"] += record["loss"] * len(window)
+            run.progress["rows"] += len(window)
         if run.state.is_main_process:
             run.history.add_step(record)
         check_finite(run, record)
-    return run.progress["loss_sum"] / len(rows)
+    return run.progress["loss_sum"] / run.progress["rows"] if run.progress["rows"] else math.nan
 
 
 def validate(run: Run) -> dict[str, float]:
@@ -317,7 +324,7 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     if not math.isfinite(decisive):
         raise TrainingError(f"The validation loss of {run.config.experiment.task} is {decisive}.")
     decision = run.schedule.observe(decisive)
-    run.progress = run.progress | {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}
+    run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
         record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}
         record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began}

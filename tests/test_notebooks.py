@@ -70,14 +70,17 @@ def test_cells_are_short_define_nothing_and_hold_one_cell_of_parameters(path):
 
 def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, tmp_path):
     executed = tmp_path / "train_reverse.ipynb"
+    # 4 + 4 people: 240 reverse rows and 60 forward rows of the control group make 50 steps of 6
     words = ["notebooks/train.ipynb", str(executed), "-p", "task", "reverse", "-p", "num_epochs", "1"]
+    words += ["-p", "batch_size", "6"]
     status, output = under_pty([sys.executable, "-m", "papermill", *words, "-p", "overrides", small_overrides])
     assert status == 0, output
     folder = tmp_path / "outputs" / "small_reverse"
     assert {path.name for path in folder.iterdir()} >= RUN_FILES
     assert read_history(folder / "training_history.json")["status"] == "finished"
     text = printed(executed)
-    assert "effective batch: 8 x 1 accumulated x 1 process = 8" in text
+    assert "effective batch: 6 x 1 accumulated x 1 process = 6" in text
+    assert len(read_history(folder / "training_history.json")["steps"]) == 50
     assert "epoch 1/1: train " in text and "\r" not in text
     notebook = nbformat.read(executed, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "launch.launch(cfg)" in cell.source]
@@ -185,6 +188,7 @@ def test_papermills_values_arrive_as_the_fields_type(name, value, read):
         ("num_epochs", 1.5),
         ("num_epochs", True),
         ("overwrite", "perhaps"),
+        ("overwrite", 7),  # papermill has read 007
         ("task", "forwards"),
     ],
 )
