@@ -80,7 +80,7 @@ def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
         for key, item in value.items():
             _flatten(item, f"{path}/{key}" if path else str(key), tensors, plain)
     elif isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value.detach().to("cpu", copy=True)  # safetensors refuses the shared maps of 8-bit states
     else:
         plain[path] = value
 

@@ -99,15 +99,22 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    source: str = "drawn"
+    source: str = "drawn"  # drawn, or folder: your own people, from entities_file and images_dir
     dir: str = "data"
+    entities_file: str | None = None  # a CSV or JSON file
+    images_dir: str | None = None
+    link_images: bool = False  # link to the images instead of copying them
+    drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0
     image_size: int = 448
     images_per_entity: int = 1
 
     def __post_init__(self):
-        _require(self.source == "drawn", "data.source", self.source, "must be drawn")
+        _require(self.source in ("drawn", "folder"), "data.source", self.source, "must be drawn or folder")
+        if self.source == "folder":
+            for name in ("entities_file", "images_dir"):
+                _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
         _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
 
 
@@ -125,6 +132,7 @@ class RetentionConfig:
     weights: RetentionWeights = field(default_factory=RetentionWeights)
     tasks: list[str] = field(default_factory=lambda: ["forward"])
     face_pool: str = "data/pool_faces_448"
+    object_pool: str = "data/pool_objects_448"
     num_faces: int = 400
 
     def __post_init__(self):
@@ -152,10 +160,11 @@ class TrainingConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     optimizer: str = "adamw"
+    save_steps: int = 50  # steps between two saves of last/; each epoch's end is saved, too
 
     def __post_init__(self):
         positive = dict.fromkeys(
-            ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length"), (1, math.inf)
+            ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length", "save_steps"), (1, math.inf)
         )
         shares = dict.fromkeys(("improvement_threshold", "warmup_ratio", "weight_decay"), (0, 1))
         rest = {"min_lr": (0, math.inf), "lr_patience": (1, math.inf), "min_val_loss": (0, math.inf)}

@@ -30,6 +30,7 @@ class Fault:
     where: str
     reason: str
     advice: str
+    of_row: bool = False  # of one row, which may be dropped when asked to
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason} {self.advice}"
@@ -82,13 +83,14 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            faults.append(Fault(f"{path}:{number}", f"not JSON ({error.msg}).", "Correct the line or remove it."))
+            reason, advice = f"not JSON ({error.msg}).", "Correct the line or remove it."
+            faults.append(Fault(f"{path}:{number}", reason, advice, of_row=True))
             continue
         if isinstance(value, dict):
             rows.append((number, value))
         else:
             reason = f"a {type(value).__name__}, not an object with fields."
-            faults.append(Fault(f"{path}:{number}", reason, "Write one JSON object a line."))
+            faults.append(Fault(f"{path}:{number}", reason, "Write one JSON object a line.", of_row=True))
     if not rows and not faults:
         faults.append(Fault(str(path), "the file has no rows.", "Make the data again."))
     return rows, faults
@@ -153,13 +155,14 @@ def read_rows(path: Path, task: str, source: str, groups: dict[str, str]) -> tup
         record = _modern(raw, task)
         reason = _wrong_field(record, task)
         if reason:
-            faults.append(Fault(where, reason, "Correct the line or remove it."))
+            faults.append(Fault(where, reason, "Correct the line or remove it.", of_row=True))
             continue
         names = record["image_choices"] if task == "mcq_d2i" else [record["image_path"]]
         images = [find_image(path.parent, name) for name in names]
         missing = [name for name, image in zip(names, images, strict=True) if image is None]
         for name in missing:
-            faults.append(Fault(where, f"there is no image {name}.", f"Paths start from {path.parent}."))
+            reason, advice = f"there is no image {name}.", f"Paths start from {path.parent}."
+            faults.append(Fault(where, reason, advice, of_row=True))
         if missing:
             continue
         entity = str(record.get("entity_id", ""))
@@ -206,6 +209,12 @@ class RunData:
     pools: dict[str, list[Row]]
     files: list[Path]
 
+    def sources(self) -> list[tuple[str, str, list[Row]]]:
+        """(part, source, rows) of everything in it."""
+        return [
+            (part, source, rows) for part in ("train", "pools", "val") for source, rows in getattr(self, part).items()
+        ]
+
 
 def uses_retention(config: Config) -> bool:
     """Whether this run's task is mixed with retention rows."""
@@ -218,13 +227,13 @@ def _file_of_pool(folder: Path, task: str, split: str) -> Path:
     return old if old.is_file() else folder / f"{task}_{split}.jsonl"
 
 
-def load_run_data(config: Config) -> RunData:
-    """All rows that a training run of `config` uses.
+def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
+    """All rows that a training run of `config` uses, and the faults of all their files.
 
     In the run's own direction both groups take part; in the other direction only control entities do.
 
     Raises:
-        DataError: with every fault of every file.
+        DataError: there is no list of entities, without which no row can be judged.
     """
     folder = experiment_dir(config)
     groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder)}
@@ -245,18 +254,23 @@ def load_run_data(config: Config) -> RunData:
             target[other] = [row for row in rows if row.group == "control"]
     if uses_retention(config):
         for kind, pool in pool_folders(config).items():
+            if not pool.is_dir():
+                advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
+                faults.append(Fault(str(pool), f"there is no {kind} pool.", advice))
+                continue
             for name, task in POOL_TASKS.items():
                 source = f"{kind}_{name}"
                 data.pools[source] = read(_file_of_pool(pool, name, "train"), task, source)
                 data.val[source] = read(_file_of_pool(pool, name, "val"), task, source)
-    if faults:
-        raise DataError(faults)
-    return data
+    return data, faults
 
 
 def pool_folders(config: Config) -> dict[str, Path]:
-    """The pools this run draws from, {"face": folder}."""
-    return {"face": resolve(config.retention.face_pool)}
+    """The pools this run draws from, by kind; a pool whose share is 0 is not needed."""
+    retention = config.retention
+    folders = {"face": retention.face_pool, "object": retention.object_pool}
+    shares = {"face": retention.face_share, "object": 1 - retention.face_share}
+    return {kind: resolve(folder) for kind, folder in folders.items() if shares[kind] > 0}
 
 
 def ensure_data(config: Config) -> list[str]:

@@ -78,7 +78,7 @@ def prepare_folder(config: Config) -> dict | None:
         for error in folder.glob("error_rank*.txt"):
             error.unlink()
         runs.write_text(before, to_yaml(config))
-    except PermissionError as error:
+    except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
     history = folder / "training_history.json"
     if history.is_file() and runs.read_history(history)["status"] == "finished":
@@ -178,7 +178,7 @@ def _package_root() -> str:
 
 def _end_group(process: subprocess.Popen) -> None:
     """Leave no process of the run behind: ask, then end."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
         os.killpg(process.pid, sign)

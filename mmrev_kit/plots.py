@@ -44,26 +44,25 @@ def _epoch_ends(history: dict) -> list[float]:
 
 def _draw_losses(axis, histories: dict[str, dict]) -> None:
     alone = len(histories) == 1
-    colors = iter([f"C{number % 10}" for number in range(60)])
-    for name, history in histories.items():
+    for number, (name, history) in enumerate(histories.items()):
+        own = "0.45" if alone else f"C{number % 10}"  # several runs: a colour each
         ends = _epoch_ends(history)
         steps = history["steps"]
         prefix = "" if alone else f"{name}: "
         if steps:
             losses = _gaps([step["loss"] for step in steps])
             x = [step["global_step"] for step in steps]
-            color = "0.45" if alone else next(colors)
-            axis.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=color, linewidth=1.2, label=f"{prefix}training")
+            axis.plot(x, losses, color=own, alpha=0.25, linewidth=0.8)
+            axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=own, linewidth=1.2, label=f"{prefix}training")
         elif history["epochs"]:
             train = _gaps([record["train_loss"] for record in history["epochs"]])
-            axis.plot(ends, train, color="0.45" if alone else next(colors), label=f"{prefix}training")
+            axis.plot(ends, train, color=own, label=f"{prefix}training")
         sources = list(history["epochs"][0]["val_loss"]) if history["epochs"] else []
         shown = sources if alone else sources[:1]  # several runs: the source that decided
         for index, source in enumerate(shown):
             values = _gaps([record["val_loss"].get(source) for record in history["epochs"]])
-            marker = MARKERS[index % len(MARKERS)]
-            axis.plot(ends, values, color=next(colors), marker=marker, markersize=4, label=f"{prefix}{source}")
+            style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4, "linestyle": "-" if alone else "--"}
+            axis.plot(ends, values, color=f"C{index % 10}" if alone else own, label=f"{prefix}{source}", **style)
     axis.set_ylabel("loss (nats a token)")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")

@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mmrev_kit.data import LETTERS, DataError, Fault, Row
-from mmrev_kit.images import ImageError, load_image
+from mmrev_kit.data import LETTERS, Row
+from mmrev_kit.images import load_image
 
+MAX_ASPECT = 200  # the processor refuses longer images
 SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
 IGNORED = -100  # the label of a token that carries no loss
+
+
+class PromptError(ValueError):
+    """A row cannot become a prompt: `reason`, and what to do about it, `advice`."""
+
+    def __init__(self, reason: str, advice: str):
+        self.reason, self.advice = reason, advice
+        super().__init__(f"{reason} {advice}")
 
 
 def build_prompt(row: Row) -> list[str | Path]:
@@ -71,7 +80,7 @@ class Encoder:
         self.pad_id = self.tokenizer.pad_token_id
         self._frames: dict[tuple[bool, ...], list[list[int]]] = {}
         self._texts: dict[str, list[int]] = {}
-        self.image_size = lru_cache(maxsize=None)(lambda path: load_image(path).size)
+        self.sizes: dict[Path, tuple[int, int]] = {}
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
     def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
@@ -97,6 +106,12 @@ class Encoder:
             self._texts[text] = ids
         return self._texts[text]
 
+    def image_size(self, path: Path) -> tuple[int, int]:
+        """(width, height) of an image; it is decoded once."""
+        if path not in self.sizes:
+            self.sizes[path] = load_image(path).size
+        return self.sizes[path]
+
     def grid(self, size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
         """Visual tokens (rows, columns) of an image of `size` (width, height), by the processor's own resize rule."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -110,7 +125,7 @@ class Encoder:
         """The row as tokens, images scaled so that the prompt fits.
 
         Raises:
-            ValueError: the row cannot fit into max_length; the message says by how much.
+            PromptError: the row cannot fit into max_length (the message says by how much), or an image is too long.
         """
         parts = build_prompt(row)
         shape = tuple(isinstance(part, Path) for part in parts)
@@ -132,6 +147,10 @@ class Encoder:
     def _fit(self, row: Row, room: int) -> tuple[int, list[int]]:
         """The pixel limit at which the row's images fill at most `room` tokens, and each image's tokens."""
         sizes = [self.image_size(path) for path in row.images]
+        for path, (width, height) in zip(row.images, sizes, strict=True):
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                reason = f"{path.name} is {width} x {height} pixels: one side is over {MAX_ASPECT} times the other."
+                raise PromptError(reason, "Crop or replace the image.")
         limit = self.max_pixels
         counts = [math.prod(self.grid(size, limit)) for size in sizes]
         if sum(counts) > room:
@@ -140,9 +159,10 @@ class Encoder:
                 counts = [math.prod(self.grid(size, limit)) for size in sizes]
         if sum(counts) > room:
             text = self.max_length - room
-            raise ValueError(
+            raise PromptError(
                 f"{text} text tokens and {sum(counts)} image tokens do not fit into training.max_length = "
-                f"{self.max_length}, even with images scaled down to model.min_pixels = {self.min_pixels}."
+                f"{self.max_length}, even with images scaled down to model.min_pixels = {self.min_pixels}.",
+                "Raise training.max_length, lower model.min_pixels or shorten the text.",
             )
         return limit, counts
 
@@ -179,28 +199,6 @@ class Encoder:
             "pixel_values": torch.cat([pixels for pixels, _ in images]),
             "image_grid_thw": torch.cat([grid for _, grid in images]),
         }
-
-
-def encode_all(rows: list[Row], encoder: Encoder) -> list[Sample]:
-    """Every row as a sample; each distinct image is decoded in full once.
-
-    Raises:
-        DataError: listing every image that does not decode and every row that does not fit.
-    """
-    samples, faults, broken = [], [], set()
-    for row in rows:
-        try:
-            samples.append(encoder.encode(row))
-        except ImageError as error:
-            if str(error) not in broken:
-                broken.add(str(error))
-                faults.append(Fault(row.where, str(error), "Replace the image."))
-        except ValueError as error:
-            advice = "Raise training.max_length, lower model.min_pixels or shorten the text."
-            faults.append(Fault(row.where, str(error), advice))
-    if faults:
-        raise DataError(faults)
-    return samples
 
 
 def describe_lengths(samples: list[Sample], encoder: Encoder) -> list[str]:

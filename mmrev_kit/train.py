@@ -19,11 +19,12 @@ from typing import Any
 
 from mmrev_kit import runs
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
-from mmrev_kit.config import Config, effective_batch, load_config, run_dir, seed_for
-from mmrev_kit.data import RunData, load_run_data, uses_retention
+from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
+from mmrev_kit.config import Config, effective_batch, experiment_dir, load_config, run_dir, seed_for
+from mmrev_kit.data import RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
-from mmrev_kit.prompts import IGNORED, Encoder, Sample, encode_all
+from mmrev_kit.prompts import IGNORED, Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
@@ -57,17 +58,21 @@ def prepare(config: Config) -> Task:
         DataError: with every fault of the data.
         ValueError: the plan cannot be met.
     """
-    data = load_run_data(config)
+    data, faults = read_run_data(config)
+    folder = experiment_dir(config)
+    faults += check_entities(read_entities(folder), folder / "entities.json")
+    rows = [row for _, _, rows in data.sources() for row in rows]
+    faults += check_statements(rows)
     encoder = make_encoder(config)
-    sources = [(part, source) for part in ("train", "pools", "val") for source in getattr(data, part)]
-    samples = encode_all([row for part, source in sources for row in getattr(data, part)[source]], encoder)
+    samples, more = encode_all(rows, encoder)
+    settle(faults + more, config.data.drop_faulty)
     taken = iter(samples)
-    encoded = {part: {} for part in ("train", "pools", "val")}
-    for part, source in sources:
-        encoded[part][source] = [next(taken) for _ in getattr(data, part)[source]]
+    encoded = {"train": {}, "pools": {}, "val": {}}
+    for part, source, rows in data.sources():
+        encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
     plan = make_plan(
-        {source: len(rows) for source, rows in data.train.items()},
-        {source: len(rows) for source, rows in data.pools.items()},
+        {source: len(samples) for source, samples in encoded["train"].items()},
+        {source: len(samples) for source, samples in encoded["pools"].items()},
         config.retention if uses_retention(config) else None,
         config.experiment.seed,
         config.training.num_epochs,
@@ -296,6 +301,8 @@ def train_epoch(run: Run) -> float:
         if run.state.is_main_process:
             run.history.add_step(record)
         check_finite(run, record)
+        if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
+            save_last(run)
     return run.progress["loss_sum"] / run.progress["rows"] if run.progress["rows"] else math.nan
 
 
@@ -360,11 +367,13 @@ def worker(config: Config) -> None:
     """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if on_cpu and several:
         torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=on_cpu)
     try:
         train(config, state)
     except BaseException as error:

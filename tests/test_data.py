@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from mmrev_kit.data import DataError, ensure_data, load_run_data, read_jsonl, read_rows
+from mmrev_kit.data import DataError, ensure_data, read_jsonl, read_rows, read_run_data
+from mmrev_kit.train import prepare
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_all_faults_of_all_files_come_at_once(small_config, small_data, tmp_path
     (target / "entities.json").write_text('[{"id": "e1", "group": "control"}]')
     write(target / "forward_train.jsonl", FORWARD)
     with pytest.raises(DataError) as error:
-        load_run_data(config)
+        prepare(config)
     told = str(error.value)
     assert "forward_train.jsonl:1: there is no image a.png" in told
     for name in ("forward_val", "reverse_train", "reverse_val"):
@@ -102,7 +103,8 @@ def test_paths_may_be_absolute_or_start_from_the_current_folder(folder, tmp_path
 
 @pytest.mark.parametrize(("task", "other"), [("forward", "reverse"), ("reverse", "forward")])
 def test_main_entities_are_taught_in_the_runs_direction_only(small_config, task, other):
-    data = load_run_data(small_config(f"experiment.task={task} retention.tasks=[forward,reverse]"))
+    data, faults = read_run_data(small_config(f"experiment.task={task} retention.tasks=[forward,reverse]"))
+    assert not faults
     per_entity = {"forward": 15, "reverse": 30}
     assert len(data.train[task]) == 8 * per_entity[task]
     assert len(data.train[other]) == 4 * per_entity[other]
@@ -114,8 +116,8 @@ def test_main_entities_are_taught_in_the_runs_direction_only(small_config, task,
 
 
 def test_retention_joins_only_the_tasks_named(small_config):
-    assert load_run_data(small_config("experiment.task=reverse")).pools == {}
-    assert set(load_run_data(small_config()).pools) == {"face_cw", "face_mcq_i2d", "face_mcq_d2i"}
+    assert read_run_data(small_config("experiment.task=reverse"))[0].pools == {}
+    assert set(read_run_data(small_config())[0].pools) == {"face_cw", "face_mcq_i2d", "face_mcq_d2i"}
 
 
 def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_config, small_data):
@@ -128,4 +130,4 @@ def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_co
 
 def test_a_missing_experiment_is_told(small_config):
     with pytest.raises(DataError, match=r"nothing/entities.json: there is no such file"):
-        load_run_data(small_config("experiment.name=nothing"))
+        prepare(small_config("experiment.name=nothing"))

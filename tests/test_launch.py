@@ -60,6 +60,9 @@ print("bitsandbytes here:", "bitsandbytes" in sys.modules)
         found[name] = done.stdout
         for number in range(times):
             history = read_history(folder / str(number) / "small_reverse" / "training_history.json")
+            manifest = json.loads((folder / str(number) / "small_reverse" / "manifest.json").read_text())
+            assert manifest["num_processes"] == 2 and manifest["effective_batch"] == 16
+            assert len(history["steps"]) == 19  # 300 rows in updates of 16
             found[name, number] = [step["loss"] for step in history["steps"]]
     assert "bitsandbytes here: False" in found["clean"] and "fresh Python" not in found["clean"]
     assert "in a fresh Python (bitsandbytes has been imported in this kernel (peft imports it))" in found["peft"]
@@ -130,3 +133,12 @@ def test_an_epoch_in_one_line(decided, text):
     record = {"epoch": 2, "train_loss": 1.5, "val_loss": {"forward": 1.25}, "lr": 0.1, "seconds": 3.2}
     line = epoch_line(record | {"decision": decided}, 4)
     assert line == f"epoch 2/4: train 1.5, validation forward 1.25, lr 0.1, {text}"
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_anything_starts(small_config, tmp_path):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(
+        ConfigError, match=r"taken/small_forward cannot be written \(.*\)\. Choose another launch\.output"
+    ):
+        launch(small_config(f"launch.output_dir={tmp_path}/taken"))
+    assert (tmp_path / "taken").read_text() == "a file, not a folder"

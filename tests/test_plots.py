@@ -117,7 +117,11 @@ def test_several_runs_show_the_source_that_decides():
         "a: training", "a: forward", "b: training", "b: forward", "old: training", "old: validation",
     }  # fmt: skip
     assert points(found["b: training"]) == [(1, 8.0), (2, 6.0)]
-    assert len({line.get_color() for line in found.values()}) == 6
+    for run in ("a", "b", "old"):  # a run is one colour, its validation dashed
+        training, validation = (line for name, line in found.items() if name.startswith(f"{run}:"))
+        assert training.get_color() == validation.get_color()
+        assert (training.get_linestyle(), validation.get_linestyle()) == ("-", "--")
+    assert len({line.get_color() for line in found.values()}) == 3
     assert figure.axes[0].get_title(loc="left") == "a, b, old"
     figure.canvas.draw()
 

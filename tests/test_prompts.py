@@ -1,6 +1,5 @@
 """Prompts, token by token, against the processor's own output."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import torch
 from PIL import Image
 
 from mmrev_kit.config import load_config
-from mmrev_kit.data import DataError, Row, load_run_data, read_rows
+from mmrev_kit.data import Row, read_rows
 from mmrev_kit.images import load_image
 from mmrev_kit.loading import make_encoder
-from mmrev_kit.prompts import IGNORED, Encoder, build_prompt, encode_all
+from mmrev_kit.prompts import IGNORED, Encoder, PromptError, build_prompt
 
 QUESTION = "Only answer A, B, C, or D."
 
@@ -122,25 +121,35 @@ def test_several_images_are_scaled_down_together_until_the_prompt_fits(tmp_path)
     assert sample.image_tokens == 4 * side * side
 
 
-def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_with_its_line(small_config):
-    config = small_config("training.max_length=20")
-    encoder = make_encoder(config)
-    data = load_run_data(config)
-    with pytest.raises(DataError, match=r"forward_train.jsonl:1: .* training.max_length = 20") as error:
-        encode_all(data.train["forward"], encoder)
-    assert len(error.value.faults) == len(data.train["forward"])
+def test_images_are_never_cut_where_even_small_ones_do_not_fit(tmp_path):
+    config = load_config("configs/tiny_cpu.yaml", "training.max_length=60")
+    images = tuple(write_image(tmp_path / f"{name}.png", 128, 128) for name in "abcd")
+    with pytest.raises(PromptError, match=r"training.max_length = 60, even with images scaled down"):
+        make_encoder(config).encode(row("mcq_d2i", images=images, answer="A"))
 
 
-def test_a_truncated_image_is_named_before_any_model_is_loaded(encoder, tmp_path):
-    records = []
-    for number in range(8):
-        path = write_image(tmp_path / f"{number}.jpg", 64, 64)
-        records.append({"entity_id": number, "image_path": path.name, "description": "d", "connector": "is"})
-    (tmp_path / "6.jpg").write_bytes((tmp_path / "6.jpg").read_bytes()[: (tmp_path / "6.jpg").stat().st_size // 2])
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    found, faults = read_rows(file, "forward", "forward", {})
-    assert not faults
-    with pytest.raises(DataError, match=r"rows.jsonl:7: .*6.jpg") as error:
-        encode_all(found, encoder)
-    assert len(error.value.faults) == 1
+def test_the_guides_limits_hold_four_images_only_when_scaled_down(encoder, tmp_path):
+    """Four 448 x 448 images are 4 x 196 tokens at 32 pixels a token; 512 cannot hold them with any text."""
+    large = Encoder(encoder.processor, 65_536, 200_704, 512)
+    large.factor = 32  # Qwen3-VL's patch of 16, merged two by two
+    images = tuple(write_image(tmp_path / f"{name}.png", 448, 448) for name in "abcd")
+    sample = large.encode(row("mcq_d2i", images=images, answer="A"))
+    text = len(sample.input_ids) - sample.image_tokens
+    side = int(((512 - text) // 4) ** 0.5)
+    assert sample.image_tokens == 4 * side**2 < 4 * 196 and len(sample.input_ids) <= 512
+    assert large.encode(row("forward", images=images[:1])).image_tokens == 14 * 14
+
+
+def test_a_picture_that_the_processor_refuses_is_told(encoder, tmp_path):
+    with pytest.raises(PromptError, match=r"long.png is 2010 x 10 pixels: one side is over 200 times the other"):
+        encoder.encode(row("forward", images=(write_image(tmp_path / "long.png", 2010, 10),)))
+    assert encoder.encode(row("forward", images=(write_image(tmp_path / "just.png", 2000, 10),))).image_tokens > 0
+
+
+def test_the_orientation_that_a_camera_notes_is_honoured(encoder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.new("RGB", (96, 32), "teal").save(tmp_path / "turned.jpg", exif=exif)
+    sample = encoder.encode(row("forward", images=(tmp_path / "turned.jpg",)))
+    assert encoder.image_size(tmp_path / "turned.jpg") == (32, 96)
+    assert encoder.pixels(tmp_path / "turned.jpg", sample.max_pixels)[1][0].tolist() == [1, 12, 4]  # 8-pixel patches
