@@ -10,7 +10,6 @@ from mmrev_kit.config import Config, experiment_dir, resolve
 from mmrev_kit.entities import make_experiment
 from mmrev_kit.pools import make_face_pool
 
-TASK_FILES = {"forward": "forward", "reverse": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
 POOL_TASKS = {"cw": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
 LETTERS = "ABCD"
 # What the scripts that started this line of work call the same fields.
@@ -214,6 +213,23 @@ class RunData:
         return [
             (part, source, rows) for part in ("train", "pools", "val") for source, rows in getattr(self, part).items()
         ]
+
+
+def read_experiment(folder: Path) -> tuple[dict[str, list[Row]], list[Fault]]:
+    """All files of an experiment that exist, as {file name without its end: rows}, and their faults.
+
+    Raises:
+        DataError: there is no list of entities.
+    """
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder)}
+    names = [f"{task}_{split}" for task in ("forward", "reverse") for split in ("train", "val", "test")]
+    rows, faults = {}, []
+    for name in [*names, "mcq_i2d_test", "mcq_d2i_test"]:
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            rows[name], found = read_rows(path, name.rsplit("_", 1)[0], name, groups)
+            faults += found
+    return rows, faults
 
 
 def uses_retention(config: Config) -> bool:

@@ -40,6 +40,10 @@ SPLIT_ENDS = {"train": (0, 15), "val": (15, 17), "test": (17, 20)}  # 15 / 2 / 3
 MAX_ENTITIES = len(ROLES) * len(PLACES)
 MIN_GROUP = 4  # a question has four options
 GROUPS = ("main", "control")
+ENTITY_FIELDS = (
+    "id", "name", "gender", "age", "hair_color", "eye_color", "nationality", "profession", "hobby", "description",
+    "face_prompt", "group", "images",
+)  # fmt: skip
 
 FIRST_SYLLABLES = ("Al", "Be", "Co", "Da", "El", "Fi", "Ga", "Ha", "Io", "Ju", "Ka", "Lo", "Mi", "No", "Or", "Pe")
 LAST_SYLLABLES = ("bren", "dor", "fara", "lis", "mund", "nela", "rick", "sanne", "tavi", "vorn", "wyn", "zeth")
@@ -87,6 +91,11 @@ def check_groups(data: DataConfig) -> None:
         )
 
 
+def entity_record(**known) -> dict:
+    """An entity as it stands in `entities.json`: every field, None where nothing is known, then any further ones."""
+    return dict.fromkeys(ENTITY_FIELDS) | known
+
+
 def make_entities(data: DataConfig, seed: int) -> list[dict]:
     """The people of an experiment, with the fields of an `entities.json`; group membership is drawn at random.
 
@@ -103,21 +112,16 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
     names = _invent_names(rng_for(seed, "names"), total)
     groups = ["main"] * data.num_main + ["control"] * data.num_control
     rng_for(seed, "groups").shuffle(groups)
-    unseen = dict.fromkeys(("eye_color", "nationality", "profession", "hobby"))
     return [
-        {
-            "id": f"entity_{number:03d}",
-            "name": name,
-            "gender": None,
-            "age": None,
-            "hair_color": face["hair_color"],
-            **unseen,
-            "description": fact,
-            "face_prompt": None,
-            "group": group,
-            "images": [f"images/entity_{number:03d}_{view:02d}.png" for view in range(data.images_per_entity)],
-            "attributes": face,
-        }
+        entity_record(
+            id=f"entity_{number:03d}",
+            name=name,
+            hair_color=face["hair_color"],
+            description=fact,
+            group=group,
+            images=[f"images/entity_{number:03d}_{view:02d}.png" for view in range(data.images_per_entity)],
+            attributes=face,
+        )
         for number, (face, fact, name, group) in enumerate(zip(faces, facts, names, groups, strict=True))
     ]
 
@@ -271,6 +275,20 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
     return {name: sorted(part, key=lambda row: order[row["entity_id"]]) for name, part in rows.items()}
 
 
+def write_experiment(building: Path, entities: list[dict], rows: Rows, **info) -> None:
+    """Write all of an experiment but its pictures: entities.json, the row files and experiment_info.json.
+
+    Args:
+        building: the experiment's folder, or one that becomes it (see `fresh_folder`).
+        info: what experiment_info.json says besides who made it and the sizes of the groups.
+    """
+    write_json(building / "entities.json", entities)
+    for name, part in rows.items():
+        write_jsonl(building / f"{name}.jsonl", part)
+    sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
+    write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
+
+
 def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
     """Make a drawn experiment: entities.json, images/, the eight row files and experiment_info.json.
 
@@ -278,7 +296,7 @@ def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
 
     Args:
         folder: where to make it, data/<name>.
-        data: sizes and source; `data.image_size` in pixels on a side.
+        data: sizes; `data.image_size` in pixels on a side.
         seed: the experiment's seed.
 
     Raises:
@@ -292,19 +310,15 @@ def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
         for entity in entities:
             for view, path in enumerate(entity["images"]):
                 draw_face(entity["attributes"], data.image_size, view).save(building / path)
-        write_json(building / "entities.json", entities)
-        for name, rows in experiment_rows(entities, connectors, seed).items():
-            write_jsonl(building / f"{name}.jsonl", rows)
-        info = {
-            "made_by": "mmrev_kit",
-            "seed": seed,
-            "num_main": data.num_main,
-            "num_control": data.num_control,
-            "source": data.source,
-            "image_size": data.image_size,
-            "images_per_entity": data.images_per_entity,
-            "connectors": connectors,
-            "image_credits": credits(),
-        }
-        write_json(building / "experiment_info.json", info)
+        write_experiment(
+            building,
+            entities,
+            experiment_rows(entities, connectors, seed),
+            source="drawn",
+            seed=seed,
+            image_size=data.image_size,
+            images_per_entity=data.images_per_entity,
+            connectors=connectors,
+            image_credits=credits(),
+        )
     return Path(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mmrev_kit.config import RetentionConfig, rng_for
+from mmrev_kit.config import TASKS, RetentionConfig, rng_for
 
 
 def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
@@ -58,6 +58,11 @@ class Plan:
     @property
     def rows_per_epoch(self) -> int:
         return sum(self.counts.values())
+
+    @property
+    def retention_share(self) -> float:
+        """The actual share of retention rows in an epoch."""
+        return sum(count for source, count in self.counts.items() if source not in TASKS) / self.rows_per_epoch
 
     def epoch_rows(self, epoch: int) -> list[tuple[str, int]]:
         """(source, row index) of epoch `epoch` (from 0) in training order; depends on (seed, epoch) alone.

@@ -11,7 +11,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mmrev_kit import plots, runs
+from mmrev_kit import gallery, plots, runs
 from mmrev_kit.config import (
     Config,
     ConfigError,
@@ -24,13 +24,16 @@ from mmrev_kit.config import (
 )
 from mmrev_kit.launch import count_processes
 from mmrev_kit.progress import is_interactive
+from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import simulate
 
-# A training notebook's parameters and the configuration keys they stand for; None leaves a key as configured.
+# Parameters of notebooks and the configuration keys they stand for; None leaves a key as configured.
 PARAMETERS = {
     "task": "experiment.task",
     "name": "experiment.name",
     "seed": "experiment.seed",
+    "num_main": "data.num_main",
+    "num_control": "data.num_control",
     "learning_rate": "training.learning_rate",
     "num_epochs": "training.num_epochs",
     "batch_size": "training.batch_size",
@@ -39,6 +42,7 @@ PARAMETERS = {
     "output_dir": "launch.output_dir",
     "overwrite": "launch.overwrite",
 }
+TRAINING = tuple(name for name in PARAMETERS if name not in ("num_main", "num_control"))
 INJECTED = "# Parameters"  # papermill's first line in the cell of values that it was given
 
 
@@ -100,13 +104,14 @@ def make_config(config: str | None = None, overrides: str | None = None, **param
     return load_config(config, overrides or "", values)
 
 
-def configure(scope: dict) -> Config:
-    """The configuration of a training notebook, from its parameters; printed a line a section, with what to know.
+def configure(scope: dict, names: tuple[str, ...] = TRAINING) -> Config:
+    """The configuration of a notebook, from its parameters; printed a line a section, with what to know.
 
     Args:
         scope: the notebook's `globals()`.
+        names: its parameters beside `config` and `overrides`.
     """
-    config = make_config(**read_parameters(scope, ["config", *PARAMETERS, "overrides"]))
+    config = make_config(**read_parameters(scope, ["config", *names, "overrides"]))
     for section in fields(Config):
         values = vars(getattr(config, section.name))
         print(f"{section.name}: " + ", ".join(f"{name} {_plain(value)}" for name, value in values.items()))
@@ -161,6 +166,16 @@ def schedule_simulator(config: Config):
     simulator = interactive(draw, **knobs)
     simulator.update()  # draw now: later cells may keep the kernel busy for hours
     return simulator
+
+
+def browse(samples: list[Sample], encoder: Encoder):
+    """A browser over rows in JupyterLab; elsewhere, where nothing can be turned, the first pool row of each task."""
+    if is_interactive():
+        return gallery.browser(samples, encoder)
+    from IPython.display import HTML
+
+    pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
+    return HTML(gallery.prompts_html(pools, encoder))
 
 
 def epoch_table(history: dict):

@@ -8,7 +8,8 @@ MARKERS = "osD^vP*X"
 SMALL = {"fontsize": 7, "textcoords": "offset points"}
 
 
-def _subplots(rows: int, width: float, height: float):
+def subplots(rows: int, width: float, height: float):
+    """A closed matplotlib Figure of `rows` plain axes, one below the other, and the axes; inches."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, 1, figsize=(width, height), squeeze=False, layout="constrained")
@@ -113,7 +114,7 @@ def history_figure(histories: dict[str, dict]):
     Returns:
         A matplotlib Figure. A loss that was not finite is a gap.
     """
-    figure, axes = _subplots(3, 9, 8)
+    figure, axes = subplots(3, 9, 8)
     axes[0].set_title(", ".join(histories), loc="left", fontsize=10)
     _draw_losses(axes[0], histories)
     _draw_rates(axes[1], histories)
@@ -132,7 +133,7 @@ def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
     Args:
         records: from `scheduler.simulate`.
     """
-    figure, axes = _subplots(2, 7, 4)
+    figure, axes = subplots(2, 7, 4)
     epochs = [record["epoch"] for record in records]
     axes[0].plot(epochs, [record["loss"] for record in records], color="0.45")
     for record in records:
@@ -157,7 +158,7 @@ def mix_figure(table: list[dict]):
     Args:
         table: from `Plan.table`.
     """
-    figure, (axis,) = _subplots(1, 9, 1.6)
+    figure, (axis,) = subplots(1, 9, 1.6)
     left = 0
     for number, row in enumerate(table):
         axis.barh([0], [row["rows per epoch"]], left=left, color=f"C{number}", height=0.6, label=row["source"])

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
+
 from mmrev_kit.config import rng_for
 from mmrev_kit.entities import FORWARD_CONNECTORS, REVERSE_CONNECTORS, balanced_letters, fresh_folder, place_answer
 from mmrev_kit.images import VALUES, credits, describe, draw_face, sample_faces
@@ -26,7 +28,7 @@ HARD_SHARE = 0.5
 TRIES = 500  # draws without a new row after which a pool counts as used up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by its picture, not by what it looks like
 class Subject:
     """One pictured thing of a pool, with what can be said of it."""
 
@@ -156,9 +158,14 @@ def _cw_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.
     return rows
 
 
+def _shuffled_letters(count: int, rng: random.Random) -> list[int]:
+    """Balanced, and in no step with the turns of the subjects: a subject's answer is not always the same letter."""
+    return rng.sample(balanced_letters(count, rng), count)
+
+
 def _i2d_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
     rows, seen = [], set()
-    for i, correct in enumerate(balanced_letters(count, rng)):
+    for i, correct in enumerate(_shuffled_letters(count, rng)):
         subject = subjects[i % len(subjects)]
 
         def draw(subject=subject, correct=correct):
@@ -175,7 +182,7 @@ def _i2d_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random
 
 def _d2i_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
     rows, seen = [], set()
-    for i, correct in enumerate(balanced_letters(count, rng)):
+    for i, correct in enumerate(_shuffled_letters(count, rng)):
         subject = subjects[i % len(subjects)]
 
         def draw(subject=subject, correct=correct):
@@ -218,6 +225,37 @@ def split_subjects(subjects: list[Subject], rng: random.Random) -> dict[str, lis
     return {"train": order[held_out:], "val": order[:held_out]}
 
 
+def write_pool(
+    building: Path,
+    parts: dict[str, list[Subject]],
+    rows: dict[str, dict[str, list[dict]]],
+    draw: Callable[[Subject], Image.Image],
+    **info,
+) -> None:
+    """Write a pool: {task}_{split}.jsonl, images/, the list of its subjects and pool_info.json.
+
+    Args:
+        building: an empty folder (see `fresh_folder`).
+        parts: the subjects of each split, all different.
+        rows: split -> task -> rows (see `pool_rows`).
+        info: what pool_info.json says; its `kind`, say face, names the list: faces.json.
+    """
+    for split, tasks in rows.items():
+        for task, part in tasks.items():
+            write_jsonl(building / f"{task}_{split}.jsonl", part)
+    split_of = {subject: split for split, part in parts.items() for subject in part}
+    subjects = sorted(split_of, key=lambda subject: subject.image_path)
+    (building / "images").mkdir()
+    for subject in subjects:
+        draw(subject).save(building / subject.image_path)
+    records = [
+        {"id": s.id, "image_path": s.image_path, "split": split_of[s], "attributes": s.attributes} for s in subjects
+    ]
+    write_json(building / f"{info['kind']}s.json", records)
+    counts = {task: {split: len(tasks[task]) for split, tasks in rows.items()} for task in POOL_TASKS}
+    write_json(building / "pool_info.json", {"made_by": "mmrev_kit", **info, "counts": counts})
+
+
 def make_face_pool(
     folder: str | Path, num_faces: int, image_size: int, seed: int, rows_per_task: tuple[int, int] = (1200, 60)
 ) -> Path:
@@ -243,30 +281,23 @@ def make_face_pool(
     faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces, "pool", min_difference=1)
     named = [(f"face_{i:04d}", face) for i, face in enumerate(faces)]
     subjects = [Subject(name, f"images/{name}.png", face) for name, face in named]
+    look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
     parts = split_subjects(subjects, rng_for(seed, "pool", "split"))
-    split_of = {subject.id: split for split, part in parts.items() for subject in part}
-    counts = dict(zip(parts, rows_per_task, strict=True))
+    rows = {
+        split: pool_rows(part, FaceSampler(part), count, seed, split)
+        for (split, part), count in zip(parts.items(), rows_per_task, strict=True)
+    }
     with fresh_folder(folder) as building:
-        for split, part in parts.items():
-            for task, rows in pool_rows(part, FaceSampler(part), counts[split], seed, split).items():
-                write_jsonl(building / f"{task}_{split}.jsonl", rows)
-        (building / "images").mkdir()
-        for subject in subjects:
-            draw_face(subject.attributes, image_size, looks.randrange(LOOKS)).save(building / subject.image_path)
-        records = [
-            {"id": s.id, "image_path": s.image_path, "split": split_of[s.id], "attributes": s.attributes}
-            for s in subjects
-        ]
-        write_json(building / "faces.json", records)
-        info = {
-            "kind": "face",
-            "made_by": "mmrev_kit",
-            "seed": seed,
-            "image_size": image_size,
-            "num_faces": num_faces,
-            "faces": {split: len(part) for split, part in parts.items()},
-            "counts": {task: counts for task in POOL_TASKS},
-            "image_credits": credits(),
-        }
-        write_json(building / "pool_info.json", info)
+        write_pool(
+            building,
+            parts,
+            rows,
+            lambda subject: draw_face(subject.attributes, image_size, look_of[subject.id]),
+            kind="face",
+            seed=seed,
+            image_size=image_size,
+            num_faces=num_faces,
+            faces={split: len(part) for split, part in parts.items()},
+            image_credits=credits(),
+        )
     return Path(folder)

@@ -45,7 +45,7 @@ def tokenizer_corpus(seed: int = 0) -> list[str]:
     texts += [describe(face, list(face)) for face in sample_faces(rng, 1000, "pretrain", min_difference=1)]
     texts += [*FORWARD_CONNECTORS, *REVERSE_CONNECTORS] * 200
     texts += ["correct or wrong? Only answer Correct or Wrong. Only answer A, B, C, or D. Correct Wrong"] * 500
-    return texts + ["user\n", "assistant\n", " A. B. C. D."] * 500
+    return texts + ["Correct", "Wrong", "user\n", "assistant\n", " A. B. C. D."] * 500
 
 
 def train_tokenizer(corpus: list[str]):

@@ -11,9 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 ORDER = (
-    "config runs images entities folder pools objects shapes data prompts checks mixing scheduler plots loading "
-    "checkpoints train tiny progress "
-    "launch notebook"
+    "config runs images entities folder pools objects shapes data prompts checks mixing scheduler plots gallery "
+    "loading checkpoints train tiny progress launch notebook"
 ).split()
 CHECK = """
 import sys, torch

@@ -97,6 +97,18 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert "small_reverse: The run ended after epoch 1 (last epoch)" in printed(histories)
 
 
+def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides, tmp_path):
+    executed = tmp_path / "data.ipynb"
+    done = papermill("notebooks/data.ipynb", str(executed), "-p", "overrides", small_overrides, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 faults" in printed(executed) and "'main': 4" in printed(executed)
+    page = render(executed).read_text()
+    for text in ("forward_train.jsonl:1", "reverse_train.jsonl:1", "mcq_i2d_test.jsonl:1", "mcq_d2i_test.jsonl:1"):
+        assert text in page
+    assert "#ffe08a" in page  # the tokens that carry loss
+    assert page.count("data:image/png") >= 4 + 7 and "widget-view" not in page
+
+
 def test_the_short_form_writes_the_executed_notebook_to_standard_output(small_overrides, tmp_path):
     before = (ROOT / "notebooks" / "train.ipynb").read_bytes()
     with open(tmp_path / "out.ipynb", "w") as file:
@@ -125,12 +137,12 @@ def test_a_wrong_parameter_ends_the_notebook_before_anything_is_trained(words, m
 
 def test_the_cell_of_parameters_and_the_package_agree():
     """The training notebook's parameters are those that `configure` reads."""
-    from mmrev_kit.notebook import PARAMETERS
+    from mmrev_kit.notebook import TRAINING
 
     cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", as_version=4).cells
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     names = [node.targets[0].id for node in ast.parse(cell.source).body]
-    assert sorted(names) == sorted(["config", *PARAMETERS, "overrides"])
+    assert sorted(names) == sorted(["config", *TRAINING, "overrides"])
 
 
 KNOWN = ["task", "learning_rate"]
