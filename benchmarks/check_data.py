@@ -35,7 +35,8 @@ def write_rows(folder: Path, kind: str) -> Path:
 
 def main() -> None:
     encoder = make_encoder(load_config("configs/tiny_cpu.yaml"))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, Pillow {Image.__version__}")
+    versions = f"Python {platform.python_version()}, Pillow {Image.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}")
     for kind in ("png", "jpg"):
         with tempfile.TemporaryDirectory() as folder:
             path = write_rows(Path(folder), kind)

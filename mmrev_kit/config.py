@@ -181,6 +181,16 @@ class TrainingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    batch_size: int = 16
+    max_new_tokens: int = 32
+    option_orders: bool = False  # ask each multiple-choice question in all 24 orders of its options
+
+    def __post_init__(self):
+        _check_numbers("evaluation", self, {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096)})
+
+
+@dataclass
 class MemoryConfig:
     gradient_checkpointing: bool = True
 
@@ -204,6 +214,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import Config, ConfigError, differences, load_config, project_root, run_dir, to_yaml
-from mmrev_kit.loading import preflight
-from mmrev_kit.progress import Progress
-from mmrev_kit.train import TrainingError, worker
+from mmrev_kit.config import (
+    Config,
+    ConfigError,
+    differences,
+    load_config,
+    project_root,
+    resolve,
+    run_dir,
+    to_yaml,
+)
+from mmrev_kit.evaluate import evaluate_worker, read_questions
+from mmrev_kit.loading import check_base, fingerprint, model_folder, preflight
+from mmrev_kit.progress import LogLines, Progress
+from mmrev_kit.steps import TrainingError
+from mmrev_kit.train import worker
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
+REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
 OWN_FOLDERS = ("best", "final", "last")
 
 
@@ -75,8 +90,7 @@ def prepare_folder(config: Config) -> dict | None:
                     f"{folder} holds a run with another configuration: {listed}. "
                     "Choose another experiment.name, or set launch.overwrite=true to replace that run."
                 )
-        for error in folder.glob("error_rank*.txt"):
-            error.unlink()
+        clear_errors(folder)
         runs.write_text(before, to_yaml(config))
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
@@ -112,9 +126,47 @@ def launch(config: Config) -> dict:
     count = "1 process" if number == 1 else f"{number} processes"
     print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
     progress = Progress(folder / "training_history.json")
-    (_run_fresh if reason else _run_forked)(config, progress)
+    job = Job(config, folder, "train.log", worker, (config,), progress.show)
+    (_run_fresh if reason else _run_forked)(job)
     progress.show(last=True)
     return runs.read_history(folder / "training_history.json")
+
+
+def evaluate(config: Config, adapter: str | None = "best", drops: tuple[str, ...] = ("none",)) -> Path:
+    """Ask all test questions; returns the folder with predictions.jsonl.
+
+    Args:
+        config: of the run; pixel limits, template and prompts are those of its training.
+        adapter: "best" or "final" of the run, or None for the base model without an adapter.
+        drops: from `evaluate.DROPS`; "none" is the whole prompt.
+
+    Raises:
+        ConfigError: the run has no such adapter, or it belongs to another base.
+        DataError: a fault in the experiment's test files.
+        TrainingError: the evaluation ended with an error; the message is the failing process's own.
+    """
+    config = deepcopy(config)
+    config.launch.num_processes = count_processes(config)
+    chosen = run_dir(config) / adapter if adapter else None
+    base = fingerprint(model_folder(config))
+    if chosen:
+        check_base(chosen, base, config.model.name)
+    owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
+    folder = owner / "eval" / config.experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_errors(folder)
+    read_questions(config)  # a fault in the test files is told here, before any process starts
+    runs.write_text(folder / "config.yaml", to_yaml(config))
+    request = [str(chosen) if chosen else None, list(drops), str(folder)]
+    runs.write_json(folder / REQUEST, request)
+    number = config.launch.num_processes
+    reason = "one process" if number == 1 else why_not_here()
+    print(f"evaluating {chosen or config.model.name}" + (f", in a fresh Python ({reason})" if reason else ""))
+    log = LogLines(folder / "evaluate.log")
+    job = Job(config, folder, log.path.name, evaluate_worker, (config, *request), log.show)
+    (_run_fresh if reason else _run_forked)(job)
+    log.show()
+    return folder
 
 
 def free_port() -> str:
@@ -124,35 +176,47 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _start_workers(config: Config) -> None:
-    from accelerate import notebook_launcher
+@dataclass
+class Job:
+    """A function to be run by every process, and what is shown meanwhile."""
 
-    notebook_launcher(worker, (config,), num_processes=config.launch.num_processes, use_port=free_port())
+    config: Config
+    folder: Path
+    log: str
+    function: Callable
+    arguments: tuple
+    show: Callable[[], None]
+
+    def start(self) -> None:
+        """Run the processes and wait for their end."""
+        from accelerate import notebook_launcher
+
+        number = self.config.launch.num_processes
+        notebook_launcher(self.function, self.arguments, num_processes=number, use_port=free_port())
 
 
-def _run_forked(config: Config, progress: Progress) -> None:
+def _run_forked(job: Job) -> None:
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(1.0):
-            progress.show()
+            job.show()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        _start_workers(config)
+        job.start()
     except Exception as error:  # whatever the launcher makes of it, the worker's own error is what counts
-        raise TrainingError(error_text(config) or str(error)) from None
+        raise TrainingError(error_text(job) or str(error)) from None
     finally:
         ended.set()
         watcher.join()
 
 
-def _run_fresh(config: Config, progress: Progress) -> None:
-    folder = run_dir(config)
-    command = [sys.executable, "-m", "mmrev_kit.launch", str(folder)]
+def _run_fresh(job: Job) -> None:
+    command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))}
-    with open(folder / "train.log", "ab") as log:
+    with open(job.folder / job.log, "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=project_root(), env=environment,
             start_new_session=True,
@@ -162,14 +226,15 @@ def _run_fresh(config: Config, progress: Progress) -> None:
             try:
                 process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                progress.show()
+                job.show()
     except KeyboardInterrupt:
-        print(f"interrupted; run the same cell again to go on from {folder / 'last'}")
+        _end_group(process)
+        print(f"interrupted; run the same cell again to go on from {job.folder / 'last'}")
         raise
     finally:
         _end_group(process)
     if process.returncode:
-        raise TrainingError(error_text(config) or f"the training process ended with code {process.returncode}.")
+        raise TrainingError(error_text(job) or f"the process ended with code {process.returncode}.")
 
 
 def _package_root() -> str:
@@ -188,23 +253,34 @@ def _end_group(process: subprocess.Popen) -> None:
             continue
 
 
-def error_text(config: Config) -> str | None:
-    """The error that the first failing process left in the run folder, or the end of the log."""
-    folder = run_dir(config)
-    files = sorted(folder.glob("error_rank*.txt"), key=lambda file: file.stat().st_mtime)
+def clear_errors(folder: Path) -> None:
+    """Forget the errors of an earlier try."""
+    for error in folder.glob("error_rank*.txt"):
+        error.unlink()
+
+
+def error_text(job: Job) -> str | None:
+    """The error that the first failing process left in the job's folder, or the end of the log."""
+    files = sorted(job.folder.glob("error_rank*.txt"), key=lambda file: file.stat().st_mtime)
     if files:
         rank = files[0].stem.removeprefix("error_rank")
         text = files[0].read_text(encoding="utf-8").strip()
-        return text if config.launch.num_processes == 1 else f"process {rank}: {text}"
-    log = folder / "train.log"
+        return text if job.config.launch.num_processes == 1 else f"process {rank}: {text}"
+    log = job.folder / job.log
     if log.is_file():
         return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]) or None
     return None
 
 
 def main() -> None:
-    """`python -m mmrev_kit.launch RUN_FOLDER`: what a fresh Python runs for `launch`."""
-    _start_workers(load_config(Path(sys.argv[1]) / "config.yaml"))
+    """`python -m mmrev_kit.launch FOLDER`: what a fresh Python runs for `launch` and `evaluate`."""
+    folder = Path(sys.argv[1])
+    config = load_config(folder / "config.yaml")
+    job = Job(config, folder, "train.log", worker, (config,), lambda: None)
+    if (folder / REQUEST).is_file():
+        adapter, drops, _ = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        job = Job(config, folder, "evaluate.log", evaluate_worker, (config, adapter, drops, str(folder)), lambda: None)
+    job.start()
 
 
 if __name__ == "__main__":

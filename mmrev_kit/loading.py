@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -45,9 +46,10 @@ def load_processor(config: Config):
     return AutoProcessor.from_pretrained(model_folder(config))
 
 
-def make_encoder(config: Config) -> Encoder:
-    """The encoder of a configuration: its processor, pixel limits and length limit."""
-    return Encoder(load_processor(config), config.model.min_pixels, config.model.max_pixels, config.training.max_length)
+def make_encoder(config: Config, drop: str = "none") -> Encoder:
+    """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`."""
+    limits = config.model.min_pixels, config.model.max_pixels, config.training.max_length
+    return Encoder(load_processor(config), *limits, drop=drop)
 
 
 def compute_dtype(config: Config, device):
@@ -154,6 +156,43 @@ def add_adapter(model, config: Config):
     if config.memory.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return peft_model
+
+
+def read_fingerprint(adapter: Path) -> str:
+    """The fingerprint of the base that an adapter was trained on, from its model card.
+
+    Raises:
+        ConfigError: the folder is no adapter of the kit's.
+    """
+    card = adapter / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    found = re.search(r"^base_fingerprint: ([0-9a-f]{16})$", text, re.MULTILINE)
+    if not found:
+        raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
+    return found[1]
+
+
+def check_base(adapter: Path, found: str, name: str) -> None:
+    """Refuse an adapter that was trained on another base than `name` with the fingerprint `found`.
+
+    Raises:
+        ConfigError: naming both fingerprints.
+    """
+    wanted = read_fingerprint(adapter)
+    if wanted != found:
+        raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {found}.")
+
+
+def load_adapter(model, adapter: Path, config: Config):
+    """A saved adapter on its base, for inference.
+
+    Raises:
+        ConfigError: the adapter was trained on another base; both fingerprints are named.
+    """
+    from peft import PeftModel
+
+    check_base(adapter, fingerprint(model_folder(config)), config.model.name)
+    return PeftModel.from_pretrained(model, adapter)
 
 
 def trainable(model) -> list:

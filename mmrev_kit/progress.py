@@ -87,3 +87,24 @@ class Progress:
             self._display = display(figure, display_id=True)
         else:
             self._display.update(figure)
+
+
+class LogLines:
+    """Shows the lines of a log that begin with `progress: `, each once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._read = path.stat().st_size if path.is_file() else 0
+
+    def show(self) -> None:
+        """Print what has come since the last look."""
+        if not self.path.is_file():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._read)
+            text = log.read()
+            whole = text[: text.rfind("\n") + 1]
+            self._read += len(whole.encode())
+        for line in whole.splitlines():
+            if line.startswith("progress: "):
+                print(line.removeprefix("progress: "), flush=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from PIL import Image
+
 from mmrev_kit.data import LETTERS, Row
 from mmrev_kit.images import load_image
 
@@ -47,6 +49,16 @@ def build_prompt(row: Row) -> list[str | Path]:
     return parts
 
 
+def without_text(row: Row, parts: list[str | Path]) -> list[str | Path]:
+    """A prompt without its description and connector; options and instruction stay."""
+    text_first = row.task in ("reverse", "mcq_d2i")
+    named = f"{row.description} {row.connector}" if text_first else f" {row.connector}"
+    place = 0 if text_first else 1
+    rest = parts[place].replace(named, "", 1).lstrip("? ")
+    rest = f" {rest}" if rest and not text_first else rest
+    return [*parts[:place], *([rest] if rest else []), *parts[place + 1 :]]
+
+
 @dataclass(frozen=True)
 class Sample:
     """A row as tokens. `input_ids[answer_start:]` are the answer and <|im_end|>, the only tokens that carry loss."""
@@ -66,12 +78,15 @@ class Encoder:
         min_pixels, max_pixels: limits for one image, in pixels after resizing.
         max_length: tokens of prompt and answer together. Where several images do not fit, all images of that prompt
             are scaled down alike; image tokens are never cut.
+        drop: for ablations: "image" shows a grey picture of the same size, "text" leaves out description and
+            connector, "both" does both.
     """
 
-    def __init__(self, processor, min_pixels: int, max_pixels: int, max_length: int):
+    def __init__(self, processor, min_pixels: int, max_pixels: int, max_length: int, drop: str = "none"):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
+        self.blank, self.textless = drop in ("image", "both"), drop in ("text", "both")
         images = processor.image_processor
         self.merge = images.merge_size
         self.factor = images.patch_size * images.merge_size  # pixels a side of one visual token
@@ -100,7 +115,8 @@ class Encoder:
             self._frames[shape] = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
         return self._frames[shape]
 
-    def _text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """A text as tokens, none of them special."""
         if text not in self._texts:
             ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
             self._texts[text] = ids
@@ -121,20 +137,25 @@ class Encoder:
         tall, wide = smart_resize(height, width, factor=self.factor, min_pixels=floor, max_pixels=max_pixels)
         return tall // self.factor, wide // self.factor
 
+    def parts(self, row: Row) -> list[str | Path]:
+        """The user turn of a row, with this encoder's drop."""
+        parts = build_prompt(row)
+        return without_text(row, parts) if self.textless else parts
+
     def encode(self, row: Row, with_answer: bool = True) -> Sample:
         """The row as tokens, images scaled so that the prompt fits.
 
         Raises:
             PromptError: the row cannot fit into max_length (the message says by how much), or an image is too long.
         """
-        parts = build_prompt(row)
+        parts = self.parts(row)
         shape = tuple(isinstance(part, Path) for part in parts)
         frame = self._frame(shape)
         ids, texts = list(frame[0]), iter(frame[1:])
         for part in parts:
             if not isinstance(part, Path):
-                ids += self._text_ids(part) + next(texts)
-        answer = [*self._text_ids(row.answer), self.end_id]
+                ids += self.text_ids(part) + next(texts)
+        answer = [*self.text_ids(row.answer), self.end_id]
         room = self.max_length - (len(ids) - len(row.images)) - len(answer)
         limit, counts = self._fit(row, room)
         counts_left = iter(counts)
@@ -169,11 +190,12 @@ class Encoder:
     def _pixels(self, path: Path, max_pixels: int):
         """(patches, patch values) and the patch grid (1, rows, columns) of one image."""
         size = {"shortest_edge": min(self.min_pixels, max_pixels), "longest_edge": max_pixels}
-        out = self.processor.image_processor(images=[load_image(path)], size=size, return_tensors="pt")
+        image = Image.new("RGB", self.image_size(path), (128, 128, 128)) if self.blank else load_image(path)
+        out = self.processor.image_processor(images=[image], size=size, return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
-    def collate(self, samples: list[Sample]) -> dict:
-        """One right-padded batch.
+    def collate(self, samples: list[Sample], pad_left: bool = False) -> dict:
+        """One batch, padded on the right; on the left for generating.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
@@ -187,9 +209,10 @@ class Encoder:
         labels = torch.full_like(ids, IGNORED)
         for index, sample in enumerate(samples):
             tokens = torch.tensor(sample.input_ids)
-            ids[index, : len(tokens)] = tokens
-            mask[index, : len(tokens)] = 1
-            labels[index, sample.answer_start : len(tokens)] = tokens[sample.answer_start :]
+            shift = longest - len(tokens) if pad_left else 0
+            ids[index, shift : shift + len(tokens)] = tokens
+            mask[index, shift : shift + len(tokens)] = 1
+            labels[index, shift + sample.answer_start : shift + len(tokens)] = tokens[sample.answer_start :]
         images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
         return {
             "input_ids": ids,

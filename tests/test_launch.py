@@ -11,7 +11,7 @@ from mmrev_kit.config import ConfigError, load_config, run_dir
 from mmrev_kit.launch import count_processes, launch, prepare_folder
 from mmrev_kit.progress import Progress, epoch_line
 from mmrev_kit.runs import read_history, write_json
-from mmrev_kit.train import TrainingError
+from mmrev_kit.steps import TrainingError
 
 ROOT = Path(__file__).parent.parent
 HALF = "experiment.task=reverse training.num_epochs=1 training.batch_size=16 lora.dropout=0"

@@ -21,7 +21,8 @@ from mmrev_kit.loading import (
     preflight,
     trainable,
 )
-from mmrev_kit.train import prepare, sample_losses
+from mmrev_kit.steps import sample_losses
+from mmrev_kit.train import prepare
 
 CPU = torch.device("cpu")
 

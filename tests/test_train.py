@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmrev_kit import steps
 from mmrev_kit import train as loop
 from mmrev_kit.config import run_dir
 from mmrev_kit.images import load_image
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.prompts import build_prompt
 from mmrev_kit.runs import read_history
-from mmrev_kit.train import TrainingError, accumulate, prepare, sample_losses, start, train, validate
+from mmrev_kit.steps import TrainingError, accumulate, chunks, sample_losses, validate
+from mmrev_kit.train import prepare, start, train
 
 CPU = torch.device("cpu")
 
@@ -84,7 +86,7 @@ def test_the_last_partial_window_counts_each_sample_once(small_config, state):
     """6 micro-batches accumulated by 4: the second update holds 2, and its gradient is their mean, not half of it."""
     run = start(small_config("lora.dropout=0 training.batch_size=1 training.gradient_accumulation_steps=4"), state)
     samples = mixed_samples(run, 6)
-    windows = loop.chunks(samples, run.batch)
+    windows = chunks(samples, run.batch)
     assert [len(window) for window in windows] == [4, 2]
     accumulate(run, windows[1])
     found = flat_gradient(run.model).clone()
@@ -165,13 +167,13 @@ def test_best_is_saved_on_an_improvement_only(small_config, state, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded_as_null(small_config, state, monkeypatch):
     config = small_config()
-    real, calls = loop.sample_losses, []
+    real, calls = steps.sample_losses, []
 
     def broken(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(loop, "sample_losses", broken)
+    monkeypatch.setattr(steps, "sample_losses", broken)
     with pytest.raises(TrainingError, match="Step 3: loss nan"):
         train(config, state)
 

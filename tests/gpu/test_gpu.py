@@ -11,7 +11,8 @@ from mmrev_kit.config import run_dir
 from mmrev_kit.launch import launch
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, preflight, trainable
 from mmrev_kit.runs import read_history
-from mmrev_kit.train import prepare, sample_losses, seed_for
+from mmrev_kit.steps import sample_losses
+from mmrev_kit.train import prepare, seed_for
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,216 @@
+"""The four tests: greedy answers, and the log-probability of every option, for a trained run or a base model."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmrev_kit import runs
+from mmrev_kit.answers import judge_correct, judge_description, judge_letter
+from mmrev_kit.checks import check_statements, encode_all, settle
+from mmrev_kit.config import Config, experiment_dir
+from mmrev_kit.data import LETTERS, Row, read_experiment
+from mmrev_kit.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.prompts import Encoder, Sample
+from mmrev_kit.train import leave_error, process_state
+
+TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
+DROPS = ("none", "image", "text", "both")
+# Tests whose right answer can still be known under a drop; elsewhere only the agreement with the whole prompt counts.
+KEEPS_MEANING = {"none": TESTS, "text": ("forward", "mcq_i2d"), "image": (), "both": ()}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test row, the options whose log-probability is asked for, and how its options were ordered."""
+
+    row: Row
+    options: tuple[str, ...]
+    order: tuple[int, ...] | None = None
+
+
+def read_questions(config: Config) -> list[Question]:
+    """The experiment's test rows with their options.
+
+    A forward row's options are the descriptions of its own group; with `evaluation.option_orders` a multiple-choice
+    row comes in all 24 orders of its options.
+
+    Raises:
+        DataError: with every fault of the test files.
+    """
+    files, faults = read_experiment(experiment_dir(config))
+    rows = {test: files.get(f"{test}_test", []) for test in TESTS}
+    everything = [row for part in files.values() for row in part]
+    settle(faults + check_statements(everything), config.data.drop_faulty)
+    known: dict[str | None, list[str]] = {}
+    for row in everything:
+        if row.description and row.description not in known.setdefault(row.group, []):
+            known[row.group].append(row.description)
+    questions = [Question(row, tuple(known[row.group])) for row in rows["forward"]]
+    questions += [Question(row, ("Correct", "Wrong")) for row in rows["reverse"]]
+    for row in [*rows["mcq_i2d"], *rows["mcq_d2i"]]:
+        orders = itertools.permutations(range(4)) if config.evaluation.option_orders else [None]
+        questions += [reorder(row, order) for order in orders]
+    return questions
+
+
+def reorder(row: Row, order: tuple[int, ...] | None) -> Question:
+    """A multiple-choice row with its options in another order; order[i] is the old place of the new option i."""
+    if order is None:
+        return Question(row, tuple(LETTERS))
+    right = LETTERS[order.index(LETTERS.index(row.answer))]
+    if row.task == "mcq_i2d":
+        row = replace(row, choices=tuple(row.choices[place] for place in order), answer=right)
+    else:
+        row = replace(row, images=tuple(row.images[place] for place in order), answer=right)
+    return Question(row, tuple(LETTERS), order)
+
+
+def judge(question: Question, answer: str) -> tuple[str | None, bool]:
+    """What an answer says (None: unparsed), and whether it is right; unparsed is a miss."""
+    row = question.row
+    if row.task == "forward":
+        right = judge_description(answer, row.answer, question.options)
+        return (row.answer if right else answer.strip() or None), right
+    read = (judge_correct if row.task == "reverse" else judge_letter)(answer)
+    return read, read == row.answer
+
+
+def generate(model, encoder: Encoder, samples: list[Sample], max_new_tokens: int, device) -> list[str]:
+    """Greedy answers to one left-padded batch, with the cache; the end token is not part of an answer."""
+    import torch
+
+    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
+    batch.pop("labels")
+    ids = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=encoder.end_id,
+        pad_token_id=encoder.pad_id,
+    )  # fmt: skip
+    assert isinstance(ids, torch.Tensor)
+    return encoder.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def score_options(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
+    """The log-probability of each option as the whole answer, <|im_end|> included.
+
+    The prompts are read once; each round of options continues from their cache, which is then cut back, so that
+    memory does not grow with the number of options.
+
+    Args:
+        options: one tuple a sample, all of the same length.
+
+    Returns:
+        (samples, options) log-probabilities in nats.
+    """
+    import torch
+
+    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
+    batch.pop("labels")
+    core = getattr(model, "base_model", model)
+    core = getattr(core, "model", core) if hasattr(model, "peft_config") else model
+    rope = {name: batch[name] for name in ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")}
+    positions, _ = core.model.get_rope_index(**rope)
+    out = core(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    start = out.logits[:, -1].float().log_softmax(-1)
+    cache = out.cache
+    following = positions.amax(dim=(0, 2))[:, None] + 1
+    columns = []
+    for texts in zip(*options, strict=True):
+        tokens = [[*encoder.text_ids(text), encoder.end_id] for text in texts]
+        longest = max(map(len, tokens))
+        ids = torch.tensor([row + [encoder.pad_id] * (longest - len(row)) for row in tokens], device=device)
+        real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
+        total = start.gather(1, ids[:, :1])[:, 0]
+        places = (following + torch.arange(longest - 1, device=device))[None].expand(3, -1, -1)
+        mask = torch.cat([batch["attention_mask"], real[:, :-1]], dim=1)
+        more = core(input_ids=ids[:, :-1], attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        logs = more.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        columns.append(total + (logs * real[:, 1:]).sum(1))
+        cache.crop(1 - longest)  # a negative number removes that many tokens
+    return torch.stack(columns, dim=1)
+
+
+def answer_questions(config: Config, model, questions: list[Question], drop: str, state) -> list[dict]:
+    """This process's share of the questions, answered; one record a question, see `predict`."""
+    import torch
+
+    encoder = make_encoder(config, drop)
+    samples, faults = encode_all([question.row for question in questions], encoder, quiet=not state.is_main_process)
+    settle(faults, config.data.drop_faulty)
+    pairs = [(q, s) for q, s in zip(questions, samples, strict=True) if s is not None]
+
+    def kind(place: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
+        return pairs[place][0].row.task, len(pairs[place][0].options)
+
+    order = sorted(range(len(pairs)), key=lambda place: (kind(place), len(pairs[place][1].input_ids), place))
+    mine, records, dtype = order[state.process_index :: state.num_processes], [], compute_dtype(config, state.device)
+    size, told = config.evaluation.batch_size, 0
+    alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
+    with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
+        for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
+            asked = [pairs[place][0] for place in chunk]
+            prompts = [encoder.encode(question.row, with_answer=False) for question in asked]
+            answers = generate(model, encoder, prompts, config.evaluation.max_new_tokens, state.device)
+            scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
+            for place, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
+                records.append(predict(question, encoder, answer, row, drop) | {"place": place})
+            tenth = 10 * len(records) // max(1, len(mine))
+            if state.is_main_process and tenth > told:
+                told = tenth
+                print(f"progress: drop {drop}: {tenth}0 % of {len(order):,} questions", flush=True)
+    return records
+
+
+def predict(question: Question, encoder: Encoder, answer: str, scores: list[float], drop: str) -> dict:
+    """The record of one answer, as written to predictions.jsonl."""
+    row = question.row
+    read, right = judge(question, answer)
+    best = question.options[max(range(len(scores)), key=scores.__getitem__)]
+    return {
+        "id": Path(row.where).name,
+        "test": row.task,
+        "drop": drop,
+        "order": question.order,
+        "group": row.group or "main",
+        "entity_id": row.entity_id,
+        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)),
+        "images": [str(path) for path in row.images],
+        "expected": row.answer,
+        "answer": answer,
+        "read_as": read,
+        "right": right if row.task in KEEPS_MEANING[drop] else None,
+        "options": dict(zip(question.options, scores, strict=True)),
+        "likeliest": best,
+        "likeliest_right": best == row.answer if row.task in KEEPS_MEANING[drop] else None,
+    }
+
+
+def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...], folder: str) -> None:
+    """What each process runs: its share of the questions; the first process writes predictions.jsonl.
+
+    Args:
+        adapter: a folder with an adapter, or None for the base model.
+        drops: from `DROPS`.
+    """
+    state = process_state()
+    try:
+        model = load_base(config, state.device)
+        if adapter:
+            model = load_adapter(model, Path(adapter), config)
+        model.eval()
+        questions, found = read_questions(config), []
+        for drop in drops:
+            found += answer_questions(config, model, questions, drop, state)
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        if state.is_main_process:
+            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
+            runs.write_jsonl(Path(folder) / "predictions.jsonl", found)
+    except BaseException as error:
+        leave_error(Path(folder), state.process_index, error)
+        raise
+    finally:
+        state.destroy_process_group()

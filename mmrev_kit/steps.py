@@ -1,0 +1,174 @@
+"""One update and one validation: the arithmetic that every split of the work must agree on.
+
+Gradients are summed over processes once an update, after all its samples have been through: the result depends on
+neither the micro-batch nor the number of processes, and a process without rows in a last, partial window takes part
+with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+
+from mmrev_kit.config import seed_for
+from mmrev_kit.loading import trainable
+from mmrev_kit.prompts import IGNORED, Sample
+
+MAX_SKIPPED = 8  # fp16: updates in a row without a finite gradient before the run stops
+
+
+def chunks(items: list, size: int) -> list[list]:
+    """`items` in runs of `size`; the last one may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+def sample_losses(model, batch: dict, device, dtype):
+    """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, <|im_end|> included.
+
+    Args:
+        batch: from `Encoder.collate`.
+
+    Returns:
+        (samples,) fp32 losses, in nats a token.
+
+    Raises:
+        TrainingError: a sample has no answer token.
+    """
+    import torch
+
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")[:, 1:]  # position i predicts token i + 1
+    kept = labels != IGNORED
+    counts = kept.sum(1)
+    if (counts == 0).any():
+        raise TrainingError("A sample has no answer token left to learn from. Run the data check.")
+    wanted = torch.nn.functional.pad(kept, (0, 1))  # logits where an answer token is predicted, nowhere else
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(**batch, logits_to_keep=wanted).logits
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[kept], reduction="none")
+    owner = kept.nonzero()[:, 0]
+    return torch.zeros(len(labels), device=device).index_add(0, owner, losses) / counts
+
+
+def _sum_over_processes(run, values: list[float]) -> list[float]:
+    import torch
+
+    total = torch.tensor(values, dtype=torch.float64, device=run.state.device)
+    if run.state.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def _sum_gradients(run) -> None:
+    """Add up the gradients of all processes; a process that had no row in this window adds zeros."""
+    import torch
+
+    parameters = trainable(run.model)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if run.state.num_processes == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+def accumulate(run, samples: list[Sample]) -> float:
+    """Backward through one effective batch; afterwards `.grad` holds the gradient of its mean loss on every rank.
+
+    Returns:
+        The mean loss over `samples`.
+    """
+    mine = samples[run.state.process_index :: run.state.num_processes]
+    total = 0.0
+    for micro in chunks(mine, run.config.training.batch_size):
+        losses = sample_losses(run.model, run.task.encoder.collate(micro), run.state.device, run.dtype)
+        run.scaler.scale(losses.sum() / len(samples)).backward()
+        total += losses.detach().sum().item()
+    _sum_gradients(run)
+    return _sum_over_processes(run, [total])[0] / len(samples)
+
+
+def update(run, samples: list[Sample]) -> dict:
+    """One optimizer step on one effective batch.
+
+    Returns:
+        The step's record for the history; `skipped` is set where the gradient was not finite and no step was taken.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite (in fp16: `MAX_SKIPPED` updates in a row).
+    """
+    import torch
+
+    began, step = time.perf_counter(), run.progress["global_step"]
+    torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, run.state.process_index))
+    rate = run.schedule.lr_at(step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    loss = accumulate(run, samples)
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trainable(run.model), run.config.training.max_grad_norm).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite or run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.skipped = 0 if finite else run.skipped + 1
+    run.progress["global_step"] += 1
+    record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}
+    record["samples_per_second"] = len(samples) / (time.perf_counter() - began)
+    record["peak_memory_gib"] = peak_memory_gib(run.state.device)
+    return record if finite else record | {"skipped": True}
+
+
+def check_finite(run, record: dict) -> None:
+    """Stop a run that no longer learns.
+
+    Raises:
+        TrainingError: naming the step and what to change.
+    """
+    if not record.get("skipped"):
+        return
+    if not run.scaler.is_enabled():
+        raise TrainingError(
+            f"Step {record['global_step']}: loss {record['loss']}, gradient norm {record['grad_norm']}. "
+            "Lower training.learning_rate, or look for a broken weight or image."
+        )
+    if run.skipped >= MAX_SKIPPED:
+        raise TrainingError(
+            f"Step {record['global_step']}: {run.skipped} fp16 updates in a row had no finite gradient. "
+            "Use quantization.compute_dtype=bf16 where the GPU has it, or lower training.learning_rate."
+        )
+
+
+def peak_memory_gib(device) -> float:
+    """Highest memory use of this process so far: allocated on the GPU, or resident on CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def validate(run) -> dict[str, float]:
+    """The mean loss of the validation rows of each source, each row counted once over all processes."""
+    import torch
+
+    run.model.eval()
+    totals = []
+    with torch.no_grad():
+        for samples in run.task.val.values():
+            mine, total = samples[run.state.process_index :: run.state.num_processes], 0.0
+            for micro in chunks(mine, max(8, run.config.training.batch_size)):
+                batch = run.task.encoder.collate(micro)
+                total += sample_losses(run.model, batch, run.state.device, run.dtype).sum().item()
+            totals.append(total)
+    sums = _sum_over_processes(run, totals)
+    return {source: total / len(rows) for (source, rows), total in zip(run.task.val.items(), sums, strict=True)}
