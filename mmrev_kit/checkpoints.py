@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mmrev_kit import runs
 from mmrev_kit.config import project_root, warnings_for
-from mmrev_kit.loading import PACKAGES, fingerprint, model_folder, trainable
+from mmrev_kit.loading import base_fingerprint, trainable
+from mmrev_kit.preflight import PACKAGES
 
 STATE_FORMAT = 1
 
@@ -70,7 +71,7 @@ def count_trainable(model) -> int:
 def base_facts(config) -> dict:
     """Name, revision and fingerprint of the base model."""
     facts = {"name": config.model.name, "revision": config.model.revision}
-    return facts | {"fingerprint": fingerprint(model_folder(config))}
+    return facts | {"fingerprint": base_fingerprint(config)}
 
 
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:

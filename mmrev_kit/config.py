@@ -56,7 +56,7 @@ class ExperimentConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = "embedded"  # "embedded", a folder, or a name on the Hugging Face hub
+    name: str = "embedded"  # or a folder, a name on the Hugging Face hub, or an architecture file (random weights)
     revision: str | None = None
     attn_implementation: str = "sdpa"
     min_pixels: int = 65_536
@@ -198,11 +198,14 @@ class MemoryConfig:
 @dataclass
 class LaunchConfig:
     num_processes: int | None = None  # None: one per GPU, 1 without a GPU
+    mode: str = "data"  # data: one whole model a process; auto: one 16-bit model over all GPUs, for evaluation
+    cpu_gib: float | None = None  # mode auto: host memory it may take before it goes to disk; None: all
     output_dir: str = "outputs"
     overwrite: bool = False
 
     def __post_init__(self):
-        _check_numbers("launch", self, {"num_processes": (1, 4096)})
+        _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
+        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data or auto")
 
 
 @dataclass

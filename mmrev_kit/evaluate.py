@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from mmrev_kit.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.checks import check_statements, encode_all, settle
 from mmrev_kit.config import Config, experiment_dir
 from mmrev_kit.data import LETTERS, Row, read_experiment
-from mmrev_kit.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.loading import base_fingerprint, compute_dtype, is_random, load_adapter, load_base, make_encoder
 from mmrev_kit.prompts import Encoder, Sample
+from mmrev_kit.steps import peak_memory_gib
 from mmrev_kit.train import leave_error, process_state
 
 TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
@@ -186,6 +188,24 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
     }
 
 
+def facts(config: Config, adapter: str | None, prompts: int, seconds: float, peak_gib: float, state) -> dict:
+    """What was evaluated, how fast, and on what."""
+    import torch
+
+    cuda = state.device.type == "cuda"
+    return {
+        "base": {"name": config.model.name, "fingerprint": base_fingerprint(config)},
+        "adapter": adapter,
+        "processor": "stand-in: the embedded tokenizer" if is_random(config) else "the model's own",
+        "prompts": prompts,
+        "prompts_per_second": prompts / seconds,
+        "seconds": seconds,
+        "peak_memory_gib": peak_gib,
+        "device": torch.cuda.get_device_name(state.device) if cuda else "CPU",
+        "num_processes": state.num_processes,
+    }
+
+
 def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...], folder: str) -> None:
     """What each process runs: its share of the questions; the first process writes predictions.jsonl.
 
@@ -199,9 +219,10 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         if adapter:
             model = load_adapter(model, Path(adapter), config)
         model.eval()
-        questions, found = read_questions(config), []
+        questions, found, began = read_questions(config), [], time.perf_counter()
         for drop in drops:
             found += answer_questions(config, model, questions, drop, state)
+        seconds, peak = time.perf_counter() - began, peak_memory_gib(state.device)
         if state.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -209,6 +230,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         if state.is_main_process:
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
             runs.write_jsonl(Path(folder) / "predictions.jsonl", found)
+            runs.write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))
     except BaseException as error:
         leave_error(Path(folder), state.process_index, error)
         raise

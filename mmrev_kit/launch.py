@@ -26,7 +26,8 @@ from mmrev_kit.config import (
     to_yaml,
 )
 from mmrev_kit.evaluate import evaluate_worker, read_questions
-from mmrev_kit.loading import check_base, fingerprint, model_folder, preflight
+from mmrev_kit.loading import base_fingerprint, check_base
+from mmrev_kit.preflight import preflight
 from mmrev_kit.progress import LogLines, Progress
 from mmrev_kit.steps import TrainingError
 from mmrev_kit.train import worker
@@ -148,7 +149,7 @@ def evaluate(config: Config, adapter: str | None = "best", drops: tuple[str, ...
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
     chosen = run_dir(config) / adapter if adapter else None
-    base = fingerprint(model_folder(config))
+    base = base_fingerprint(config)
     if chosen:
         check_base(chosen, base, config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"

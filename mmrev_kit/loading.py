@@ -1,20 +1,15 @@
-"""The base model in 4 or 16 bit with its adapter, the base's fingerprint, and a look at the machine beforehand."""
+"""The base model in 4 or 16 bit with its adapter, and the base's fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import shutil
-import subprocess
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, run_dir
+from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, seed_for
 from mmrev_kit.prompts import Encoder
 
-PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 
@@ -39,11 +34,45 @@ def model_folder(config: Config) -> Path:
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
 
 
+def is_random(config: Config) -> bool:
+    """Whether model.name is an architecture file, which stands for that model with seeded random weights."""
+    return config.model.name.endswith(".json")
+
+
 def load_processor(config: Config):
-    """The base model's own processor."""
+    """The base model's own processor.
+
+    A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
+    """
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(model_folder(config))
+    if not is_random(config):
+        return AutoProcessor.from_pretrained(model_folder(config))
+    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
+    vision = read_architecture(config).vision_config
+    processor.image_processor.patch_size = vision.patch_size
+    processor.image_processor.merge_size = vision.spatial_merge_size
+    processor.image_processor.temporal_patch_size = vision.temporal_patch_size
+    return processor
+
+
+def read_architecture(config: Config):
+    """The architecture file of a random model as a `Qwen3VLConfig`, with the special tokens of the embedded tokenizer.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    from transformers import AutoTokenizer, Qwen3VLConfig
+
+    path = resolve(config.model.name)
+    if not path.is_file():
+        raise ConfigError(f"model.name = {config.model.name!r}: there is no such architecture file.")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
+    return Qwen3VLConfig(**values | dict(zip(keys, ids, strict=True)))
 
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:
@@ -71,29 +100,106 @@ def load_base(config: Config, device):
     The embedding and the head stay as they are: turning them to fp32 costs memory and buys only an fp32 residual
     stream, which `keep_residual_in_fp32` gives as well.
     """
-    from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
-    dtype = compute_dtype(config, device)
-    options = {}
-    if config.quantization.bits == 4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.quantization.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )
+    if is_random(config):
+        return finish_base(random_model(read_architecture(config), config, device))
+    spread = config.launch.mode == "auto"
+    options = {"quantization_config": nf4_config(config, device)} if config.quantization.bits == 4 else {}
+    if spread:
+        options |= spread_options(config)
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         model_folder(config),
-        dtype=dtype,
-        device_map={"": str(device)},
+        dtype=compute_dtype(config, device),
+        device_map="auto" if spread else {"": str(device)},
         attn_implementation=config.model.attn_implementation,
         **options,
     )
+    return finish_base(model)
+
+
+def nf4_config(config: Config, device):
+    """What transformers is told about NF4: everything but the head, which stays in 16 bit as the embedding does."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=config.quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(config, device),
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def spread_options(config: Config) -> dict:
+    """Mode `auto`: layers over all visible GPUs, then the host's memory, then disk.
+
+    Raises:
+        ConfigError: 4-bit weights, which are not spread.
+    """
+    import torch
+
+    if config.quantization.bits != 16:
+        raise ConfigError("launch.mode = 'auto' spreads a 16-bit model: set quantization.bits=16.")
+    if config.launch.cpu_gib is None:
+        return {}
+    gpus = range(torch.cuda.device_count())
+    limits = {index: int(0.9 * torch.cuda.mem_get_info(index)[0]) for index in gpus}
+    folder = resolve(config.launch.output_dir) / "offload"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"max_memory": limits | {"cpu": int(config.launch.cpu_gib * 2**30)}, "offload_folder": str(folder)}
+
+
+def finish_base(model):
+    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, summed in fp32."""
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_cpu_weights_as_they_are(model)
     keep_residual_in_fp32(model)
+    return model
+
+
+def random_model(architecture, config: Config, device):
+    """The architecture with seeded random weights (normal, std 0.02), made and quantized layer by layer on `device`.
+
+    Args:
+        architecture: a `Qwen3VLConfig`.
+
+    Returns:
+        A `Qwen3VLForConditionalGeneration`; equal seeds give equal weights on one kind of device.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import Qwen3VLForConditionalGeneration
+    from transformers.integrations import replace_with_bnb_linear
+
+    dtype, four = compute_dtype(config, device), config.quantization.bits == 4
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(architecture)
+        if four:
+            wanted = nf4_config(config, device)
+            model = replace_with_bnb_linear(model, wanted.llm_int8_skip_modules, quantization_config=wanted)
+    model.set_attn_implementation(config.model.attn_implementation)
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if f"{name}.{key}" == "lm_head.weight" and architecture.tie_word_embeddings:
+                continue
+            random = torch.Generator(device).manual_seed(seed_for(config.experiment.seed, "weights", name, key))
+            value = torch.zeros(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim > 1:
+                value.normal_(std=0.02, generator=random)
+            elif key == "weight":
+                value += 1
+            if four and key == "weight" and isinstance(module, Linear4bit):
+                options = {"quant_type": "nf4", "compress_statistics": config.quantization.double_quant}
+                setattr(module, key, Params4bit(value, requires_grad=False, module=module, **options).to(device))
+            else:
+                setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+    if architecture.tie_word_embeddings:
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    text, vision = model.model.language_model, model.model.visual
+    text.rotary_emb = type(text.rotary_emb)(architecture.text_config).to(device)
+    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(architecture.vision_config).to(device)
     return model
 
 
@@ -191,13 +297,23 @@ def load_adapter(model, adapter: Path, config: Config):
     """
     from peft import PeftModel
 
-    check_base(adapter, fingerprint(model_folder(config)), config.model.name)
+    check_base(adapter, base_fingerprint(config), config.model.name)
     return PeftModel.from_pretrained(model, adapter)
 
 
 def trainable(model) -> list:
     """The parameters that receive gradients, in a fixed order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def base_fingerprint(config: Config) -> str:
+    """`fingerprint` of the configured base; of a random model, a digest of its architecture and seed."""
+    if not is_random(config):
+        return fingerprint(model_folder(config))
+    values = read_architecture(config).to_dict()
+    values.pop("transformers_version", None)
+    text = json.dumps([values, config.experiment.seed, config.quantization.bits], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -235,98 +351,3 @@ def _sample(stream, begin: int, end: int, size: int = 4096) -> str:
         stream.seek(start)
         digest.update(stream.read(min(size, end - start)))
     return digest.hexdigest()
-
-
-@dataclass
-class Card:
-    """One GPU as the driver reports it; memory in GiB."""
-
-    name: str
-    capability: tuple[int, int]
-    total_gib: float
-    free_gib: float
-    driver: str
-    holders: list[str] = field(default_factory=list)  # "pid 123 (python)"
-
-
-def read_cards() -> list[Card]:
-    """The GPUs of this machine, asked of the driver's own tool so that this process never touches CUDA."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-
-    def ask(*query: str) -> list[list[str]]:
-        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return [[cell.strip() for cell in line.split(",")] for line in out.stdout.splitlines() if "," in line]
-
-    holders: dict[str, list[str]] = {}
-    for uuid, pid, name in ask("--query-compute-apps=gpu_uuid,pid,process_name"):
-        holders.setdefault(uuid, []).append(f"pid {pid} ({Path(name).name})")
-    cards = []
-    for row in ask("--query-gpu=uuid,name,compute_cap,memory.total,memory.free,driver_version"):
-        uuid, name, capability, total, free, driver = row
-        major, minor = capability.split(".")
-        gib = float(total) / 1024, float(free) / 1024
-        cards.append(Card(name, (int(major), int(minor)), *gib, driver, holders.get(uuid, [])))
-    return cards
-
-
-def has_kernels(capability: tuple[int, int], build: list[str]) -> bool:
-    """Whether a torch build with these targets (`sm_80`, `compute_90`) runs on a card of this compute capability.
-
-    Machine code for sm_XY runs on X.Z with Z >= Y; compute_XY is compiled at load time for any later card.
-    """
-    for target in build:
-        kind, _, digits = target.partition("_")
-        digits = digits.rstrip("af")
-        if not digits.isdigit():
-            continue
-        major, minor = int(digits[:-1]), int(digits[-1])
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
-            return True
-        if kind == "compute" and (major, minor) <= capability:
-            return True
-    return False
-
-
-@dataclass
-class Preflight:
-    """What was found before any weight is read. `problems` are reasons not to start."""
-
-    facts: list[str]
-    problems: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join(self.facts + [f"PROBLEM: {problem}" for problem in self.problems])
-
-
-def preflight(config: Config, cards: list[Card] | None = None, build: list[str] | None = None) -> Preflight:
-    """Cards, kernels, disk and versions, without touching CUDA.
-
-    Args:
-        cards, build: given by tests; otherwise read from this machine and this torch.
-    """
-    import torch
-
-    if cards is None:
-        cards = read_cards()
-    if build is None:
-        build = torch._C._cuda_getArchFlags().split() if hasattr(torch._C, "_cuda_getArchFlags") else []
-    facts, problems = [], []
-    for index, card in enumerate(cards):
-        held = f", held by {', '.join(card.holders)}" if card.holders else ""
-        memory = f"{card.free_gib:.1f} of {card.total_gib:.1f} GiB free{held}"
-        facts.append(f"GPU {index}: {card.name}, {memory}, driver {card.driver}")
-        if not has_kernels(card.capability, build):
-            capability = ".".join(str(number) for number in card.capability)
-            problems.append(
-                f"GPU {index} ({card.name}, compute capability {capability}): this torch {torch.__version__} has no "
-                f"kernels for it (built for {', '.join(build) or 'no GPU'}). For a V100 install torch 2.10.0 with "
-                "torchvision 0.25.0 (environment.yml)."
-            )
-    if not cards:
-        facts.append("no GPU: the run uses the CPU")
-    parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
-    facts.append(f"disk: {shutil.disk_usage(parent).free / 2**30:.1f} GiB free for {run_dir(config)}")
-    facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
-    return Preflight(facts, problems)

@@ -10,21 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError
 from mmrev_kit.loading import (
-    Card,
     add_adapter,
     compute_dtype,
     fingerprint,
-    has_kernels,
     keep_residual_in_fp32,
     load_base,
     load_processor,
-    preflight,
     trainable,
 )
+from mmrev_kit.preflight import Card, has_kernels, preflight
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 
 
 def build(config, seed: int = 0):
@@ -181,3 +179,54 @@ def test_preflight_without_a_gpu(small_config):
     found = preflight(small_config(), [], [])
     assert found.problems == [] and "no GPU" in found.facts[0]
     assert "GiB free" in found.facts[1] and "transformers" in found.facts[2]
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    """The embedded model's architecture as a file that stands for random weights."""
+    values = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps({key: values[key] for key in ("text_config", "vision_config")}
+                                                    | {"tie_word_embeddings": True}))  # fmt: skip
+    return tmp_path / "small.json"
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_random_model_is_built_as_a_loaded_one_is(small_config, architecture, bits):
+    config = small_config(f"model.name={architecture} quantization.bits={bits}")
+    first, again = load_base(config, CPU), load_base(config, CPU)
+    loaded = load_base(small_config(f"quantization.bits={bits}"), CPU)
+    facts = [{name: (type(p).__name__, p.dtype, p.shape) for name, p in m.named_parameters()} for m in (first, loaded)]
+    assert facts[0] == facts[1]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in first.named_buffers())
+    assert first.lm_head.weight is first.model.language_model.embed_tokens.weight
+    other = load_base(small_config(f"model.name={architecture} quantization.bits={bits} experiment.seed=1"), CPU)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    task = prepare(config)
+    losses = sample_losses(first, task.encoder.collate(task.train["forward"][:2]), CPU, torch.float32)
+    assert (losses - torch.tensor(1024.0).log()).abs().max() < 0.5  # random weights: near the uniform guess
+
+
+@pytest.mark.parametrize(("name", "billions"), [("2b", 2.13), ("4b", 4.44), ("8b", 8.77), ("32b", 33.36)])
+def test_the_published_architectures_have_their_published_size(name, billions):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    values = json.loads((ROOT / "configs" / "models" / f"qwen3vl_{name}.json").read_text())
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_16_bit_model_is_spread_over_memory_and_disk_and_answers_the_same(small_config, tmp_path):
+    config = small_config("quantization.bits=16")
+    task = prepare(config)
+    batch = task.encoder.collate(task.train["forward"][:3] + task.train["face_mcq_d2i"][:2])
+    spread = small_config(f"quantization.bits=16 launch.mode=auto launch.cpu_gib=0.02 launch.output_dir={tmp_path}")
+    model = load_base(spread, CPU)
+    assert {str(place) for place in model.hf_device_map.values()} == {"cpu", "disk"}
+    with torch.no_grad():
+        expected = sample_losses(load_base(config, CPU), batch, CPU, torch.float32)
+        assert torch.allclose(sample_losses(model, batch, CPU, torch.float32), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"set quantization\.bits=16"):
+        load_base(small_config("launch.mode=auto"), CPU)

@@ -9,7 +9,8 @@ import torch
 
 from mmrev_kit.config import run_dir
 from mmrev_kit.launch import launch
-from mmrev_kit.loading import add_adapter, compute_dtype, load_base, preflight, trainable
+from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
+from mmrev_kit.preflight import preflight
 from mmrev_kit.runs import read_history
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare, seed_for
@@ -71,7 +72,7 @@ def test_looking_at_the_machine_does_not_touch_cuda():
 import torch
 from mmrev_kit.config import load_config
 from mmrev_kit.launch import count_processes
-from mmrev_kit.loading import preflight
+from mmrev_kit.preflight import preflight
 
 config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=null")
 preflight(config)
