@@ -14,8 +14,8 @@ from collections.abc import Iterable
 THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no answer; an unfinished one leaves none
 SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
 BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-MARKDOWN = re.compile(r"[*`$]|^[#>\s]+|(?<![^\W_])_+|_+(?![^\W_])", re.MULTILINE)
-QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"'})
+MARKDOWN = re.compile(r"[*`$]|^[#> \t]+|(?<![^\W_])_+|_+(?![^\W_])", re.MULTILINE)
+QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'))
 QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
 
 
@@ -31,9 +31,9 @@ def _plain(text: str) -> str:
 
 # "A" before any word but these is the article of "A dog".
 AFTER_LETTER_A = (
-    "the an this that it he she they which who is are was be and or nor but not because since as for if so then with in "
-    "on of only has have had does do did can could would should must may might shows looks seems appears depicts matches "
-    "fits represents corresponds portrays features"
+    "the an this that it he she they which who is are was be and or nor but not because since as for if so then with "
+    "in on of only has have had does do did can could would should must may might shows looks seems appears depicts "
+    "matches fits represents corresponds portrays features"
 ).split()
 LETTER = (
     r"(?<!\w)(?<!\w')(?<!\w-)(?<!\b[A-Za-z]\.)"  # no part of a word, of "I'd", of "X-A" or of "U.A."
@@ -155,7 +155,8 @@ UNSURE = re.compile(
 )
 CONDITION = re.compile(r"\b(?:if|whether|unless)\b.*")
 NEGATION = re.compile(
-    r"n't\b|\bisnt\b|\b(?:not|never|cannot|hardly|neither|nor|nothing|far from|no longer|in no way|by no means|anything but)\b"
+    r"n't\b|\bisnt\b|\b(?:not|never|cannot|hardly|neither|nor|nothing|far from|no longer|in no way|by no means|"
+    r"anything but)\b"
 )
 VERDICT = re.compile(rf"\b(?P<positive>{POSITIVE})\b|\b(?P<negative>{NEGATIVE})\b")
 # "right" and "true" only as what something is said to be: not "on the right", not "a true artist".
@@ -205,12 +206,12 @@ def judge_correct(text: str) -> str | None:
 # Words that say nothing about who it is: "The person in this picture is none other than ...".
 FRAME = frozenset(
     (
-        "a an the this that these it it's that's he he's she she's they here here's i my your of in on as at by to be is "
-        "are was am image picture photo photograph portrait drawing illustration face person man woman individual figure "
-        "character subject one answer description title name identity response final sure yes certainly think believe "
-        "would say probably likely clearly definitely actually indeed known identified recognized recognised referred "
-        "called described named can could may might must seems appears none other than turns out revealed shows showing "
-        "shown depicts depicting depicted represents illustrates displays features featuring portrays presents pictured "
+        "a an the this that these it it's that's he he's she she's they here here's i my your of in on as at by to be "
+        "is are was am image picture photo photograph portrait drawing illustration face person man woman individual "
+        "figure character subject one answer description title name identity response final sure yes certainly think "
+        "believe would say probably likely clearly definitely actually indeed known identified recognized recognised "
+        "referred called described named can could may might must seems appears turns out revealed shows showing shown "
+        "depicts depicting depicted represents illustrates displays features featuring portrays presents pictured "
         "based given see looks like"
     ).split()
 )
@@ -219,7 +220,7 @@ FRAME = frozenset(
 def normal(description: str) -> str:
     """The description for comparison: NFKC, no case, single spaces, no surrounding quotes, markdown or full stop."""
     text = unicodedata.normalize("NFKC", _plain(description).casefold())
-    return " ".join(text.split()).strip(" \"'()[]").rstrip(" .!。\"'")
+    return " ".join(text.split()).strip(" \"'()[]").rstrip(" .!\u3002\"'")
 
 
 def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> bool:
@@ -242,7 +243,7 @@ def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> b
         return False
     if answer == target:
         return True
-    rest, found = answer, set()
+    rest, found = answer.replace("none other than", " "), set()
     for known in sorted({target, *map(normal, others)} - {""}, key=len, reverse=True):
         rest, count = re.subn(rf"(?<!\w){re.escape(known)}(?!\w)", " \u2022 ", rest)
         if count:

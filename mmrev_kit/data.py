@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmrev_kit.config import Config, experiment_dir, resolve
-from mmrev_kit.entities import make_experiment
+from mmrev_kit.folder import make_any_experiment
+from mmrev_kit.objects import make_object_pool
 from mmrev_kit.pools import make_face_pool
 
 POOL_TASKS = {"cw": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
@@ -290,7 +291,7 @@ def pool_folders(config: Config) -> dict[str, Path]:
 
 
 def ensure_data(config: Config) -> list[str]:
-    """Make the drawn experiment and the face pool where they are absent; existing folders are never changed.
+    """Make the experiment and the pools where they are absent; existing folders are never changed.
 
     Returns:
         One line a folder: made, or already there.
@@ -303,21 +304,23 @@ def ensure_data(config: Config) -> list[str]:
     info = folder / "experiment_info.json"
     said = []
     if not folder.exists():
-        make_experiment(folder, config.data, config.experiment.seed)
+        make_any_experiment(folder, config.data, config.experiment.seed)
         said.append(f"made {folder}")
     else:
         made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        keys = ("num_main", "num_control", "image_size", "images_per_entity", "seed")
+        keys = ("num_main", "num_control", "image_size", "images_per_entity", "seed", "source")
+        keys = ("source", "seed", "images_per_entity") if config.data.source == "folder" else keys
         wrong = [f"{key} is {made[key]}, not {wanted[key]}" for key in keys if key in made and made[key] != wanted[key]]
         if wrong:
             advice = "Choose another experiment.name, or remove the folder to have it made anew."
             raise DataError([Fault(str(info), f"made with other settings: {', '.join(wrong)}.", advice)])
         said.append(f"found {folder}")
     if uses_retention(config):
-        for pool in pool_folders(config).values():
-            if not pool.exists():
-                make_face_pool(pool, config.retention.num_faces, config.data.image_size, config.experiment.seed)
-                said.append(f"made {pool}")
-            else:
-                said.append(f"found {pool}")
+        size, seed = config.data.image_size, config.experiment.seed
+        for kind, pool in pool_folders(config).items():
+            said.append(f"{'found' if pool.exists() else 'made'} {pool}")
+            if kind == "face" and not pool.exists():
+                make_face_pool(pool, config.retention.num_faces, size, seed)
+            elif not pool.exists():
+                make_object_pool(pool, size, seed)
     return said

@@ -11,7 +11,8 @@ from mmrev_kit.config import TASKS, RetentionConfig, rng_for
 def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
     """Split `total` in proportion to `weights`, exactly, by largest remainder (Hamilton's method).
 
-    Ties go to the key named first. Weights of 0 get nothing.
+    Keys such as face_cw name two things; a tie goes to the key whose two parts are furthest below their own shares,
+    so that pools and tasks both keep theirs, and then to the key named first. Weights of 0 get nothing.
 
     Raises:
         ValueError: no weight is above 0 while there is something to share out.
@@ -24,9 +25,16 @@ def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
         return dict.fromkeys(weights, 0)
     quota = {key: total * weight / whole for key, weight in exact.items()}
     counts = {key: int(value) for key, value in quota.items()}
-    order = sorted(quota, key=lambda key: counts[key] - quota[key])  # largest remainder first; sorted() is stable
-    for key in order[: total - sum(counts.values())]:
-        counts[key] += 1
+
+    def below(part: str) -> Fraction:
+        """How much all keys with this part lack."""
+        return sum((quota[key] - counts[key] for key in quota if part in key.split("_", 1)), Fraction(0))
+
+    left = [key for key in quota if quota[key] > counts[key]]
+    for _ in range(total - sum(counts.values())):
+        best = max(left, key=lambda key: (quota[key] - counts[key], sum(below(part) for part in key.split("_", 1))))
+        left.remove(best)
+        counts[best] += 1
     return counts
 
 
