@@ -43,6 +43,7 @@ def source_weights(retention: RetentionConfig) -> dict[str, float]:
     weights = retention.weights
     tasks = {"cw": weights.cw, "mcq_i2d": weights.mcq_i2d, "mcq_d2i": weights.mcq_d2i}
     kinds = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
+    kinds = {kind: share for kind, share in kinds.items() if share}
     return {f"{kind}_{task}": share * weight for kind, share in kinds.items() for task, weight in tasks.items()}
 
 

@@ -9,6 +9,7 @@ from mmrev_kit.config import RetentionConfig, RetentionWeights
 from mmrev_kit.mixing import apportion, make_plan, source_weights
 
 SOURCES = ("face_cw", "face_mcq_i2d", "face_mcq_d2i")
+OBJECTS = ("object_cw", "object_mcq_i2d", "object_mcq_d2i")
 POOL = dict.fromkeys(SOURCES, 1000)
 
 
@@ -54,8 +55,9 @@ def test_nothing_to_share_out_to_is_an_error():
 
 def test_source_weights():
     assert source_weights(retention(0.3, (3.0, 2.0, 1.0))) == dict(zip(SOURCES, (3.0, 2.0, 1.0), strict=True))
-    assert source_weights(retention(0.3, (4.0, 2.0, 1.0), face_share=0.5)) == dict(
-        zip(SOURCES, (2.0, 1.0, 0.5), strict=True)
+    halves = source_weights(retention(0.3, (4.0, 2.0, 1.0), face_share=0.75))
+    assert halves == dict(zip(SOURCES, (3.0, 1.5, 0.75), strict=True)) | dict(
+        zip(OBJECTS, (1.0, 0.5, 0.25), strict=True)
     )
 
 
@@ -122,10 +124,24 @@ def test_a_weight_of_zero_needs_no_rows():
     assert "face_mcq_i2d" not in {source for source, _ in plan.epoch_rows(0)}
 
 
-@pytest.mark.parametrize("face_share", [1.0, 0.6, 0.3])
-def test_with_the_face_pool_alone_every_retention_row_is_a_face(face_share):
-    plan = make_plan({"forward": 300}, POOL, retention(0.3, face_share=face_share), seed=0, epochs=1)
-    assert plan.counts == {"forward": 300} | dict.fromkeys(SOURCES, 43)  # 129 / 3
+@pytest.mark.parametrize(
+    ("n_task", "face_share", "faces", "tasks"),
+    [
+        (300, 1.0, 129, (43, 43, 43)),  # 300 x 3/7 = 128.6
+        (300, 0.0, 0, (43, 43, 43)),
+        (350, 0.6, 90, (50, 50, 50)),  # 150 rows: 90 and 60, and no rounding anywhere
+        (60, 0.5, 13, (9, 9, 8)),  # 26 rows: 4 1/3 a source
+        (5, 0.5, 1, (1, 1, 0)),  # 2 rows: one of each pool, two tasks
+    ],
+)
+def test_pools_and_tasks_both_keep_their_shares(n_task, face_share, faces, tasks):
+    pool = POOL | dict.fromkeys(OBJECTS, 1000)
+    plan = make_plan({"forward": n_task}, pool, retention(0.3, face_share=face_share), seed=0, epochs=1)
+    counts = {source: plan.counts.get(source, 0) for source in (*SOURCES, *OBJECTS)}
+    assert sum(counts[source] for source in SOURCES) == faces
+    shared = [counts[face] + counts[thing] for face, thing in zip(SOURCES, OBJECTS, strict=True)]
+    assert sorted(shared, reverse=True) == list(tasks)
+    assert sum(counts.values()) == sum(tasks)
 
 
 @pytest.mark.parametrize("given", [retention(0.0), None])
