@@ -57,7 +57,7 @@ REJECTED_BEFORE = re.compile(
 )
 REJECTED_AFTER = re.compile(
     r"[.]?\s*(?:(?:is|are|was|were|does|do|did|can|could|would|must|should|has)(?:n't|\s*not|'t|\s+never)\b"
-    rf"(?!\s+(?:wrong|incorrect))|{_BE}\s+(?:\w+\s+)?(?:wrong|incorrect|false|impossible|ruled out)\b"
+    rf"(?!\s+(?:wrong|incorrect))|{_BE}\s+(?:(?!not\b)\w+\s+)?(?:wrong|incorrect|false|impossible|ruled out)\b"
     r"|\s*[:=(-]\s*(?:wrong|incorrect|false|no)\b)",
     re.IGNORECASE,
 )
@@ -68,8 +68,9 @@ ASSERTED_BEFORE = re.compile(
     rf"|\b(?:so|therefore|thus|hence)\b[,:]?(?:\s+it(?:'s|\s+{_BE}))?)\s*{_FILLER}{_OPEN}",
     re.IGNORECASE,
 )
+_SURELY = r"(?:is|are|was|were|looks?|seems?|must be|should be|would be|will be)"  # "could be right" asserts nothing
 ASSERTED_AFTER = re.compile(
-    rf"[.]?\s*(?:{_BE}\s+(?:\w+ly\s+)?(?:the\s+)?(?:(?:only|best|most likely)\s+)?"
+    rf"[.]?\s*(?:{_SURELY}\s+(?:\w+ly\s+)?(?:the\s+)?(?:(?:only|best|most likely)\s+)?"
     r"(?:correct|right|true|best|answer|match|not\s+(?:wrong|incorrect))\b|\s*[:=(-]\s*(?:correct|right|true|yes)\b)",
     re.IGNORECASE,
 )
