@@ -99,7 +99,7 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    source: str = "drawn"  # drawn, or folder: your own people, from entities_file and images_dir
+    source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
     dir: str = "data"
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
@@ -111,7 +111,8 @@ class DataConfig:
     images_per_entity: int = 1
 
     def __post_init__(self):
-        _require(self.source in ("drawn", "folder"), "data.source", self.source, "must be drawn or folder")
+        known = ("drawn", "folder", "shapes")
+        _require(self.source in known, "data.source", self.source, f"must be one of {', '.join(known)}")
         if self.source == "folder":
             for name in ("entities_file", "images_dir"):
                 _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmrev_kit.config import Config, experiment_dir, resolve
-from mmrev_kit.folder import make_any_experiment
+from mmrev_kit.entities import make_experiment
+from mmrev_kit.folder import make_folder_experiment
 from mmrev_kit.objects import make_object_pool
 from mmrev_kit.pools import make_face_pool
+from mmrev_kit.shapes import make_shapes
 
 POOL_TASKS = {"cw": "reverse", "mcq_i2d": "mcq_i2d", "mcq_d2i": "mcq_d2i"}
 LETTERS = "ABCD"
@@ -304,12 +306,13 @@ def ensure_data(config: Config) -> list[str]:
     info = folder / "experiment_info.json"
     said = []
     if not folder.exists():
-        make_any_experiment(folder, config.data, config.experiment.seed)
+        make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[config.data.source]
+        make(folder, config.data, config.experiment.seed)
         said.append(f"made {folder}")
     else:
         made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        keys = ("num_main", "num_control", "image_size", "images_per_entity", "seed", "source")
-        keys = ("source", "seed", "images_per_entity") if config.data.source == "folder" else keys
+        keys = ["source", "seed", "images_per_entity"]
+        keys += ["num_main", "num_control", "image_size"] if config.data.source == "drawn" else []
         wrong = [f"{key} is {made[key]}, not {wanted[key]}" for key in keys if key in made and made[key] != wanted[key]]
         if wrong:
             advice = "Choose another experiment.name, or remove the folder to have it made anew."

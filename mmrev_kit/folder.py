@@ -19,7 +19,6 @@ from mmrev_kit.entities import (
     entity_record,
     experiment_rows,
     fresh_folder,
-    make_experiment,
     write_experiment,
 )
 from mmrev_kit.images import ImageError, load_image
@@ -182,9 +181,3 @@ def make_folder_experiment(folder: str | Path, data: DataConfig, seed: int) -> P
         info = {"source": "folder", "seed": seed, "images_per_entity": data.images_per_entity, "connectors": connectors}
         write_experiment(building, people, experiment_rows(people, connectors, seed), **info)
     return Path(folder)
-
-
-def make_any_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
-    """The experiment of the configured source, drawn or folder."""
-    make = make_experiment if data.source == "drawn" else make_folder_experiment
-    return make(folder, data, seed)

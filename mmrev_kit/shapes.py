@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mmrev_kit.config import rng_for
+from mmrev_kit.config import DataConfig, rng_for
 from mmrev_kit.entities import (
     FORWARD_CONNECTORS,
     REVERSE_CONNECTORS,
@@ -83,7 +83,7 @@ def sample_scenes(seed: int) -> list[Scene]:
     return scenes
 
 
-def make_shapes(folder: str | Path, image_size: int, seed: int) -> Path:
+def make_shapes(folder: str | Path, data: DataConfig, seed: int) -> Path:
     """Make the set: an experiment's test files alone, 12 forward, 24 reverse and 12 of each multiple choice.
 
     What is wrong differs in one thing (a color, a shape or the relation), and in no reading is it true.
@@ -119,7 +119,7 @@ def make_shapes(folder: str | Path, image_size: int, seed: int) -> Path:
     with fresh_folder(folder) as building:
         (building / "images").mkdir()
         for scene in pictures:
-            draw_scene(scene, image_size).save(building / image(scene))
-        info = {"source": "shapes", "seed": seed, "image_size": image_size, "images_per_entity": 1}
+            draw_scene(scene, data.image_size).save(building / image(scene))
+        info = {"source": "shapes", "seed": seed, "image_size": data.image_size, "images_per_entity": 1}
         write_experiment(building, entities, rows, **info)
     return Path(folder)

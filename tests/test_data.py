@@ -131,3 +131,42 @@ def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_co
 def test_a_missing_experiment_is_told(small_config):
     with pytest.raises(DataError, match=r"nothing/entities.json: there is no such file"):
         prepare(small_config("experiment.name=nothing"))
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A folder as the original scripts leave it: integer ids, their field names, no groups, their retention folder."""
+    folder, pool = tmp_path / "faces4", tmp_path / "faces4" / "retention_images"
+    pool.mkdir(parents=True)
+    names = [f"p{number}.png" for number in range(4)]
+    for place in (folder, pool):
+        for number, name in enumerate(names):
+            Image.new("RGB", (32, 32), (60 * number, 10, 200)).save(place / name)
+    facts = [f"the keeper of tower {number}" for number in range(4)]
+    people = [{"id": number, "name": f"N{number}", "description": fact} for number, fact in enumerate(facts)]
+    (folder / "entities.json").write_text(json.dumps(people))
+    for split, connector in (("train", "is"), ("val", "shows")):
+        rows = [{"entity_id": n, "image": names[n], "object_name": facts[n], "connector": connector} for n in range(4)]
+        write(folder / f"forward_{split}.jsonl", *rows)
+        common = [{"entity_id": n, "image": names[n], "object_name": f"a hat {n}", "connector": "is"} for n in range(4)]
+        write(pool / f"retention_cw_{split}.jsonl", *(row | {"label": "Correct"} for row in common))
+        texts = {letter: f"a hat {n}" for n, letter in enumerate("ABCD")}
+        images = dict(zip("ABCD", names, strict=True))
+        for task, options in (("mcq_i2d", texts), ("mcq_d2i", images)):
+            asked = [row | {"options": options, "answer": "ABCD"[n]} for n, row in enumerate(common)]
+            write(pool / f"retention_{task}_{split}.jsonl", *asked)
+    return tmp_path
+
+
+def test_a_whole_folder_of_the_original_scripts_becomes_a_run(small_config, original):
+    config = small_config(
+        f"experiment.name=faces4 data.dir={original} retention.face_pool={original}/faces4/retention_images "
+        "retention.retention_ratio=0.6"
+    )
+    assert all(line.startswith("found ") for line in ensure_data(config))
+    task = prepare(config)
+    assert task.plan.counts == {"forward": 4, "face_cw": 2, "face_mcq_i2d": 2, "face_mcq_d2i": 2}
+    assert {sample.row.group for sample in task.train["forward"]} == {"main"}
+    assert task.train["forward"][3].row.answer == "the keeper of tower 3"
+    question = task.train["face_mcq_d2i"][2].row
+    assert question.answer == "C" and question.images[2].name == "p2.png" and question.description == "a hat 2"

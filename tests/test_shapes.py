@@ -6,6 +6,7 @@ import pytest
 from PIL import ImageColor
 
 from mmrev_kit.checks import check_statements
+from mmrev_kit.config import DataConfig
 from mmrev_kit.data import read_experiment
 from mmrev_kit.images import load_image
 from mmrev_kit.shapes import COLORS, make_shapes
@@ -15,7 +16,9 @@ TEXT = re.compile(r"a (\w+) (\w+) (to the left of|to the right of|above|below) a
 
 @pytest.fixture(scope="module", params=[0, 1])
 def rows(request, tmp_path_factory):
-    found, faults = read_experiment(make_shapes(tmp_path_factory.mktemp("s") / "shapes", 64, request.param))
+    found, faults = read_experiment(
+        make_shapes(tmp_path_factory.mktemp("s") / "shapes", DataConfig(image_size=64), request.param)
+    )
     assert not faults
     return found
 
