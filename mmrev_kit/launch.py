@@ -230,7 +230,8 @@ def _run_fresh(job: Job) -> None:
                 job.show()
     except KeyboardInterrupt:
         _end_group(process)
-        print(f"interrupted; run the same cell again to go on from {job.folder / 'last'}")
+        saved = job.folder / "last"
+        print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
         raise
     finally:
         _end_group(process)
