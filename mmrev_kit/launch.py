@@ -250,7 +250,7 @@ def _end_group(process: subprocess.Popen) -> None:
             return
         os.killpg(process.pid, sign)
         try:
-            process.wait(timeout=5)
+            process.wait(timeout=15)
         except subprocess.TimeoutExpired:
             continue
 

@@ -118,7 +118,7 @@ def test_an_interrupted_launch_goes_on_and_equals_the_uninterrupted_run(small_co
     history = folder / "training_history.json"
     wait_for(lambda: history.is_file() and len(read_history(history)["steps"]) > 55, 120)  # in the second epoch
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and f"go on from {folder / 'last'}" in output
     assert not children(folder)
     assert read_history(history)["status"] == "interrupted"
