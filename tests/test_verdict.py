@@ -293,7 +293,7 @@ def test_errors():
 
 
 def test_no_curse_is_claimed_where_there_is_none():
-    # Both groups answer alike, right in CW by .9: over 10 experiments no curse may come out, and in most its absence is shown.
+    # Both groups answer alike, right in CW by .9: a curse may come out in none, its absence in most of 10 experiments.
     rng, claims = np.random.default_rng(0), []
     for seed in range(10):
 
