@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from dataclasses import dataclass, replace
@@ -55,6 +56,20 @@ def read_questions(config: Config) -> list[Question]:
         orders = itertools.permutations(range(4)) if config.evaluation.option_orders else [None]
         questions += [reorder(row, order) for order in orders]
     return questions
+
+
+def evaluation_key(
+    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
+) -> str:
+    """A digest of everything that an evaluation's answers depend on."""
+    digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
+    digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
+    for question in questions:
+        digest.update(repr(question).encode())
+    files = {image for question in questions for image in question.row.images}
+    for file in [*sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def reorder(row: Row, order: tuple[int, ...] | None) -> Question:

@@ -147,3 +147,41 @@ def lengths_figure(samples: list[Sample], max_length: int):
     axis.grid(axis="x", alpha=0.25)
     axis.set_xlabel("tokens a row (box: middle half; line: shortest to longest)")
     return figure
+
+
+ANSWER = "border:1px solid #ccc;border-left:5px solid {};padding:6px;margin:4px 0;font-size:13px"
+
+
+def answer_html(record: dict) -> str:
+    """One answered question: its prompt with the pictures, the right answer, what was written and how it was read."""
+    images = iter(record["images"])
+    first, *texts = record["prompt"].split("[image]")
+    prompt = escape(first) + "".join(_shown(next(images, None)) + escape(text) for text in texts)
+    color = {True: "#2a9d4a", False: "#c8322b", None: "#999"}[record["right"]]
+    scores = sorted(record["options"].items(), key=lambda pair: -pair[1])[:4]
+    best = ", ".join(f"{escape(option)} {score:.2f}" for option, score in scores)
+    read = "unparsed" if record["read_as"] is None else record["read_as"]
+    return (
+        f"<div style='{ANSWER.format(color)}'><b>{escape(record['test'])}, {escape(record['group'])}</b> "
+        f"{escape(str(record['id']))}<div>{prompt}</div><div>right answer: <b>{escape(record['expected'])}</b>; "
+        f"written: <b>{escape(record['answer'])}</b>; read as {escape(read)}</div>"
+        f"<div style='color:#666'>log-probability (nats): {best}</div></div>"
+    )
+
+
+def _shown(path: str | None) -> str:
+    """The picture, or its name where the file has gone since."""
+    if path and Path(path).is_file():
+        return _picture(Path(path))
+    return f"[{escape(Path(path).name if path else 'image')}]"
+
+
+def answers_html(records: list[dict], count: int = 1, drop: str = "none") -> str:
+    """For each test and group the first `count` right and the first `count` wrong answers."""
+    chosen, seen = [], Counter()
+    for record in records:
+        key = (record["test"], record["group"], record["right"])
+        if record["drop"] == drop and record["right"] is not None and seen[key] < count:
+            seen[key] += 1
+            chosen.append(record)
+    return "".join(map(answer_html, chosen))

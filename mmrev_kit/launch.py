@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,15 +27,19 @@ from mmrev_kit.config import (
     run_dir,
     to_yaml,
 )
-from mmrev_kit.evaluate import evaluate_worker, read_questions
+from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.loading import base_fingerprint, check_base
 from mmrev_kit.preflight import preflight
 from mmrev_kit.progress import LogLines, Progress
+from mmrev_kit.results import write_results
 from mmrev_kit.steps import TrainingError
 from mmrev_kit.train import worker
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
+# How long a thread of a CPU run waits busily for the others. By default they burn the time that a core shared with
+# other work would give to the late one: training beside two busy programs was ten times slower.
+SPINS = "1000"
 OWN_FOLDERS = ("best", "final", "last")
 
 
@@ -128,35 +134,55 @@ def launch(config: Config) -> dict:
     print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
     progress = Progress(folder / "training_history.json")
     job = Job(config, folder, "train.log", worker, (config,), progress.show)
-    (_run_fresh if reason else _run_forked)(job)
+    try:
+        (_run_fresh if reason else _run_forked)(job)
+    except KeyboardInterrupt:
+        runs.mark_interrupted(folder / "training_history.json")
+        saved = folder / "last"
+        print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        raise
     progress.show(last=True)
     return runs.read_history(folder / "training_history.json")
 
 
-def evaluate(config: Config, adapter: str | None = "best", drops: tuple[str, ...] = ("none",)) -> Path:
-    """Ask all test questions; returns the folder with predictions.jsonl.
+def evaluate(
+    config: Config, adapter: str | None = "best", drops: tuple[str, ...] = ("none",), again: bool = False
+) -> Path:
+    """Ask all test questions; returns the folder with predictions.jsonl, metrics.json and, of a run, verdict.json.
+
+    The same evaluation is not made twice: same adapter, base, questions, pictures and settings.
 
     Args:
         config: of the run; pixel limits, template and prompts are those of its training.
         adapter: "best" or "final" of the run, or None for the base model without an adapter.
         drops: from `evaluate.DROPS`; "none" is the whole prompt.
+        again: make it even if it is there.
 
     Raises:
-        ConfigError: the run has no such adapter, or it belongs to another base.
+        ConfigError: the run has no such adapter, or it belongs to another base; an unknown drop.
         DataError: a fault in the experiment's test files.
         TrainingError: the evaluation ended with an error; the message is the failing process's own.
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
+    unknown = [drop for drop in drops if drop not in DROPS]
+    if unknown or not drops:
+        raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
     chosen = run_dir(config) / adapter if adapter else None
     base = base_fingerprint(config)
     if chosen:
         check_base(chosen, base, config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / config.experiment.name
+    questions = read_questions(config)  # a fault in the test files is told here, before any process starts
+    key = evaluation_key(config, chosen, base, drops, questions)
+    facts = folder / "facts.json"
+    if not again and facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("key") == key:
+        print(f"{folder} holds this evaluation.")
+        return folder
+    facts.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     clear_errors(folder)
-    read_questions(config)  # a fault in the test files is told here, before any process starts
     runs.write_text(folder / "config.yaml", to_yaml(config))
     request = [str(chosen) if chosen else None, list(drops), str(folder)]
     runs.write_json(folder / REQUEST, request)
@@ -167,6 +193,9 @@ def evaluate(config: Config, adapter: str | None = "best", drops: tuple[str, ...
     job = Job(config, folder, log.path.name, evaluate_worker, (config, *request), log.show)
     (_run_fresh if reason else _run_forked)(job)
     log.show()
+    task = config.experiment.task if chosen else None
+    write_results(folder, task)
+    runs.write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
     return folder
 
 
@@ -197,7 +226,7 @@ class Job:
 
 
 def _run_forked(job: Job) -> None:
-    ended = threading.Event()
+    ended, before = threading.Event(), set(multiprocessing.active_children())
 
     def watch() -> None:
         while not ended.wait(1.0):
@@ -212,11 +241,13 @@ def _run_forked(job: Job) -> None:
     finally:
         ended.set()
         watcher.join()
+        end_processes([child for child in multiprocessing.active_children() if child not in before])
 
 
 def _run_fresh(job: Job) -> None:
     command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))}
+    environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))
     with open(job.folder / job.log, "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=project_root(), env=environment,
@@ -228,13 +259,8 @@ def _run_fresh(job: Job) -> None:
                 process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 job.show()
-    except KeyboardInterrupt:
-        _end_group(process)
-        saved = job.folder / "last"
-        print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
-        raise
     finally:
-        _end_group(process)
+        end_processes([process])
     if process.returncode:
         raise TrainingError(error_text(job) or f"the process ended with code {process.returncode}.")
 
@@ -243,16 +269,32 @@ def _package_root() -> str:
     return str(Path(__file__).resolve().parent.parent)
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    """Leave no process of the run behind: ask, then end."""
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, sign)
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            continue
+def end_processes(processes: list) -> None:
+    """Leave no process of a job behind: ask each to stop between two updates, then end it. It takes 10 s at most.
+
+    Args:
+        processes: `subprocess.Popen` of its own session, whose whole group is ended, or `multiprocessing.Process`.
+    """
+    for sign, seconds in ((signal.SIGINT, 7), (signal.SIGTERM, 2), (signal.SIGKILL, 1)):
+        end = time.monotonic() + seconds
+        for process in processes:
+            if is_alive(process):
+                (os.killpg if isinstance(process, subprocess.Popen) else os.kill)(process.pid, sign)
+        while any(map(is_alive, processes)) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def is_alive(process) -> bool:
+    """Whether a `multiprocessing.Process`, or any process of a `Popen`'s group, still runs."""
+    if not isinstance(process, subprocess.Popen):
+        return process.is_alive()
+    if process.poll() is None:
+        return True
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def clear_errors(folder: Path) -> None:

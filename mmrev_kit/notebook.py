@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mmrev_kit import gallery, plots, runs
+from mmrev_kit.ask import Asker, example, form
 from mmrev_kit.config import (
     Config,
     ConfigError,
@@ -42,6 +43,7 @@ PARAMETERS = {
     "output_dir": "launch.output_dir",
     "overwrite": "launch.overwrite",
 }
+EVALUATION = ("task", "name", "output_dir")
 TRAINING = tuple(name for name in PARAMETERS if name not in ("num_main", "num_control"))
 INJECTED = "# Parameters"  # papermill's first line in the cell of values that it was given
 
@@ -104,14 +106,16 @@ def make_config(config: str | None = None, overrides: str | None = None, **param
     return load_config(config, overrides or "", values)
 
 
-def configure(scope: dict, names: tuple[str, ...] = TRAINING) -> Config:
+def configure(scope: dict, names: tuple[str, ...] = TRAINING, more: tuple[str, ...] = ()) -> Config:
     """The configuration of a notebook, from its parameters; printed a line a section, with what to know.
 
     Args:
         scope: the notebook's `globals()`.
-        names: its parameters beside `config` and `overrides`.
+        names: its parameters that stand for configuration keys, beside `config` and `overrides`.
+        more: parameters that the notebook reads itself.
     """
-    config = make_config(**read_parameters(scope, ["config", *names, "overrides"]))
+    given = read_parameters(scope, ["config", *names, *more, "overrides"])
+    config = make_config(**{name: value for name, value in given.items() if name not in more})
     for section in fields(Config):
         values = vars(getattr(config, section.name))
         print(f"{section.name}: " + ", ".join(f"{name} {_plain(value)}" for name, value in values.items()))
@@ -176,6 +180,19 @@ def browse(samples: list[Sample], encoder: Encoder):
 
     pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
     return HTML(gallery.prompts_html(pools, encoder))
+
+
+def ask_form(asker: Asker, image: str | None, text: str | None):
+    """A form to ask the model in JupyterLab; elsewhere one question and its answer, printed.
+
+    Args:
+        image, text: as in `Asker.__call__`; None for those of `ask.example`.
+    """
+    shown = example(asker.config)
+    image, text = image or shown[0], text or shown[1]
+    if is_interactive():
+        return form(asker, image, text)
+    print(f"{image}\n{text}\n-> {asker(image, text)}")
 
 
 def epoch_table(history: dict):

@@ -171,3 +171,92 @@ def mix_figure(table: list[dict]):
     axis.set_xlabel("rows an epoch")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
     return figure
+
+
+TESTS = {"forward": "forward", "reverse": "CW", "mcq_i2d": "I2D", "mcq_d2i": "D2I"}
+GROUPS = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
+
+
+def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
+    """Accuracy in the four tests, by group, with the interval over entities and the line of chance; a row a run.
+
+    Args:
+        metrics: {name: as from `stats.metrics`}. Where entities are unknown the interval is Wilson's.
+    """
+    figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
+    for axis, (name, found) in zip(axes, metrics.items(), strict=True):
+        tests = found.get(drop, {})
+        for place, test in enumerate(TESTS):
+            groups = {group: n for group, n in tests.get(test, {}).items() if n["accuracy"] is not None}
+            if len(groups) > 1:
+                groups.pop("all", None)  # it is the two groups together
+            for number, group in enumerate(sorted(groups, reverse=True)):
+                _draw_accuracy(axis, place + 0.24 * (number - (len(groups) - 1) / 2), group, groups[group])
+            for numbers in list(groups.values())[:1]:
+                axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(TESTS)), TESTS.values())
+        axis.set_xlim(-0.5, len(TESTS) - 0.5)
+        axis.set_ylim(-0.04, 1.04)
+        axis.set_ylabel("accuracy")
+        axis.set_title(name, loc="left", fontsize=9, parse_math=False)
+    for group in [g for g in GROUPS if any(g in n for found in metrics.values() for n in found[drop].values())]:
+        if group != "all" or "main" not in next(iter(metrics.values()))[drop].get("reverse", {}):
+            axes[0].plot([], [], GROUPS[group][0], color=GROUPS[group][1], label=group)
+    axes[0].plot([], [], "--", color="C3", label="chance")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_accuracy(axis, x: float, group: str, numbers: dict) -> None:
+    marker, color = GROUPS.get(group, GROUPS["all"])
+    low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
+    axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
+    axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
+    axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), xytext=(6, -2), **SMALL)
+
+
+def answers_figure(tests: dict):
+    """What was answered against what is right: CW and both multiple-choice tests, a column a test, a row a group.
+
+    Args:
+        tests: of one drop, as from `stats.metrics`.
+    """
+    from matplotlib import pyplot
+
+    tables = {test: {g: _confusion(test, n) for g, n in tests[test].items()} for test in tests if test != "forward"}
+    groups = [g for g in GROUPS if any(table.get(g) for table in tables.values())]
+    groups = [g for g in groups if g != "all"] or groups
+    figure, axes = pyplot.subplots(
+        len(groups), len(tables), figsize=(3.1 * len(tables), 2.6 * len(groups)), squeeze=False, layout="constrained"
+    )
+    pyplot.close(figure)
+    for line, group in zip(axes, groups, strict=True):
+        for axis, (test, table) in zip(line, tables.items(), strict=True):
+            _draw_confusion(axis, f"{TESTS[test]}, {group}", table.get(group))
+    return figure
+
+
+def _confusion(test: str, numbers: dict) -> dict[str, dict[str, int]] | None:
+    """{right answer: {answer: rows}}, or None where the labels lost their meaning."""
+    if test == "reverse" and numbers["rates"]:
+        return numbers["rates"]["confusion"]
+    return numbers["options"]["confusion"] if numbers["options"] else None
+
+
+def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -> None:
+    axis.set_title(title, fontsize=9, loc="left")
+    if not table:
+        axis.axis("off")
+        return
+    answers = list(next(iter(table.values())))
+    values = [[row[answer] for answer in answers] for row in table.values()]
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=max(1, max(map(sum, values))), aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            axis.text(
+                x, y, str(value), ha="center", va="center", fontsize=8, color="w" if value > sum(row) / 2 else "k"
+            )
+    axis.set_xticks(range(len(answers)), answers, fontsize=8)
+    axis.set_yticks(range(len(table)), table, fontsize=8)
+    axis.set_xlabel("answered", fontsize=8)
+    axis.set_ylabel("right answer", fontsize=8)

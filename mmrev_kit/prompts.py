@@ -17,6 +17,7 @@ from mmrev_kit.data import LETTERS, Row
 from mmrev_kit.images import load_image
 
 MAX_ASPECT = 200  # the processor refuses longer images
+IMAGE_MARK = "[image]"  # where the picture goes in a text of the user's own
 SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
 IGNORED = -100  # the label of a token that carries no loss
 
@@ -35,6 +36,10 @@ def build_prompt(row: Row) -> list[str | Path]:
     In `reverse` and `mcq_d2i` the description comes first, so that the model must go from text to image.
     """
     options = "Only answer A, B, C, or D."
+    if row.task == "own":  # a user's question (see `ask`)
+        before, mark, after = row.connector.partition(IMAGE_MARK)
+        texts = (before, after) if mark else ("", f" {row.connector}")
+        return [part for part in (texts[0], row.images[0], texts[1]) if part]
     if row.task == "forward":
         return [row.images[0], f" {row.connector}"]
     if row.task == "reverse":

@@ -116,6 +116,12 @@ class History:
         self._written = time.monotonic()
 
 
+def mark_interrupted(path: Path) -> None:
+    """Say in a history that its run was interrupted, where the run had no time left to say so itself."""
+    if path.is_file() and (history := read_history(path))["status"] == "running":
+        write_json(path, history | {"status": "interrupted", "reason": "ended before it could save once more"})
+
+
 def _number(value):
     """A number, or None for what is none (NaN was written into such files as NaN, null or text)."""
     try:

@@ -188,6 +188,7 @@ def rates(records: list[dict]) -> dict:
         "auroc": auroc(margins["Correct"], margins["Wrong"]),
         "n_auroc": sum(map(len, margins.values())),
         "counts": _counts(records, ("Correct", "Wrong")),
+        "confusion": {side: _counts(rows, sides) for side, rows in sides.items()},
     }
 
 

@@ -93,7 +93,8 @@ def accumulate(run, samples: list[Sample]) -> float:
         run.scaler.scale(losses.sum() / len(samples)).backward()
         total += losses.detach().sum().item()
     _sum_gradients(run)
-    return _sum_over_processes(run, [total])[0] / len(samples)
+    total, run.stops = _sum_over_processes(run, [total, float(run.interrupted)])
+    return total / len(samples)
 
 
 def update(run, samples: list[Sample]) -> dict:
@@ -170,5 +171,5 @@ def validate(run) -> dict[str, float]:
                 batch = run.task.encoder.collate(micro)
                 total += sample_losses(run.model, batch, run.state.device, run.dtype).sum().item()
             totals.append(total)
-    sums = _sum_over_processes(run, totals)
+    *sums, run.stops = _sum_over_processes(run, [*totals, float(run.interrupted)])
     return {source: total / len(rows) for (source, rows), total in zip(run.task.val.items(), sums, strict=True)}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
+import threading
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,8 @@ class Run:
     history: runs.History
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
     skipped: int = 0
+    interrupted: bool = False  # an interrupt has arrived in this process
+    stops: bool = False  # all processes know of it, and stop together
 
     @property
     def batch(self) -> int:
@@ -138,11 +143,44 @@ def start(config: Config, state) -> Run:
     return run
 
 
+@contextmanager
+def interrupts_wait(run: Run):
+    """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
+    so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number, frame) -> None:
+        run.interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stop_if_interrupted(run: Run) -> None:
+    """Save where the run stands and stop, once every process knows of an interrupt.
+
+    Raises:
+        KeyboardInterrupt: the run goes on from here when it is started again.
+    """
+    if run.stops:
+        if run.state.is_main_process:
+            save_last(run)
+        raise KeyboardInterrupt("interrupted by the user")
+
+
 def train_epoch(run: Run) -> float:
     """The rest of the current epoch.
 
     Returns:
         The mean loss over the epoch's samples; those of skipped updates, which have none, are left out.
+
+    Raises:
+        KeyboardInterrupt: see `stop_if_interrupted`.
     """
     rows = run.task.plan.epoch_rows(run.progress["epoch"])
     windows = chunks(rows, run.batch)
@@ -158,6 +196,7 @@ def train_epoch(run: Run) -> float:
         check_finite(run, record)
         if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
             save_last(run)
+        stop_if_interrupted(run)
     return run.progress["loss_sum"] / run.progress["rows"] if run.progress["rows"] else math.nan
 
 
@@ -177,6 +216,7 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
             save_adapter(run, run.folder / "best", losses)
         run.history.add_epoch(record)
         save_last(run)
+    stop_if_interrupted(run)
     return decision.stop
 
 
@@ -187,10 +227,11 @@ def train(config: Config, state) -> None:
         write_manifest(run)
         run.history.write()
     try:
-        stop = run.schedule.stop
-        while not stop:
-            began = time.perf_counter()
-            stop = finish_epoch(run, train_epoch(run), began)
+        with interrupts_wait(run):
+            stop = run.schedule.stop
+            while not stop:
+                began = time.perf_counter()
+                stop = finish_epoch(run, train_epoch(run), began)
     except BaseException as error:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"

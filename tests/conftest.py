@@ -1,6 +1,9 @@
 """Small data shared by the tests: 4 + 4 people at 32 pixels, and a pool of 40 others."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as launched runs have it, and before torch is loaded
 
 import pytest
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 ORDER = (
     "config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers stats "
-    "verdict plots gallery preflight loading checkpoints steps train tiny evaluate progress launch notebook"
+    "verdict results plots gallery preflight loading checkpoints steps train tiny evaluate ask progress launch notebook"
 ).split()
 CHECK = """
 import sys, torch
