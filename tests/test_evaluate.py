@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, run_dir
-from mmrev_kit.evaluate import generate, judge, read_questions, reorder, score_options
+from mmrev_kit.evaluate import evaluation_key, generate, judge, read_questions, reorder, score_options
 from mmrev_kit.launch import evaluate
 from mmrev_kit.loading import add_adapter, load_base, make_encoder, trainable
+from mmrev_kit.results import read_records
 from mmrev_kit.runs import write_text
 
 CPU = torch.device("cpu")
@@ -176,3 +178,44 @@ def test_an_adapter_goes_only_onto_its_base(few, tmp_path):
         evaluate(config)
     with pytest.raises(ConfigError, match="not an adapter of a run"):
         evaluate(config, "final")
+
+
+def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(small_config, capsys):
+    config = small_config("training.num_epochs=1")
+    from mmrev_kit.launch import launch
+
+    launch(config)
+    folder = evaluate(config, drops=("none", "both"))
+    records = read_records(folder / "predictions.jsonl")
+    found = json.loads((folder / "metrics.json").read_text())
+    for test, rows in {"forward": 24, "reverse": 48, "mcq_i2d": 24, "mcq_d2i": 24}.items():
+        mine = [record for record in records if (record["test"], record["drop"]) == (test, "none")]
+        assert len(mine) == rows == found["none"][test]["all"]["n"]
+        assert found["none"][test]["all"]["accuracy"] == sum(record["right"] for record in mine) / rows
+        assert found["both"][test]["main"]["accuracy"] is None
+        assert found["both"][test]["main"]["agreement"]["n"] == rows // 2
+    judged = json.loads((folder / "verdict.json").read_text())
+    assert judged["claim"] == "inconclusive" and judged["test"] == "reverse"  # one epoch teaches little
+    written = (folder / "predictions.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    assert evaluate(config, drops=("none", "both")) == folder
+    assert "holds this evaluation" in capsys.readouterr().out
+    assert (folder / "predictions.jsonl").stat().st_mtime_ns == written
+
+    # another adapter, another picture or other drops: asked again
+    questions = read_questions(config)
+    key = partial(evaluation_key, config, run_dir(config) / "best", "base", ("none",))
+    other = [replace(questions[0], options=("x",)), *questions[1:]]
+    tensors = load_file(run_dir(config) / "best" / "adapter_model.safetensors")
+    before = key(questions)
+    assert before == key(questions) != key(other)
+    assert before != evaluation_key(config, run_dir(config) / "best", "base", ("none", "text"), questions)
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, run_dir(config) / "best/adapter_model.safetensors"
+    )
+    assert key(questions) != before
+
+
+def test_an_unknown_drop_is_refused(small_config):
+    with pytest.raises(ConfigError, match="drop pictures: must be of none, image, text, both"):
+        evaluate(small_config(), None, drops=("pictures",))
