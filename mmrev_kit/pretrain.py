@@ -17,7 +17,7 @@ from mmrev_kit.pretrain_model import Optimizer, text_layer
 from mmrev_kit.pretrain_steps import Feed, Recipe, Runner, Schedule, Source, grid_of
 from mmrev_kit.pretrain_text import Lexicon
 from mmrev_kit.tiny import model_config, tokenizer_corpus, train_tokenizer
-from mmrev_kit.vision import equal_sized
+from mmrev_kit.vision import tower_block
 
 ENDING = 40  # seconds kept for the last tests and files, of a run on a GPU
 
@@ -77,7 +77,7 @@ def make_runners(recipe: Recipe, setting: Setting, optimizer: Optimizer) -> dict
     cuda = setting.device.type == "cuda"
     runners = {}
     for size, pixels in setting.pixels.items():
-        fast = (text_layer, equal_sized)
+        fast = (text_layer, tower_block)
         if cuda and recipe.compile and size == (SIZE, SIZE):
             fast = tuple(torch.compile(part, dynamic=False) for part in fast)
         shapes = setting.source.shapes(size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy
 
 from mmrev_kit.pretrain_text import NO_TARGET, Block
-from mmrev_kit.vision import equal_sized
+from mmrev_kit.vision import equal_sized, tower_block
 
 # Each task's part of a step's loss, whatever its number of prompts or tokens; I2D has two blocks.
 TASK_WEIGHTS = {"caption": 1.0, "reverse": 1.5, "mcq_i2d": 0.75, "mcq_d2i": 1.5, "text": 0.4}
@@ -98,14 +98,14 @@ def text_layer(layer, hidden, cos, sin, shapes, at=None):
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def answer_logits(model, batch: dict, pixels, shapes, layer=text_layer, tower=equal_sized):
+def answer_logits(model, batch: dict, pixels, shapes, layer=text_layer, block=tower_block):
     """The logits at every answer token, (answer tokens, vocabulary).
 
     Args:
         batch: `pack`'s arrays as tensors.
         pixels: (all pictures, height, width, 3) bytes.
         shapes: see `shapes_of`.
-        layer, tower: `text_layer` and `vision.equal_sized`, or compiled forms of them.
+        layer, block: `text_layer` and `vision.tower_block`, or compiled forms of them.
     """
     text, visual = model.model.language_model, model.model.visual
     hidden = text.embed_tokens(batch["ids"].long())
@@ -114,7 +114,7 @@ def answer_logits(model, batch: dict, pixels, shapes, layer=text_layer, tower=eq
         patch = visual.patch_size
         shown = patches_of(pixels[batch["images"]], patch, visual.spatial_merge_size)
         grid = pixels.shape[1] // patch, pixels.shape[2] // patch
-        _, merged, deepstack = tower(visual, shown, *grid)
+        _, merged, deepstack = equal_sized(visual, shown, *grid, block)
         shown = merged.index_select(0, batch["slots"]).flatten(0, 1)
         hidden = hidden.index_copy(0, batch["image_at"].long(), shown.to(hidden.dtype))
     cos, sin = text.rotary_emb(hidden[None], batch["places"][:, None].long())

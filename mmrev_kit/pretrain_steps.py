@@ -134,7 +134,7 @@ class Runner:
     Args:
         pixels: all pictures of this size, on the device.
         shapes, answers: see `Source.shapes`.
-        fast: (text layer, tower), compiled or not.
+        fast: (text layer, vision block), compiled or not.
     """
 
     def __init__(self, model, optimizer: Optimizer, pixels, shapes, answers, fast: tuple, capture: bool):

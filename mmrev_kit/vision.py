@@ -83,7 +83,7 @@ def _rotate(states, cos, sin):
     return (values * cos + torch.cat((-right, left), dim=-1) * sin).to(states.dtype)
 
 
-def _block(block, hidden, cos, sin):
+def tower_block(block, hidden, cos, sin):
     """One layer on (images, patches, hidden), all patches of an image attending to each other."""
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -97,11 +97,12 @@ def _block(block, hidden, cos, sin):
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def equal_sized(visual, pixels, rows: int, columns: int):
+def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
     """The tower on images of one size.
 
     Args:
         pixels: (images, patches, values), patches in the processor's order.
+        run_block: `tower_block`, or a compiled form of it.
 
     Returns:
         hidden (images, patches, hidden), merged (images, tokens, out), and one such tensor a deepstack layer.
@@ -119,7 +120,7 @@ def equal_sized(visual, pixels, rows: int, columns: int):
     layers = list(visual.deepstack_visual_indexes)
     deepstack = [None] * len(layers)
     for number, block in enumerate(visual.blocks):
-        hidden = _block(block, hidden, cos, sin)
+        hidden = run_block(block, hidden, cos, sin)
         if number in layers:
             merger = visual.deepstack_merger_list[layers.index(number)]
             deepstack[layers.index(number)] = merger(hidden.flatten(0, 1)).view(images, tokens, -1)
