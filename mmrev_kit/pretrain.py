@@ -11,15 +11,51 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy
+
 from mmrev_kit import pretrain_accuracy, pretrain_state
+from mmrev_kit.config import resolve
+from mmrev_kit.pretrain_data import make_plan
 from mmrev_kit.pretrain_images import OTHER_SIZES, SIZE, Pictures, make_pictures
 from mmrev_kit.pretrain_model import Optimizer, text_layer
-from mmrev_kit.pretrain_steps import Feed, Recipe, Runner, Schedule, Source, grid_of
+from mmrev_kit.pretrain_steps import Feed, Recipe, Runner, Schedule, Source, grid_of, read_recipe
 from mmrev_kit.pretrain_text import Lexicon
 from mmrev_kit.tiny import model_config, tokenizer_corpus, train_tokenizer
 from mmrev_kit.vision import tower_block
 
+PARAMETERS = (
+    "minutes", "steps", "seed", "prompts", "rate", "decay_share", "num_faces", "eval_prompts", "workers",
+)  # fmt: skip
 ENDING = 40  # seconds kept for the last tests and files, of a run on a GPU
+
+
+def configure(scope: dict) -> tuple[Recipe, Path, Path]:
+    """The recipe of a notebook's parameters, the model's folder and the state's; relative ones in the project.
+
+    Args:
+        scope: the notebook's `globals()`.
+
+    Raises:
+        ConfigError: an unknown parameter, or a value of the wrong type.
+    """
+    from mmrev_kit.notebook import read_parameters
+
+    values = read_parameters(scope, [*PARAMETERS, "out", "state", "overrides"])
+    recipe = read_recipe({name: values[name] for name in PARAMETERS}, values["overrides"] or "")
+    for name, value in vars(recipe).items():
+        print(f"{name}: {value}")
+    return recipe, resolve(values["out"]), resolve(values["state"])
+
+
+def preview(recipe: Recipe, number: int = 8):
+    """A few training pictures in one row, as a picture; and a table of what a step asks."""
+    import pandas
+    from PIL import Image
+
+    known = make_pictures("train", recipe.seed, number, 1, False, (SIZE, SIZE), 1)
+    row = Image.fromarray(numpy.concatenate(list(known.pixels), axis=1))
+    columns = ["task", "prompts", "tokens of a row", "attributes, at least", "at most"]
+    return row, pandas.DataFrame(make_plan(recipe.prompts).blocks, columns=columns).set_index("task")
 
 
 @dataclass

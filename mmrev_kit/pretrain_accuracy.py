@@ -125,3 +125,16 @@ def table(results: dict[str, dict[str, dict]]) -> list[str]:
             said = ", ".join(f"{name} {count}" for name, count in answers.items() if count or name != "other")
             lines.append(f"| {kind} | {NAMES[task]} | {result['accuracy']:.3f} | {', '.join(parts)} | {said} |")
     return lines
+
+
+def frame(results: dict[str, dict[str, dict]]):
+    """The accuracies as a pandas DataFrame: a row a set of pictures and task, a column a number of attributes."""
+    import pandas
+
+    rows = []
+    for kind, tasks in results.items():
+        for task, result in tasks.items():
+            row = {"pictures": kind, "task": NAMES[task], "prompts": result["prompts"], "all": result["accuracy"]}
+            row |= {f"{part['attributes']} named": part["right"] / part["prompts"] for part in result["by_number"]}
+            rows.append(row | {"bar": BARS[task]})
+    return pandas.DataFrame(rows).set_index(["pictures", "task"]) if rows else pandas.DataFrame()

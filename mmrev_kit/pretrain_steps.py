@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,22 @@ class Recipe:
     def num_workers(self) -> int:
         """Processes that draw and ask."""
         return max(1, (os.cpu_count() or 2) - 2) if self.workers is None else self.workers
+
+
+def read_recipe(values: dict, overrides: str = "") -> Recipe:
+    """A recipe from values by field, and words such as "muon=false rate=1e-3".
+
+    Raises:
+        ConfigError: an unknown field, or a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        words = OmegaConf.from_dotlist(shlex.split(overrides))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values, words))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"pretraining: {str(error).splitlines()[0]}") from None
 
 
 def grid_of(size: tuple[int, int]) -> tuple[int, int]:

@@ -459,7 +459,8 @@ def test_whole_answers_are_what_greedy_decoding_writes(setting):
     for row, first, picture in zip(block.ids, found[:, 0], images, strict=True):
         ids = torch.from_numpy(row[row != sampler.lexicon.pad_id]).long()[None, :-2]
         out = setting.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == sampler.lexicon.image_id).int(),
+            input_ids=ids, attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == sampler.lexicon.image_id).int(),
             pixel_values=patches_of(pixels[[picture]]).flatten(0, 1), image_grid_thw=torch.tensor([[1, 8, 8]]),
             max_new_tokens=1, do_sample=False,
         )  # fmt: skip
