@@ -15,9 +15,9 @@ import numpy
 
 from mmrev_kit import pretrain_accuracy, pretrain_state
 from mmrev_kit.config import resolve
-from mmrev_kit.pretrain_data import make_plan
 from mmrev_kit.pretrain_images import OTHER_SIZES, SIZE, Pictures, make_pictures
 from mmrev_kit.pretrain_model import Optimizer, text_layer
+from mmrev_kit.pretrain_plan import make_plan
 from mmrev_kit.pretrain_steps import Feed, Recipe, Runner, Schedule, Source, grid_of, read_recipe
 from mmrev_kit.pretrain_text import Lexicon
 from mmrev_kit.tiny import model_config, tokenizer_corpus, train_tokenizer

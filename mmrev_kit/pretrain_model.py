@@ -168,7 +168,8 @@ class Rates:
         import torch
 
         corrections = 1 / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
-        self.values.copy_(torch.tensor([rate, *corrections]), non_blocking=True)
+        values = torch.tensor([rate, *corrections])
+        self.values.copy_(values.pin_memory() if self.values.is_cuda else values, non_blocking=True)
 
 
 class Optimizer:

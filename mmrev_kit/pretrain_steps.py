@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy
 
 from mmrev_kit.config import ConfigError
-from mmrev_kit.pretrain_data import Plan, Sampler, make_plan, make_step
+from mmrev_kit.pretrain_data import Sampler
 from mmrev_kit.pretrain_images import SIZE, Pictures
 from mmrev_kit.pretrain_model import Optimizer, answer_logits, losses_of, pack, shapes_of
+from mmrev_kit.pretrain_plan import Plan, make_plan, make_step
 from mmrev_kit.pretrain_text import Lexicon
 
 CHUNK = 16  # steps that one process makes at a time
@@ -200,6 +201,8 @@ class Runner:
         import torch
 
         new = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        if self.pixels.is_cuda:  # from pinned memory a copy does not wait for the steps before
+            new = {name: value.pin_memory() for name, value in new.items()}
         if self.batch is None:
             self.batch = {name: value.to(self.pixels.device) for name, value in new.items()}
         for name, value in new.items():

@@ -16,7 +16,7 @@ from mmrev_kit.entities import FORWARD_CONNECTORS, PLACES, REVERSE_CONNECTORS, R
 from mmrev_kit.images import VALUES, describe, share_of
 from mmrev_kit.objects import FAMILIES
 from mmrev_kit.pools import is_true_of
-from mmrev_kit.pretrain_data import make_plan, make_step, name_attributes, number_weights
+from mmrev_kit.pretrain_data import name_attributes
 from mmrev_kit.pretrain_images import (
     ICONS,
     Pictures,
@@ -28,6 +28,7 @@ from mmrev_kit.pretrain_images import (
     make_pictures,
 )  # fmt: skip
 from mmrev_kit.pretrain_model import Optimizer, answer_logits, losses_of, orthogonal, pack, patches_of, shapes_of
+from mmrev_kit.pretrain_plan import make_plan, make_step, number_weights
 from mmrev_kit.pretrain_steps import Feed, Recipe, Schedule, Source
 from mmrev_kit.pretrain_text import LETTERS, NO_TARGET, Lexicon, object_names
 from mmrev_kit.prompts import Encoder
