@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers plots "
     "gallery preflight vision loading checkpoints steps train tiny pretrain_text pretrain_images pretrain_data "
-    "pretrain_plan pretrain_model pretrain_accuracy pretrain_state pretrain_steps evaluate progress launch notebook pretrain"
+    "pretrain_plan pretrain_model pretrain_accuracy pretrain_state pretrain_steps evaluate progress launch "
+    "notebook pretrain"
 ).split()
 CHECK = """
 import sys, torch
