@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 
 from mmrev_kit import pretrain_accuracy, pretrain_state
-from mmrev_kit.config import resolve
+from mmrev_kit.config import ConfigError, resolve
 from mmrev_kit.pretrain_images import OTHER_SIZES, SIZE, Pictures, make_pictures
 from mmrev_kit.pretrain_model import Optimizer, text_layer
 from mmrev_kit.pretrain_plan import make_plan
@@ -179,8 +179,23 @@ def shipped(weights: dict) -> dict:
     return {name: value.half().float() for name, value in weights.items()}
 
 
+def rewrite(out: str | Path | None, state: str | Path | None) -> dict:
+    """Write the model's folder from a state, without training; returns the state's record.
+
+    Raises:
+        ConfigError: there is no state.
+    """
+    weights, record = pretrain_state.load_state(state) if state else (None, None)
+    if not weights:
+        raise ConfigError(f"minutes = 0 writes the model of a state, and there is none in {state}.")
+    if out:
+        pretrain_state.write_model(out, weights, record)
+    print(pretrain_state.report(record), flush=True)
+    return record
+
+
 def pretrain(recipe: Recipe, out: str | Path | None = None, state: str | Path | None = None) -> dict:
-    """Pretrain for a while, test on what is held out, and write the state and the model.
+    """Pretrain for a while, test on what is held out, and write the state and the model; minutes = 0: only write.
 
     Args:
         out: the folder of the model to write; None: none.
@@ -193,31 +208,30 @@ def pretrain(recipe: Recipe, out: str | Path | None = None, state: str | Path | 
     import transformers
 
     began = time.monotonic()
+    if recipe.minutes == 0 and not recipe.steps:
+        return rewrite(out, state)
     setting = prepare(recipe, state)
     model, record, before = setting.model, setting.record, dict(setting.record)
     cuda = setting.device.type == "cuda"
-    if recipe.minutes > 0 or recipe.steps:
-        schedule = Schedule(recipe, not record["step"], began, ENDING if cuda else 0)
-        save = (
-            (lambda: pretrain_state.save_state(state, pretrain_state.weights_of(model), record)) if state else _nothing
-        )
-        train(recipe, setting, schedule, save)
-        record["runs"].append(
-            {
-                "steps": record["step"] - before["step"],
-                "seconds": record["seconds"] - before["seconds"],
-                "prompts_a_step": setting.source.plans[SIZE, SIZE].num_prompts,
-                "rate": recipe.rate,
-                "optimizer": "Muon and AdamW" if recipe.muon else "AdamW",
-                "device": torch.cuda.get_device_name() if cuda else "a CPU",
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            }
-        )
+    schedule = Schedule(recipe, not record["step"], began, ENDING if cuda else 0)
+    save = (lambda: pretrain_state.save_state(state, pretrain_state.weights_of(model), record)) if state else _nothing
+    train(recipe, setting, schedule, save)
+    record["runs"].append(
+        {
+            "steps": record["step"] - before["step"],
+            "seconds": record["seconds"] - before["seconds"],
+            "prompts_a_step": setting.source.plans[SIZE, SIZE].num_prompts,
+            "rate": recipe.rate,
+            "optimizer": "Muon and AdamW" if recipe.muon else "AdamW",
+            "device": torch.cuda.get_device_name() if cuda else "a CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+    )
     weights = pretrain_state.weights_of(model)
     if state:
         pretrain_state.save_state(state, weights, record)
-    if recipe.eval_prompts and record["step"] > before["step"]:
+    if recipe.eval_prompts:
         model.load_state_dict(shipped(weights), strict=False)
         model.eval()
         record["tests"] = pretrain_accuracy.measure(

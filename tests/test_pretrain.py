@@ -430,6 +430,12 @@ def test_a_few_steps_reduce_the_loss_and_a_run_goes_on(tmp_path, capsys):
     }
     assert all(result["prompts"] == 8 for tasks in results.values() for result in tasks.values())
 
+    pretrain.pretrain(Recipe(minutes=0), tmp_path / "again", tmp_path / "state")
+    for name in ("model.safetensors", "README.md", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(ConfigError, match="there is none"):
+        pretrain.pretrain(Recipe(minutes=0), folder, tmp_path / "nothing")
+
     weights, _ = pretrain_state.load_state(tmp_path / "state")
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert model.dtype == torch.float16
