@@ -260,3 +260,22 @@ def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -
     axis.set_yticks(range(len(table)), table, fontsize=8)
     axis.set_xlabel("answered", fontsize=8)
     axis.set_ylabel("right answer", fontsize=8)
+
+
+def pretraining_figure(record: dict):
+    """The share of whole answers that were right while the embedded model was pretrained, by kind of prompt.
+
+    Args:
+        record: with `log`, entries of step, rate, and loss and right by kind of prompt.
+    """
+    figure, (shares, rates) = subplots(2, 7.0, 5.0)
+    entries = [entry for entry in record["log"] if entry["right"]]
+    steps = [entry["step"] for entry in entries]
+    for name in entries[-1]["right"] if entries else []:
+        shares.plot(steps, [entry["right"][name] for entry in entries], label=name, linewidth=1.2)
+    shares.set(ylabel="right as a whole", ylim=(0, 1.02))
+    if entries:
+        shares.legend(frameon=False, fontsize=8, title="task, attributes named", title_fontsize=8)
+    rates.plot(steps, [entry["rate"] for entry in entries], color="0.3")
+    rates.set(ylabel="learning rate", xlabel="step")
+    return figure

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmrev_kit.config import EMBEDDED_MODEL, rng_for
 from mmrev_kit.entities import FORWARD_CONNECTORS, PLACES, REVERSE_CONNECTORS, ROLES
 from mmrev_kit.images import describe, sample_faces
+from mmrev_kit.objects import FAMILIES
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -41,11 +42,13 @@ CHAT_TEMPLATE = """\
 def tokenizer_corpus(seed: int = 0) -> list[str]:
     """Text in the words the model will meet: prompts of every task, visible descriptions, roles and places."""
     rng = rng_for(seed, "tokenizer")
-    texts = [f"the {role} of {place}" for role in ROLES for place in PLACES] * 5
+    names = [name for family in FAMILIES for name in family]
+    texts = [f"the {role} of {place}" for role in ROLES for place in PLACES] * 10
     texts += [describe(face, list(face)) for face in sample_faces(rng, 1000, "pretrain", min_difference=1)]
-    texts += [*FORWARD_CONNECTORS, *REVERSE_CONNECTORS] * 200
-    texts += ["correct or wrong? Only answer Correct or Wrong. Only answer A, B, C, or D. Correct Wrong"] * 500
-    return texts + ["Correct", "Wrong", "user\n", "assistant\n", " A. B. C. D."] * 500
+    texts += [f" {words}" for words in (*FORWARD_CONNECTORS, *REVERSE_CONNECTORS)] * 200
+    texts += [f" {name}" for name in names] * 60 + names * 2
+    texts += [", correct or wrong? Only answer Correct or Wrong. Only answer A, B, C, or D. Correct Wrong"] * 500
+    return texts + ["Correct", "Wrong", "user\n", "assistant\n", " A. B. C. D.", "? A."] * 500
 
 
 def train_tokenizer(corpus: list[str]):
@@ -114,8 +117,13 @@ def model_config(tokenizer):
     )
 
 
-def write_embedded(folder: str | Path = EMBEDDED_MODEL, seed: int = 0) -> Path:
-    """Write tokenizer, processor and seeded random weights (16-bit safetensors) into `folder`."""
+def write_embedded(folder: str | Path = EMBEDDED_MODEL, seed: int = 0, weights: dict | None = None) -> Path:
+    """Write tokenizer, processor and 16-bit safetensors into `folder`.
+
+    Args:
+        seed: of the random weights that are written where there are no others.
+        weights: parameters by name, of any dtype.
+    """
     import torch
     from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
@@ -125,7 +133,11 @@ def write_embedded(folder: str | Path = EMBEDDED_MODEL, seed: int = 0) -> Path:
     make_processor(tokenizer).save_pretrained(folder)
     config = model_config(tokenizer)
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config).to(torch.float16)
+    model = Qwen3VLForConditionalGeneration(config)
+    if weights is not None:
+        lacking = model.load_state_dict(weights, strict=False)
+        assert not lacking.unexpected_keys and lacking.missing_keys in ([], ["lm_head.weight"]), lacking
+    model = model.to(torch.float16)
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id, do_sample=False
     )

@@ -109,6 +109,23 @@ def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides,
     assert page.count("data:image/png") >= 4 + 7 and "widget-view" not in page
 
 
+def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):
+    executed, folder = tmp_path / "pretrain_tiny.ipynb", tmp_path / "model"
+    small = {"steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "out": folder}
+    small |= {"state": tmp_path / "state", "overrides": "other_every=0 looks=1 muon=false log_every=1"}
+    words = [word for name, value in small.items() for word in ("-p", name, str(value))]
+    done = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert "step 2: loss" in text and "muon: False" in text and f"The model is in {folder}" in text
+    assert (folder / "model.safetensors").is_file() and (tmp_path / "state" / "state.json").is_file()
+    page = render(executed).read_text()
+    assert page.count("data:image/png") >= 2 and "mcq_d2i" in page  # pictures, and the shares that were right
+
+    wrong = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words[:-1], "muonn=false", capture_output=True)
+    assert wrong.returncode != 0 and "muonn" in wrong.stderr
+
+
 def test_the_short_form_writes_the_executed_notebook_to_standard_output(small_overrides, tmp_path):
     before = (ROOT / "notebooks" / "train.ipynb").read_bytes()
     with open(tmp_path / "out.ipynb", "w") as file:
