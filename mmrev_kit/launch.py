@@ -44,13 +44,17 @@ OWN_FOLDERS = ("best", "final", "last")
 
 
 def count_processes(config: Config) -> int:
-    """Processes of this run: as configured, else one per GPU, else 1.
+    """Processes of this run: as configured, else one per GPU, else 1; in mode auto always 1.
 
     Raises:
-        ConfigError: more processes than GPUs on a machine that has GPUs.
+        ConfigError: more processes than GPUs on a machine that has GPUs, or several in mode auto.
     """
     import torch
 
+    if config.launch.mode == "auto":
+        if (config.launch.num_processes or 1) > 1:
+            raise ConfigError("launch.mode = 'auto' spreads one model over all GPUs: set launch.num_processes=1.")
+        return 1
     gpus = torch.cuda.device_count()  # asks the driver; does not initialise CUDA
     wanted = config.launch.num_processes or max(gpus, 1)
     if gpus and wanted > gpus:

@@ -21,6 +21,13 @@ def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def test_mode_auto_is_one_process(small_config):
+    auto = "quantization.bits=16 launch.mode=auto"
+    assert count_processes(small_config(auto)) == 1
+    with pytest.raises(ConfigError, match=r"set launch\.num_processes=1"):
+        count_processes(small_config(f"{auto} launch.num_processes=2"))
+
+
 def test_one_process_runs_in_a_fresh_python_and_ends_finished(small_config, capsys):
     config = small_config(HALF)
     history = launch(config)

@@ -31,7 +31,7 @@ def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_conf
     """
     common = (
         "lora.dropout=0 training.batch_size=1 training.num_epochs=3 training.improvement_threshold=0.99 "
-        "training.lr_patience=1"
+        "training.lr_patience=1 training.learning_rate=5e-4"
     )
     one = small_config(f"{common} training.gradient_accumulation_steps=8 launch.output_dir={tmp_path}/one")
     two = small_config(
@@ -44,8 +44,8 @@ def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_conf
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-4)
         assert right["val_loss"] == pytest.approx(left["val_loss"], rel=1e-4)
     for history in (a, b):
-        assert [record["lr"] for record in history["epochs"]] == [2e-3, 2e-3, 1e-3]
-        assert history["epochs"][-1]["decision"]["lr"] == 5e-4
+        assert [record["lr"] for record in history["epochs"]] == [5e-4, 5e-4, 2.5e-4]
+        assert history["epochs"][-1]["decision"]["lr"] == 1.25e-4
         assert [record["decision"]["improved"] for record in history["epochs"]] == [True, False, False]
     weights = adapter(one), adapter(two)
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 1e-4

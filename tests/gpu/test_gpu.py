@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mmrev_kit.config import run_dir
-from mmrev_kit.launch import launch
+from mmrev_kit.launch import evaluate, launch
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
 from mmrev_kit.preflight import preflight
+from mmrev_kit.results import read_records
 from mmrev_kit.runs import read_history
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare, seed_for
@@ -81,3 +82,36 @@ assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs: run it on a machine with two")
+
+
+@TWO
+def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_config, tmp_path):
+    common = "quantization.bits=16 quantization.compute_dtype=bf16"
+    spread = small_config(f"{common} launch.mode=auto launch.output_dir={tmp_path}/spread")
+    places = {str(place) for place in load_base(spread, GPU).hf_device_map.values()}
+    assert places == {"0", "1"}
+    whole = small_config(f"{common} launch.num_processes=1 launch.output_dir={tmp_path}/whole")
+    found, expected = (read_records(evaluate(config, None) / "predictions.jsonl") for config in (spread, whole))
+    assert len(found) == len(expected) == 120
+    for left, right in zip(found, expected, strict=True):
+        assert left["id"] == right["id"] and left["answer"] == right["answer"]
+        assert left["options"] == pytest.approx(right["options"], abs=0.05)
+
+
+@TWO
+def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path):
+    """fp32 on 2 processes (NCCL), forked from this kernel's fresh Python, against 1 process."""
+    common = "lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype=fp16"
+    one = launch(
+        small_config(
+            f"{common} launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
+        )
+    )
+    two = launch(small_config(f"{common} launch.num_processes=2 launch.output_dir={tmp_path}/two"))
+    assert one["steps_per_epoch"] == two["steps_per_epoch"]
+    for left, right in zip(one["epochs"], two["epochs"], strict=True):
+        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-3)
+        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=2e-3)
