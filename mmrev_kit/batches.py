@@ -1,0 +1,167 @@
+"""A process's share of an update as batches for the model: packed or padded, with vision features or pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmrev_kit.config import Config
+from mmrev_kit.features import Features, as_model_input, core_model, takes_features
+from mmrev_kit.packing import (
+    Group,
+    Layout,
+    arrange,
+    attention_mask,
+    attention_scale,
+    make_groups,
+    micro_batches,
+    pack,
+    share_out,
+)
+from mmrev_kit.prompts import IGNORED, Encoder, Sample
+
+CPU_TOKENS = 2048  # tokens a pass where memory is no limit
+GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
+MASKED = ("sdpa", "eager")  # attention implementations that take a mask of any form
+
+
+@dataclass
+class Batch:
+    """What one pass needs.
+
+    Attributes:
+        inputs: keyword arguments of the model, on its device.
+        predictor: which of the wanted logits predicts each answer token; None: each its own.
+        target, owner: the answer tokens, and whose they are.
+        rows, tokens: samples in it, tokens computed for them (padding included).
+    """
+
+    inputs: dict
+    predictor: object
+    target: object
+    owner: object
+    rows: int
+    tokens: int
+
+
+def obstacle(model) -> str | None:
+    """Why rows cannot be packed and vision features not be given to this model, or None."""
+    if not takes_features(model):
+        return "the model takes no precomputed vision features (mm_encoder_outputs)"
+    name = core_model(model).config.text_config._attn_implementation
+    if name not in MASKED:
+        return f"attention implementation {name} takes no mask of four dimensions"
+    return None
+
+
+def micro_tokens(config: Config, device) -> int:
+    """Tokens of one pass: as configured, else by a rule.
+
+    2,048 on a CPU; on a GPU 4,096 with gradient checkpointing and 1,024 without, twice as many on a card of 60 GiB or
+    more.
+    """
+    import torch
+
+    if config.memory.micro_tokens is not None:
+        return config.memory.micro_tokens
+    if device.type != "cuda":
+        return CPU_TOKENS
+    large = torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30
+    return GPU_TOKENS * (2 if large else 1) // (1 if config.memory.gradient_checkpointing else 4)
+
+
+def make_layout(config: Config, model, device) -> Layout:
+    """How this process runs its share; packing needs a model that it works with."""
+    mode = config.training.packing if obstacle(model) is None else "none"
+    scale = attention_scale(core_model(model).config.text_config)
+    return Layout(mode, micro_tokens(config, device), scale, multiple=8 if device.type == "cuda" else 1)
+
+
+@dataclass
+class Batcher:
+    """Makes the batches of one process.
+
+    Attributes:
+        features: of every image, or None: pixels are given to the model.
+        additive: eager attention adds its mask; a boolean one would be added as 0 and 1.
+    """
+
+    layout: Layout
+    encoder: Encoder
+    features: Features | None
+    device: object
+    additive: bool = False
+
+    def batches(self, samples: list[Sample], process: int = 0, processes: int = 1):
+        """Yield `process`'s share of the samples, batch by batch; every process computes the same shares.
+
+        Every sample is in exactly one batch of one process.
+        """
+        if self.layout.packing == "none":
+            for part in padded(samples[process::processes], self.layout.micro_tokens):
+                yield self.plain(part)
+            return
+        groups = make_groups(samples, self.layout.packing, self.encoder.image_id)
+        for part in micro_batches(share_out(groups, processes)[process], self.layout.micro_tokens):
+            yield self.packed(part)
+
+    def plain(self, samples: list[Sample]) -> Batch:
+        """Rows side by side, padded; mask and positions are the library's own."""
+        inputs = self.encoder.collate(samples, with_pixels=self.features is None)
+        images = [(path, sample.max_pixels) for sample in samples for path in sample.row.images]
+        batch = from_labels(inputs, self.device)
+        if self.features is not None:
+            batch.inputs["mm_encoder_outputs"] = as_model_input([self.features.get(i) for i in images], self.device)
+        return batch
+
+    def packed(self, groups: list[Group]) -> Batch:
+        """Groups of rows as packed sequences."""
+        import torch
+
+        rows = arrange(groups, self.layout.attention_scale, self.layout.multiple)
+        found = pack(rows, self.encoder, self.layout.multiple)
+
+        def tensor(array):
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        mask = attention_mask(tensor(found.group), tensor(found.segment))
+        if self.additive:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
+        inputs = {
+            "input_ids": tensor(found.input_ids),
+            "attention_mask": mask,
+            "position_ids": tensor(found.positions),
+            "logits_to_keep": tensor(found.wanted),
+        }
+        if self.features is not None:
+            features = [self.features.get(image) for image in found.images]
+            inputs["mm_encoder_outputs"] = as_model_input(features, self.device)
+        else:
+            images = [self.encoder.pixels(*image) for image in found.images]
+            inputs["pixel_values"] = torch.cat([values for values, _ in images]).to(self.device)
+            inputs["image_grid_thw"] = torch.cat([grid for _, grid in images]).to(self.device)
+        where = tensor(found.predictor), tensor(found.target), tensor(found.owner)
+        return Batch(inputs, *where, len(found.samples), found.input_ids.size)
+
+
+def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:
+    """Samples in runs whose padded batch has at most `limit` tokens, unless one alone has more."""
+    runs: list[list[Sample]] = []
+    for sample in samples:
+        longest = max(len(s.input_ids) for s in [sample, *(runs[-1] if runs else [])])
+        if runs and longest * (len(runs[-1]) + 1) <= limit:
+            runs[-1].append(sample)
+        else:
+            runs.append([sample])
+    return runs
+
+
+def from_labels(inputs: dict, device) -> Batch:
+    """A batch from `Encoder.collate`: logits where an answer token is predicted, nowhere else."""
+    import torch
+
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    labels = inputs.pop("labels")[:, 1:]  # position i predicts token i + 1
+    kept = labels != IGNORED
+    inputs["logits_to_keep"] = torch.nn.functional.pad(kept, (0, 1))
+    owner = kept.nonzero()[:, 0]
+    return Batch(inputs, None, labels[kept], owner, len(labels), inputs["input_ids"].numel())
