@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmrev_kit.config import Config
 from mmrev_kit.features import Features, as_model_input, core_model, takes_features
@@ -81,7 +82,7 @@ class Batcher:
     """Makes the batches of one process.
 
     Attributes:
-        features: of every image, or None: pixels are given to the model.
+        features: of the run's images; None: pixels are given to the model, and it goes through the tower again.
         additive: eager attention adds its mask; a boolean one would be added as 0 and 1.
     """
 
@@ -104,13 +105,21 @@ class Batcher:
         for part in micro_batches(share_out(groups, processes)[process], self.layout.micro_tokens):
             yield self.packed(part)
 
+    def images(self, images: list[tuple[Path, int]]) -> dict:
+        """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
+        import torch
+
+        if self.features is not None and all(image in self.features for image in images):
+            features = [self.features.get(image) for image in images]
+            return {"mm_encoder_outputs": as_model_input(features, self.device)}
+        pixels = [self.encoder.pixels(*image) for image in images]
+        values, grids = (torch.cat(parts).to(self.device) for parts in zip(*pixels, strict=True))
+        return {"pixel_values": values, "image_grid_thw": grids}
+
     def plain(self, samples: list[Sample]) -> Batch:
         """Rows side by side, padded; mask and positions are the library's own."""
-        inputs = self.encoder.collate(samples, with_pixels=self.features is None)
-        images = [(path, sample.max_pixels) for sample in samples for path in sample.row.images]
-        batch = from_labels(inputs, self.device)
-        if self.features is not None:
-            batch.inputs["mm_encoder_outputs"] = as_model_input([self.features.get(i) for i in images], self.device)
+        batch = from_labels(self.encoder.collate(samples, with_pixels=False), self.device)
+        batch.inputs |= self.images([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
         return batch
 
     def packed(self, groups: list[Group]) -> Batch:
@@ -132,13 +141,7 @@ class Batcher:
             "position_ids": tensor(found.positions),
             "logits_to_keep": tensor(found.wanted),
         }
-        if self.features is not None:
-            features = [self.features.get(image) for image in found.images]
-            inputs["mm_encoder_outputs"] = as_model_input(features, self.device)
-        else:
-            images = [self.encoder.pixels(*image) for image in found.images]
-            inputs["pixel_values"] = torch.cat([values for values, _ in images]).to(self.device)
-            inputs["image_grid_thw"] = torch.cat([grid for _, grid in images]).to(self.device)
+        inputs |= self.images(found.images)
         where = tensor(found.predictor), tensor(found.target), tensor(found.owner)
         return Batch(inputs, *where, len(found.samples), found.input_ids.size)
 

@@ -94,6 +94,7 @@ class Features:
         self.encoder, self.folder, self.identity = encoder, Path(folder), identity
         self.shape, self.dtype = shape, dtype
         self._digests: dict[Path, str] = {}
+        self._keys: dict[Image, str] = {}
         self._held: dict[str, object] = {}
 
     def size(self, image: Image) -> tuple[int, int]:
@@ -103,14 +104,19 @@ class Features:
 
     def key(self, image: Image) -> str:
         """40 hex digits: the name of the image's file. The image file is read once."""
-        path, _ = image
-        if path not in self._digests:
-            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        text = f"{self.identity}\n{self._digests[path]}\n{self.size(image)}"
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
+        if image not in self._keys:
+            path, _ = image
+            if path not in self._digests:
+                self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            text = f"{self.identity}\n{self._digests[path]}\n{self.size(image)}"
+            self._keys[image] = hashlib.sha256(text.encode()).hexdigest()[:40]
+        return self._keys[image]
 
     def file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, image: Image) -> bool:
+        return self.key(image) in self._held
 
     def get(self, image: Image):
         """The (1 + DeepStack layers, visual tokens, hidden) features of an image, on the CPU.

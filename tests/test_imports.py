@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 ORDER = (
     "config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers plots "
-    "gallery preflight loading checkpoints packing features batches speed steps train tiny evaluate progress launch notebook"
+    "gallery preflight vision loading checkpoints packing features batches speed steps train tiny evaluate progress "
+    "launch notebook"
 ).split()
 CHECK = """
 import sys, torch
