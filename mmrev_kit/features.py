@@ -136,7 +136,7 @@ class Features:
         try:
             with safe_open(self.file(key), framework="pt") as stored:
                 facts = stored.metadata() or {}
-                tensor = stored.get_tensor("features") if "features" in stored.keys() else None  # noqa: SIM118
+                tensor = stored.get_tensor("features") if "features" in stored.keys() else None
         except (FileNotFoundError, SafetensorError, OSError):
             return False
         rows, columns = self.size(image)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,15 +44,18 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(small_config, state):
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
     samples = mixed_samples(run, 7)
     found = {}
-    for size in (1, 2, 3, 7):
-        run.config.training.batch_size = size
-        run.optimizer.zero_grad()
-        found[size] = accumulate(run, samples), flat_gradient(run.model)
-    loss, gradient = found[1]
-    assert gradient.abs().max() > 1e-4
-    for size in (2, 3, 7):
-        assert found[size][0] == pytest.approx(loss, rel=1e-5)
-        assert (found[size][1] - gradient).norm() <= 1e-5 * gradient.norm()
+    for packing in ("none", "block", "shared_prefix"):
+        for tokens in (1, 100, 200, 5000):
+            run.batcher.layout = replace(run.batcher.layout, packing=packing, micro_tokens=tokens)
+            run.optimizer.zero_grad()
+            loss = accumulate(run, samples)
+            found[packing, tokens] = loss, flat_gradient(run.model), len(list(run.batcher.batches(samples)))
+    loss, gradient, passes = found["none", 1]
+    assert gradient.abs().max() > 1e-4 and passes == 7
+    assert {passes for *_, passes in found.values()} >= {1, 2, 7}
+    for other in found.values():
+        assert other[0] == pytest.approx(loss, rel=1e-5)
+        assert (other[1] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_loss_and_gradient_equal_the_librarys_own_sample_by_sample(small_config, state):
