@@ -32,7 +32,8 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model, on its device.
         predictor: which of the wanted logits predicts each answer token; None: each its own.
-        target, owner: the answer tokens, and whose they are.
+        target: the answer tokens.
+        owner: whose they are; on the CPU.
         rows, tokens: samples in it, tokens computed for them (padding included).
     """
 
@@ -142,8 +143,10 @@ class Batcher:
             "logits_to_keep": tensor(found.wanted),
         }
         inputs |= self.images(found.images)
-        where = tensor(found.predictor), tensor(found.target), tensor(found.owner)
-        return Batch(inputs, *where, len(found.samples), found.input_ids.size)
+        owner = torch.from_numpy(found.owner)
+        return Batch(
+            inputs, tensor(found.predictor), tensor(found.target), owner, len(found.samples), found.input_ids.size
+        )
 
 
 def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:
@@ -162,9 +165,10 @@ def from_labels(inputs: dict, device) -> Batch:
     """A batch from `Encoder.collate`: logits where an answer token is predicted, nowhere else."""
     import torch
 
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = dict(inputs)
     labels = inputs.pop("labels")[:, 1:]  # position i predicts token i + 1
     kept = labels != IGNORED
     inputs["logits_to_keep"] = torch.nn.functional.pad(kept, (0, 1))
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     owner = kept.nonzero()[:, 0]
-    return Batch(inputs, None, labels[kept], owner, len(labels), inputs["input_ids"].numel())
+    return Batch(inputs, None, labels[kept].to(device), owner, len(labels), inputs["input_ids"].numel())

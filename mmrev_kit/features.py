@@ -58,7 +58,9 @@ def as_model_input(features: list, device) -> dict:
     import torch
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-    joined = torch.cat([feature.to(device, non_blocking=True) for feature in features], dim=1)
+    joined = torch.cat(features, dim=1)
+    if device.type == "cuda":  # through pinned memory, so that the GPU need not wait for the copy
+        joined = joined.pin_memory().to(device, non_blocking=True)
     layers = [[part] for part in joined[1:]]
     return {"image": BaseModelOutputWithDeepstackFeatures(pooler_output=[joined[0]], deepstack_features=layers)}
 

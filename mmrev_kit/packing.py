@@ -27,7 +27,8 @@ from typing import Any
 
 from mmrev_kit.prompts import Encoder, Sample
 
-MASK_COST = 4.0  # a masked attention product against a matrix product of as many operations (SDPA, dense mask)
+MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
+MAX_PADDING = 0.03  # share of a pass's tokens that may be padding
 PAD = -1
 
 
@@ -52,7 +53,7 @@ def attention_scale(text_config) -> float:
     """The sequence length at which masked attention costs as much as a decoder layer's matrix products.
 
     A layer takes 2 operations per weight and token; attention takes 4 x length x heads x head_dim per token, and a
-    dense mask is slower than a matrix product by `MASK_COST`. About 7,400 for the 32B, 430 for the embedded model.
+    dense mask is slower than a matrix product by `MASK_COST`. About 14,900 for the 32B, 770 for the embedded model.
     """
     width = text_config.num_attention_heads * text_config.head_dim
     return 2 * layer_weights(text_config) / (4 * width * MASK_COST)
@@ -163,15 +164,18 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
 
 
 def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[Group]]:
-    """The groups of one pass as sequences: few long ones cost attention, many short ones cost padding.
+    """The groups of one pass as sequences: long ones cost attention, many unequal ones cost padding.
 
-    The number of sequences is the one with the least cost, sequences x length x (1 + length / `scale`).
+    Taken is the number of sequences with the least cost, sequences x length x (1 + length / `scale`), of those in
+    which at most `MAX_PADDING` of the tokens are padding; one sequence has none.
     """
     counts = sorted({*range(1, min(len(groups), 12) + 1), *(len(groups) * k // 8 or 1 for k in range(1, 9))})
+    room = (1 + MAX_PADDING) * sum(group.tokens for group in groups)
 
-    def cost(rows: list[list[Group]]) -> float:
-        length = -(-heaviest(rows) // multiple) * multiple
-        return len(rows) * length * (1 + length / scale)
+    def cost(rows: list[list[Group]]) -> tuple[bool, float]:
+        longest = heaviest(rows)
+        length = -(-longest // multiple) * multiple
+        return len(rows) * longest > room, len(rows) * length * (1 + length / scale)
 
     return min((balance(groups, count) for count in counts), key=cost)
 

@@ -95,7 +95,7 @@ class History:
     """The record of a run, written to training_history.json as it grows.
 
     `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
-    `steps` (one record an optimizer step) and `epochs` (one record a validation).
+    `steps` (one record an optimizer step, see `steps.update`) and `epochs` (one record a validation).
     """
 
     def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):

@@ -46,7 +46,7 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
 
     if isinstance(batch, dict):
         batch = from_labels(batch, device)
-    counts = torch.bincount(batch.owner, minlength=batch.rows)
+    counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
     if (counts == 0).any():
         raise TrainingError("A sample has no answer token left to learn from. Run the data check.")
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -54,7 +54,8 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
     if batch.predictor is not None:
         logits = logits[batch.predictor]
     losses = torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
-    return torch.zeros(batch.rows, device=device).index_add(0, batch.owner, losses) / counts
+    totals = torch.zeros(batch.rows, device=device).index_add(0, batch.owner.to(device), losses)
+    return totals / counts.to(device)
 
 
 def _sum_over_processes(run, values: list[float]) -> list[float]:
@@ -90,14 +91,15 @@ def accumulate(run, samples: list[Sample]) -> float:
     Returns:
         The mean loss over `samples`.
     """
-    totals = [0.0, 0.0, 0.0]  # loss, tokens, logits
+    losses, tokens, logits = [], 0, 0
     for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
-        losses = sample_losses(run.model, batch, run.state.device, run.dtype)
-        run.scaler.scale(losses.sum() / len(samples)).backward()
-        found = losses.detach().sum().item(), batch.tokens, len(batch.target)
-        totals = [total + value for total, value in zip(totals, found, strict=True)]
+        found = sample_losses(run.model, batch, run.state.device, run.dtype)
+        run.scaler.scale(found.sum() / len(samples)).backward()
+        losses.append(found.detach())  # read at the end: the next batch is made while the GPU works on this one
+        tokens, logits = tokens + batch.tokens, logits + len(batch.target)
     _sum_gradients(run)
-    loss, tokens, logits = _sum_over_processes(run, totals)
+    total = sum(part.double().sum().item() for part in losses)
+    loss, tokens, logits = _sum_over_processes(run, [total, tokens, logits])
     run.computed = int(tokens), int(logits)
     return loss / len(samples)
 

@@ -139,6 +139,9 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
     history = read_history(folder / "training_history.json")
     assert history["status"] == "finished" and history["reason"] == "last epoch"
     assert [step["global_step"] for step in history["steps"]] == list(range(1, history["total_steps"] + 1))
+    for step in history["steps"]:
+        assert step["tokens_per_second"] > 20 * step["samples_per_second"] > 0  # every row has more than 20 tokens
+        assert step["matrix_share"] is None  # not known on a CPU
     rows = sum(record["rows per epoch"] for record in manifest["plan"])
     assert history["total_steps"] == 2 * math.ceil(rows / 8)
     for record in history["epochs"]:  # the epoch's loss is the mean over its samples, the smaller last window included
@@ -214,6 +217,25 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(small_confi
     assert [record["val_loss"] for record in a["epochs"]] == [record["val_loss"] for record in b["epochs"]]
     left, right = (load_file(run_dir(config) / "final" / "adapter_model.safetensors") for config in (whole, again))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(small_config, state):
+    run = start(small_config("training.grouping=epoch"), state)
+    rows = loop.epoch_rows(run)
+    assert sorted(rows) == sorted(run.task.plan.epoch_rows(0)) and rows == loop.epoch_rows(run)
+    samples = [run.task.train[source][index] for source, index in rows]
+
+    def images_an_update(samples: list) -> float:
+        windows = chunks([sample for sample in samples if sample.row.task == "forward"], 8)
+        return sum(len({sample.row.images for sample in window}) for window in windows) / len(windows)
+
+    shuffled = [run.task.train[source][index] for source, index in run.task.plan.epoch_rows(0)]
+    assert images_an_update(samples) < 0.5 * images_an_update(shuffled)
+    run.progress["epoch"] = 1
+    assert loop.epoch_rows(run) != rows
+    forward = [sample for sample in samples if sample.row.task == "forward"][:15]
+    assert math.isfinite(steps.update(run, forward)["loss"])
+    assert run.computed[0] < 0.8 * sum(len(sample.input_ids) for sample in forward)
 
 
 def test_equal_seeds_give_equal_adapters_and_other_seeds_others(small_config):
