@@ -224,7 +224,7 @@ def test_few_long_sequences_or_many_short_ones_by_their_cost():
     groups = [Group((), 0, tokens) for tokens in (50, 50, 50, 51)]
     assert len(packing.arrange(groups, scale=1e9)) == 1  # attention for nothing: no padding at all
     assert len(packing.arrange(groups, scale=10.0)) == 4  # attention is dear: short sequences
-    assert len(packing.arrange([*groups, Group((), 0, 70)], scale=10.0)) == 1  # unequal: no more than 3 % padding
+    assert len(packing.arrange([*groups, Group((), 0, 70)], scale=10.0)) == 1  # unequal: over 10 % padding otherwise
     uneven = [Group((), 0, tokens) for tokens in (100, 60, 40)]
     assert sorted(sum(g.tokens for g in row) for row in packing.arrange(uneven, scale=100.0)) == [100, 100]
 
