@@ -162,7 +162,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     optimizer: str = "adamw"
     save_steps: int = 50  # steps between two saves of last/; each epoch's end is saved, too
-    packing: str = "shared_prefix"  # rows of one image share it, the rest in blocks; block: no sharing; none: padded
+    packing: str | None = "shared_prefix"  # rows of one image share it; block: no sharing; none: padded rows
     grouping: str = "batch"  # epoch: orders an epoch so that the rows of one image come in the same update
 
     def __post_init__(self):
@@ -179,6 +179,7 @@ class TrainingConfig:
             0 < self.lr_reduction_factor < 1, "training.lr_reduction_factor", self.lr_reduction_factor,
             "must lie between 0 and 1",
         )  # fmt: skip
+        self.packing = self.packing or "none"  # the word none is no value in YAML files and overrides; here it is one
         words = {
             "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
             "packing": ("none", "block", "shared_prefix"),

@@ -317,6 +317,7 @@ def test_the_hook_and_the_mask_are_looked_for_in_the_model(model_and_task, small
 
     assert obstacle(model) is None
     assert "mm_encoder_outputs" in obstacle(Old())
+    assert make_layout(small_config("training.packing=none"), model, CPU).packing == "none"
     layout = make_layout(small_config("training.packing=block memory.micro_tokens=77"), model, CPU)
     assert (layout.packing, layout.micro_tokens) == ("block", 77)
     text = model.get_base_model().config.text_config
