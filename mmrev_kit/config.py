@@ -162,6 +162,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     optimizer: str = "adamw"
     save_steps: int = 50  # steps between two saves of last/; each epoch's end is saved, too
+    packing: str | None = "shared_prefix"  # rows of one image share it; block: no sharing; none: padded rows
+    grouping: str = "batch"  # epoch: orders an epoch so that the rows of one image come in the same update
 
     def __post_init__(self):
         positive = dict.fromkeys(
@@ -177,8 +179,15 @@ class TrainingConfig:
             0 < self.lr_reduction_factor < 1, "training.lr_reduction_factor", self.lr_reduction_factor,
             "must lie between 0 and 1",
         )  # fmt: skip
-        known = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-        _require(self.optimizer in known, "training.optimizer", self.optimizer, f"must be one of {', '.join(known)}")
+        self.packing = self.packing or "none"  # the word none is no value in YAML files and overrides; here it is one
+        words = {
+            "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+            "packing": ("none", "block", "shared_prefix"),
+            "grouping": ("batch", "epoch"),
+        }
+        for name, known in words.items():
+            value = getattr(self, name)
+            _require(value in known, f"training.{name}", value, f"must be one of {', '.join(known)}")
 
 
 @dataclass
@@ -194,6 +203,11 @@ class EvaluationConfig:
 @dataclass
 class MemoryConfig:
     gradient_checkpointing: bool = True
+    cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
+    micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: by device (batches.py)
+
+    def __post_init__(self):
+        _check_numbers("memory", self, {"micro_tokens": (1, math.inf)})
 
 
 @dataclass

@@ -136,8 +136,13 @@ def launch(config: Config) -> dict:
     reason = "one process" if number == 1 else why_not_here()
     count = "1 process" if number == 1 else f"{number} processes"
     print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
-    progress = Progress(folder / "training_history.json")
-    job = Job(config, folder, "train.log", worker, (config,), progress.show)
+    progress, log = Progress(folder / "training_history.json"), LogLines(folder / "train.log")
+
+    def show() -> None:
+        log.show()
+        progress.show()
+
+    job = Job(config, folder, "train.log", worker, (config,), show)
     try:
         (_run_fresh if reason else _run_forked)(job)
     except KeyboardInterrupt:
@@ -145,6 +150,7 @@ def launch(config: Config) -> dict:
         saved = folder / "last"
         print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
         raise
+    log.show()
     progress.show(last=True)
     return runs.read_history(folder / "training_history.json")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, seed_for
 from mmrev_kit.prompts import Encoder
+from mmrev_kit.vision import use_fast_tower
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
@@ -151,11 +152,13 @@ def spread_options(config: Config) -> dict:
 
 
 def finish_base(model):
-    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, summed in fp32."""
+    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, summed in fp32, and a vision
+    tower that takes images together."""
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_cpu_weights_as_they_are(model)
     keep_residual_in_fp32(model)
+    use_fast_tower(model)
     return model
 
 

@@ -142,6 +142,10 @@ class Encoder:
         tall, wide = smart_resize(height, width, factor=self.factor, min_pixels=floor, max_pixels=max_pixels)
         return tall // self.factor, wide // self.factor
 
+    def grids(self, sample: Sample) -> list[tuple[int, int]]:
+        """Visual tokens (rows, columns) of each image of a sample."""
+        return [self.grid(self.image_size(path), sample.max_pixels) for path in sample.row.images]
+
     def parts(self, row: Row) -> list[str | Path]:
         """The user turn of a row, with this encoder's drop."""
         parts = build_prompt(row)
@@ -199,8 +203,11 @@ class Encoder:
         out = self.processor.image_processor(images=[image], size=size, return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
-    def collate(self, samples: list[Sample], pad_left: bool = False) -> dict:
+    def collate(self, samples: list[Sample], pad_left: bool = False, with_pixels: bool = True) -> dict:
         """One batch, padded on the right; on the left for generating.
+
+        Args:
+            with_pixels: False leaves out pixel_values, for a model that is given vision features.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
@@ -218,15 +225,18 @@ class Encoder:
             ids[index, shift : shift + len(tokens)] = tokens
             mask[index, shift : shift + len(tokens)] = 1
             labels[index, shift + sample.answer_start : shift + len(tokens)] = tokens[sample.answer_start :]
-        images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
-        return {
+        sides = [grid for sample in samples for grid in self.grids(sample)]
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": ((ids == self.image_id) & (mask == 1)).int(),
             "labels": labels,
-            "pixel_values": torch.cat([pixels for pixels, _ in images]),
-            "image_grid_thw": torch.cat([grid for _, grid in images]),
+            "image_grid_thw": torch.tensor([[1, self.merge * rows, self.merge * columns] for rows, columns in sides]),
         }
+        if with_pixels:
+            images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
+            batch["pixel_values"] = torch.cat([pixels for pixels, _ in images])
+        return batch
 
 
 def describe_lengths(samples: list[Sample], encoder: Encoder) -> list[str]:

@@ -29,21 +29,31 @@ def to_json(value, indent: int | None = 1) -> str:
     return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write beside `path` and rename, so that a crash or a full disk leaves the previous file whole."""
+def write_bytes(path: str | Path, content: bytes, sync: bool = True) -> Path:
+    """Write beside `path` and rename, so that a crash or a full disk leaves the previous file whole.
+
+    Args:
+        sync: wait until the disk has it; needless where a reader can tell a broken file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """`write_bytes` of the text in UTF-8."""
+    return write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value) -> Path:
@@ -85,7 +95,7 @@ class History:
     """The record of a run, written to training_history.json as it grows.
 
     `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
-    `steps` (one record an optimizer step) and `epochs` (one record a validation).
+    `steps` (one record an optimizer step, see `steps.update`) and `epochs` (one record a validation).
     """
 
     def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):

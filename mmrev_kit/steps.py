@@ -11,9 +11,12 @@ import math
 import resource
 import time
 
+from mmrev_kit.batches import Batch, from_labels
 from mmrev_kit.config import seed_for
+from mmrev_kit.features import core_model
 from mmrev_kit.loading import trainable
-from mmrev_kit.prompts import IGNORED, Sample
+from mmrev_kit.prompts import Sample
+from mmrev_kit.speed import work
 
 MAX_SKIPPED = 8  # fp16: updates in a row without a finite gradient before the run stops
 
@@ -27,11 +30,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
-def sample_losses(model, batch: dict, device, dtype):
+def sample_losses(model, batch: Batch | dict, device, dtype):
     """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, <|im_end|> included.
 
     Args:
-        batch: from `Encoder.collate`.
+        batch: from a `Batcher`, or from `Encoder.collate`.
 
     Returns:
         (samples,) fp32 losses, in nats a token.
@@ -41,18 +44,18 @@ def sample_losses(model, batch: dict, device, dtype):
     """
     import torch
 
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    labels = batch.pop("labels")[:, 1:]  # position i predicts token i + 1
-    kept = labels != IGNORED
-    counts = kept.sum(1)
+    if isinstance(batch, dict):
+        batch = from_labels(batch, device)
+    counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
     if (counts == 0).any():
         raise TrainingError("A sample has no answer token left to learn from. Run the data check.")
-    wanted = torch.nn.functional.pad(kept, (0, 1))  # logits where an answer token is predicted, nowhere else
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(**batch, logits_to_keep=wanted).logits
-    losses = torch.nn.functional.cross_entropy(logits.float(), labels[kept], reduction="none")
-    owner = kept.nonzero()[:, 0]
-    return torch.zeros(len(labels), device=device).index_add(0, owner, losses) / counts
+        logits = model(**batch.inputs).logits
+    if batch.predictor is not None:
+        logits = logits[batch.predictor]
+    losses = torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    totals = torch.zeros(batch.rows, device=device).index_add(0, batch.owner.to(device), losses)
+    return totals / counts.to(device)
 
 
 def _sum_over_processes(run, values: list[float]) -> list[float]:
@@ -83,18 +86,22 @@ def _sum_gradients(run) -> None:
 def accumulate(run, samples: list[Sample]) -> float:
     """Backward through one effective batch; afterwards `.grad` holds the gradient of its mean loss on every rank.
 
+    `run.computed` is set to the tokens and logits computed for it by all processes.
+
     Returns:
         The mean loss over `samples`.
     """
-    mine = samples[run.state.process_index :: run.state.num_processes]
-    total = 0.0
-    for micro in chunks(mine, run.config.training.batch_size):
-        losses = sample_losses(run.model, run.task.encoder.collate(micro), run.state.device, run.dtype)
-        run.scaler.scale(losses.sum() / len(samples)).backward()
-        total += losses.detach().sum().item()
+    losses, tokens, logits = [], 0, 0
+    for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
+        found = sample_losses(run.model, batch, run.state.device, run.dtype)
+        run.scaler.scale(found.sum() / len(samples)).backward()
+        losses.append(found.detach())  # read at the end: the next batch is made while the GPU works on this one
+        tokens, logits = tokens + batch.tokens, logits + len(batch.target)
     _sum_gradients(run)
-    total, run.stops = _sum_over_processes(run, [total, float(run.interrupted)])
-    return total / len(samples)
+    total = sum(part.double().sum().item() for part in losses)
+    loss, tokens, logits, run.stops = _sum_over_processes(run, [total, tokens, logits, float(run.interrupted)])
+    run.computed = int(tokens), int(logits)
+    return loss / len(samples)
 
 
 def update(run, samples: list[Sample]) -> dict:
@@ -124,9 +131,21 @@ def update(run, samples: list[Sample]) -> dict:
     run.skipped = 0 if finite else run.skipped + 1
     run.progress["global_step"] += 1
     record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}
-    record["samples_per_second"] = len(samples) / (time.perf_counter() - began)
+    record |= speed(run, len(samples), time.perf_counter() - began)
     record["peak_memory_gib"] = peak_memory_gib(run.state.device)
     return record if finite else record | {"skipped": True}
+
+
+def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
+    """samples_per_second and tokens_per_second (tokens that went through the model) over all processes, and
+    matrix_share: the share of the cards' matrix rate that `work` of these tokens is, recomputation counted as work;
+    None where the rate is unknown."""
+    tokens, logits = run.computed
+    share = None
+    if run.matrix_rate:
+        text, recompute = core_model(run.model).config.text_config, run.config.memory.gradient_checkpointing
+        share = work(text, tokens, logits, recompute) / seconds / run.matrix_rate / run.state.num_processes
+    return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "matrix_share": share}
 
 
 def check_finite(run, record: dict) -> None:
@@ -166,9 +185,8 @@ def validate(run) -> dict[str, float]:
     totals = []
     with torch.no_grad():
         for samples in run.task.val.values():
-            mine, total = samples[run.state.process_index :: run.state.num_processes], 0.0
-            for micro in chunks(mine, max(8, run.config.training.batch_size)):
-                batch = run.task.encoder.collate(micro)
+            total = 0.0
+            for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
                 total += sample_losses(run.model, batch, run.state.device, run.dtype).sum().item()
             totals.append(total)
     *sums, run.stops = _sum_over_processes(run, [*totals, float(run.interrupted)])

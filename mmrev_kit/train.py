@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from mmrev_kit import runs
+from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
 from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
 from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
+from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
+from mmrev_kit.speed import matrix_rate
 from mmrev_kit.steps import TrainingError, check_finite, chunks, update, validate
 
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
@@ -86,6 +90,9 @@ class Run:
     dtype: Any
     schedule: Schedule
     history: runs.History
+    batcher: Batcher
+    matrix_rate: float | None = None  # operations a second of one card's matrix products
+    computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
     skipped: int = 0
     interrupted: bool = False  # an interrupt has arrived in this process
@@ -117,14 +124,38 @@ def make_optimizer(config: Config, parameters: list, device):
     return kind(parameters, **options)
 
 
+def used_samples(task: Task) -> list[Sample]:
+    """Every sample that the run will meet: the rows of its planned epochs, and the validation rows."""
+    rows = dict.fromkeys(row for epoch in range(task.plan.epochs) for row in task.plan.epoch_rows(epoch))
+    samples = [task.train[source][index] for source, index in rows]
+    return samples + [sample for part in task.val.values() for sample in part]
+
+
+def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
+    """How this process makes its batches: with vision features from the cache, unless that is off or impossible.
+
+    Once the features are made the vision tower leaves the GPU.
+    """
+    reason = obstacle(model)
+    if reason and state.is_main_process:
+        print(f"progress: rows are not packed and vision features not kept: {reason}", flush=True)
+    features = None
+    if config.memory.cache_features and reason is None:
+        features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
+        drop_tower(model)
+    additive = core_model(model).config.text_config._attn_implementation == "eager"
+    return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
+
+
 def start(config: Config, state) -> Run:
     """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
     import torch
 
     task = prepare(config)
+    base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
+    batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
-    model = add_adapter(load_base(config, state.device), config)
-    dtype = compute_dtype(config, state.device)
+    model = add_adapter(base, config)
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     run = Run(
         config=config,
@@ -136,6 +167,8 @@ def start(config: Config, state) -> Run:
         dtype=dtype,
         schedule=Schedule.from_config(config.training, steps),
         history=runs.History(run_dir(config) / "training_history.json"),
+        batcher=batcher,
+        matrix_rate=matrix_rate(state.device, dtype),
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
     run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}
@@ -173,6 +206,18 @@ def stop_if_interrupted(run: Run) -> None:
         raise KeyboardInterrupt("interrupted by the user")
 
 
+def epoch_rows(run: Run) -> list[tuple[str, int]]:
+    """(source, row index) of the current epoch in training order; a function of the seed and the epoch alone."""
+    rows = run.task.plan.epoch_rows(run.progress["epoch"])
+    if run.config.training.grouping == "batch":
+        return rows
+
+    def key(row: tuple[str, int]):
+        return image_key(run.task.train[row[0]][row[1]], run.task.encoder.image_id)
+
+    return gather_images(rows, source_of=lambda row: row[0], key_of=key)
+
+
 def train_epoch(run: Run) -> float:
     """The rest of the current epoch.
 
@@ -182,8 +227,7 @@ def train_epoch(run: Run) -> float:
     Raises:
         KeyboardInterrupt: see `stop_if_interrupted`.
     """
-    rows = run.task.plan.epoch_rows(run.progress["epoch"])
-    windows = chunks(rows, run.batch)
+    windows = chunks(epoch_rows(run), run.batch)
     run.model.train()
     for window in windows[run.progress["step_in_epoch"] :]:
         record = update(run, [run.task.train[source][index] for source, index in window])

@@ -547,3 +547,12 @@ def test_generators_do_not_disturb_each_other():
     first, other = rng_for(0, "a"), rng_for(0, "b")
     drawn = other.random(), first.random()
     assert drawn[1] == alone[0] != drawn[0]
+
+
+def test_packing_none_is_a_choice_and_no_missing_value(tmp_path):
+    config = load_config(None, "training.packing=none")
+    assert config.training.packing == "none"
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    with pytest.raises(ConfigError, match="shared_prefix"):
+        load_config(None, "training.packing=blocks")

@@ -24,13 +24,19 @@ def adapter(config) -> dict[str, torch.Tensor]:
     return load_file(run_dir(config) / "final" / "adapter_model.safetensors")
 
 
-def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_config, tmp_path):
+@pytest.mark.parametrize(
+    "rows",
+    ["training.packing=none memory.micro_tokens=1", "training.packing=shared_prefix"],
+    ids=["alone", "packed"],
+)
+def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_config, tmp_path, rows):
     """343 rows: the last window holds 7, an uneven 4 + 3. Two of three epochs are no improvement: the rate is halved.
 
-    The two-process run has checkpointing on: the combination that other trainers refuse.
+    The two-process run has checkpointing on: the combination that other trainers refuse. Packed rows lie otherwise in
+    one process than in two.
     """
     common = (
-        "lora.dropout=0 training.batch_size=1 training.num_epochs=3 training.improvement_threshold=0.99 "
+        f"{rows} lora.dropout=0 training.batch_size=1 training.num_epochs=3 training.improvement_threshold=0.99 "
         "training.lr_patience=1 training.learning_rate=5e-4"
     )
     one = small_config(f"{common} training.gradient_accumulation_steps=8 launch.output_dir={tmp_path}/one")
@@ -40,6 +46,8 @@ def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_conf
     )
     a, b = launch(one), launch(two)
     assert a["steps_per_epoch"] == b["steps_per_epoch"] == 43  # 343 / 8, rounded up
+    for left, right in zip(a["steps"][:5], b["steps"][:5], strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
     for left, right in zip(a["epochs"], b["epochs"], strict=True):
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-4)
         assert right["val_loss"] == pytest.approx(left["val_loss"], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,15 +44,18 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(small_config, state):
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
     samples = mixed_samples(run, 7)
     found = {}
-    for size in (1, 2, 3, 7):
-        run.config.training.batch_size = size
-        run.optimizer.zero_grad()
-        found[size] = accumulate(run, samples), flat_gradient(run.model)
-    loss, gradient = found[1]
-    assert gradient.abs().max() > 1e-4
-    for size in (2, 3, 7):
-        assert found[size][0] == pytest.approx(loss, rel=1e-5)
-        assert (found[size][1] - gradient).norm() <= 1e-5 * gradient.norm()
+    for packing in ("none", "block", "shared_prefix"):
+        for tokens in (1, 100, 200, 5000):
+            run.batcher.layout = replace(run.batcher.layout, packing=packing, micro_tokens=tokens)
+            run.optimizer.zero_grad()
+            loss = accumulate(run, samples)
+            found[packing, tokens] = loss, flat_gradient(run.model), len(list(run.batcher.batches(samples)))
+    loss, gradient, passes = found["none", 1]
+    assert gradient.abs().max() > 1e-4 and passes == 7
+    assert {passes for *_, passes in found.values()} >= {1, 2, 7}
+    for other in found.values():
+        assert other[0] == pytest.approx(loss, rel=1e-5)
+        assert (other[1] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_loss_and_gradient_equal_the_librarys_own_sample_by_sample(small_config, state):
@@ -135,6 +139,9 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
     history = read_history(folder / "training_history.json")
     assert history["status"] == "finished" and history["reason"] == "last epoch"
     assert [step["global_step"] for step in history["steps"]] == list(range(1, history["total_steps"] + 1))
+    for step in history["steps"]:
+        assert step["tokens_per_second"] > 20 * step["samples_per_second"] > 0  # every row has more than 20 tokens
+        assert step["matrix_share"] is None  # not known on a CPU
     rows = sum(record["rows per epoch"] for record in manifest["plan"])
     assert history["total_steps"] == 2 * math.ceil(rows / 8)
     for record in history["epochs"]:  # the epoch's loss is the mean over its samples, the smaller last window included
@@ -210,6 +217,40 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(small_confi
     assert [record["val_loss"] for record in a["epochs"]] == [record["val_loss"] for record in b["epochs"]]
     left, right = (load_file(run_dir(config) / "final" / "adapter_model.safetensors") for config in (whole, again))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(small_config, state):
+    run = start(small_config("training.grouping=epoch"), state)
+    rows = loop.epoch_rows(run)
+    assert sorted(rows) == sorted(run.task.plan.epoch_rows(0)) and rows == loop.epoch_rows(run)
+    samples = [run.task.train[source][index] for source, index in rows]
+
+    def images_an_update(samples: list) -> float:
+        windows = chunks([sample for sample in samples if sample.row.task == "forward"], 8)
+        return sum(len({sample.row.images for sample in window}) for window in windows) / len(windows)
+
+    shuffled = [run.task.train[source][index] for source, index in run.task.plan.epoch_rows(0)]
+    assert images_an_update(samples) < 0.5 * images_an_update(shuffled)
+    run.progress["epoch"] = 1
+    assert loop.epoch_rows(run) != rows
+    forward = [sample for sample in samples if sample.row.task == "forward"][:15]
+    assert math.isfinite(steps.update(run, forward)["loss"])
+    assert run.computed[0] < 0.8 * sum(len(sample.input_ids) for sample in forward)
+
+
+def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state, monkeypatch):
+    """As on a GPU, where the tower is dropped: training, validation, saving and going on do without it."""
+    from peft import PeftModel
+
+    monkeypatch.setattr(loop, "drop_tower", lambda model: setattr(model.model, "visual", None))
+    config = small_config("training.num_epochs=1 retention.retention_ratio=0")
+    train(config, state)
+    run = start(config, state)
+    assert run.model.get_base_model().model.visual is None and run.progress["epoch"] == 1
+    losses = validate(run)
+    assert losses == pytest.approx(run.history.data["epochs"][0]["val_loss"], rel=1e-6)
+    model = PeftModel.from_pretrained(load_base(config, CPU), run.folder / "final")
+    assert model.get_base_model().model.visual is not None
 
 
 def test_equal_seeds_give_equal_adapters_and_other_seeds_others(small_config):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
 from mmrev_kit.preflight import preflight
 from mmrev_kit.results import read_records
 from mmrev_kit.runs import read_history
-from mmrev_kit.steps import sample_losses
-from mmrev_kit.train import prepare, seed_for
+from mmrev_kit.steps import accumulate, sample_losses, validate
+from mmrev_kit.train import prepare, seed_for, start
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,9 +64,34 @@ def test_a_run_trains_on_the_gpu_and_the_kernel_stays_clean(small_config, more):
     assert history["status"] == "finished"
     assert history["epochs"][-1]["val_loss"]["forward"] < 0.8 * history["steps"][0]["loss"]
     assert history["steps"][-1]["peak_memory_gib"] > 0.01
+    assert 0 < history["steps"][-1]["matrix_share"] < 1 and history["steps"][-1]["tokens_per_second"] > 0
     assert torch.cuda.memory_allocated() == before
     assert "GPU 0: NVIDIA" in str(preflight(config)) and not preflight(config).problems
     assert read_history(run_dir(config) / "training_history.json") == history
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_packed_rows_have_the_losses_of_padded_ones_and_the_tower_leaves_the_card(small_config, dtype):
+    more = f"lora.dropout=0 quantization.compute_dtype={dtype} memory.micro_tokens=700"
+    config = small_config(more)
+    state = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=GPU)
+    found = {}
+    for packing in ("none", "block", "shared_prefix"):
+        config.training.packing = packing
+        run = start(config, state)
+        assert run.batcher.features is not None and run.model.get_base_model().model.visual is None
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trainable(run.model):
+            parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(GPU)
+        samples = [run.task.train[source][index] for source, index in run.task.plan.epoch_rows(0)[:30]]
+        loss = accumulate(run, samples)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainable(run.model)])
+        found[packing] = loss, gradient / run.scaler.get_scale() if run.scaler.is_enabled() else gradient
+        assert validate(run)["forward"] > 0
+    tolerance = {"fp16": 0.005, "bf16": 0.04}[dtype]
+    for packing in ("block", "shared_prefix"):
+        assert found[packing][0] == pytest.approx(found["none"][0], rel=tolerance)
+        assert (found[packing][1] - found["none"][1]).norm() < 4 * tolerance * found["none"][1].norm()
 
 
 def test_looking_at_the_machine_does_not_touch_cuda():

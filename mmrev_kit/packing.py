@@ -1,0 +1,298 @@
+"""Rows packed into sequences with little padding; rows that begin with the same image share it. Pure layout.
+
+A `Group` is one prefix and its suffixes: rows with the same image up to the last token that all of them share, and
+then each row's own rest. A row that shares nothing is a group of its own. Groups stand one after the other in a
+sequence. A boolean mask lets a token see its own group's prefix and its own suffix up to itself, and nothing else;
+every suffix keeps the positions that it has in its row; the prefix's last token predicts the first token of every
+suffix. So each row's loss is the one that it has alone, whatever stands beside it, and the gradient of a batch is
+the sum over its rows.
+
+What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix share its mask, as
+they would if the prefix were one row. The mean over masks is the same, the draw is another one (as it is for another
+micro-batch or another number of processes).
+
+`grouping: batch` shares prefixes among the rows that an update holds anyway: an update's gradient is unchanged.
+`grouping: epoch` (`gather_images`) orders the epoch so that the rows of one image come in the same update: faster,
+and another trajectory: an update sees fewer images, each with more of its connectors, while every row still comes
+once an epoch and every source keeps its share of each update.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmrev_kit.prompts import Encoder, Sample
+
+MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
+MAX_PADDING = 0.1  # padding per token of a pass at most; with none, the embedded model takes a third longer on a CPU
+PAD = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a process runs its share of an update.
+
+    Attributes:
+        packing: none (padded rows through the library's own path), block or shared_prefix.
+        micro_tokens: tokens of one forward pass at most, unless one row alone has more.
+        attention_scale: length of a sequence at which attention costs as much as everything else.
+        multiple: sequences are filled up to a multiple of this.
+    """
+
+    packing: str
+    micro_tokens: int
+    attention_scale: float = 2000.0
+    multiple: int = 1
+
+
+def attention_scale(text_config) -> float:
+    """The sequence length at which masked attention costs as much as a decoder layer's matrix products.
+
+    A layer takes 2 operations per weight and token; attention takes 4 x length x heads x head_dim per token, and a
+    dense mask is slower than a matrix product by `MASK_COST`. About 14,900 for the 32B, 770 for the embedded model.
+    """
+    width = text_config.num_attention_heads * text_config.head_dim
+    return 2 * layer_weights(text_config) / (4 * width * MASK_COST)
+
+
+def layer_weights(text_config) -> int:
+    """Weights in the matrix products of one decoder layer."""
+    heads = 2 * text_config.num_attention_heads + 2 * text_config.num_key_value_heads
+    return text_config.hidden_size * (heads * text_config.head_dim + 3 * text_config.intermediate_size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share their first `prefix` tokens; `tokens` are those that are computed for them."""
+
+    samples: tuple[Sample, ...]
+    prefix: int
+    tokens: int
+
+
+def make_group(samples: Sequence[Sample]) -> Group:
+    """The rows as one group, with everything shared that they have in common before their answers."""
+    if len(samples) == 1:
+        return Group(tuple(samples), 0, len(samples[0].input_ids))
+    low, high = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
+    shared = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    prefix = min(shared, *(sample.answer_start for sample in samples))
+    return Group(tuple(samples), prefix, prefix + sum(len(sample.input_ids) - prefix for sample in samples))
+
+
+def image_key(sample: Sample, image_id: int) -> Hashable | None:
+    """What rows must have in common to share a prefix: the image, its size, and all tokens up to its last one.
+
+    None for rows with several images, which share nothing.
+    """
+    if len(sample.row.images) != 1:
+        return None
+    end = sample.input_ids.index(image_id) + sample.image_tokens
+    return sample.row.images[0], sample.max_pixels, sample.input_ids[:end]
+
+
+def make_groups(samples: Sequence[Sample], packing: str, image_id: int) -> list[Group]:
+    """The rows as groups, in the order of their first rows; only `shared_prefix` puts several rows into one."""
+    found: dict[Hashable, list[Sample]] = {}
+    for place, sample in enumerate(samples):
+        key = image_key(sample, image_id) if packing == "shared_prefix" else None
+        found.setdefault(place if key is None else key, []).append(sample)
+    return [make_group(part) for part in found.values()]
+
+
+def halve(group: Group) -> list[Group]:
+    """A group as two, each with a prefix of its own."""
+    middle = len(group.samples) // 2
+    return [make_group(group.samples[:middle]), make_group(group.samples[middle:])]
+
+
+def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
+    """Groups dealt to `bins` so that none holds much more than another: longest first, to the emptiest (LPT)."""
+    heap = [(0, number) for number in range(bins)]
+    dealt: list[list[Group]] = [[] for _ in range(bins)]
+    for place in sorted(range(len(groups)), key=lambda place: (-groups[place].tokens, place)):
+        held, number = heapq.heappop(heap)
+        dealt[number].append(groups[place])
+        heapq.heappush(heap, (held + groups[place].tokens, number))
+    return dealt
+
+
+def heaviest(dealt: list[list[Group]]) -> int:
+    """Tokens of the fullest bin."""
+    return max(sum(group.tokens for group in part) for part in dealt)
+
+
+def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
+    """Each process's groups, so that the slowest has as little to do as possible; the same on every process.
+
+    Groups stay whole where they can; large ones are halved while that takes work off the fullest process.
+    """
+    best, groups = balance(groups, processes), list(groups)
+    for _ in range(2 * processes if processes > 1 else 0):
+        large = max((group for group in groups if len(group.samples) > 1), key=lambda g: g.tokens, default=None)
+        if large is None:
+            break
+        place = next(place for place, group in enumerate(groups) if group is large)
+        groups[place : place + 1] = halve(large)
+        dealt = balance(groups, processes)
+        best = min(best, dealt, key=heaviest)
+    return best
+
+
+def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
+    """Groups dealt to as few passes of at most `limit` tokens as this finds; a row that is longer alone goes alone."""
+    waiting, fitting = list(groups), []
+    while waiting:
+        group = waiting.pop(0)
+        if group.tokens > limit and len(group.samples) > 1:
+            waiting[:0] = halve(group)
+        else:
+            fitting.append(group)
+    if not fitting:
+        return []
+    passes = max(1, -(-sum(group.tokens for group in fitting) // limit))
+    while passes < len(fitting):
+        dealt = balance(fitting, passes)
+        if heaviest(dealt) <= max(limit, max(group.tokens for group in fitting)):
+            return dealt
+        passes += 1
+    return [[group] for group in fitting]
+
+
+def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[Group]]:
+    """The groups of one pass as sequences: long ones cost attention, many unequal ones cost padding.
+
+    Taken is the number of sequences with the least cost, sequences x length x (1 + length / `scale`), of those that
+    keep to `MAX_PADDING`; one sequence has no padding.
+    """
+    counts = sorted({*range(1, min(len(groups), 12) + 1), *(len(groups) * k // 8 or 1 for k in range(1, 9))})
+    room = (1 + MAX_PADDING) * sum(group.tokens for group in groups)
+
+    def cost(rows: list[list[Group]]) -> tuple[bool, float]:
+        longest = heaviest(rows)
+        length = -(-longest // multiple) * multiple
+        return len(rows) * longest > room, len(rows) * length * (1 + length / scale)
+
+    return min((balance(groups, count) for count in counts), key=cost)
+
+
+def row_positions(sample: Sample, grids: list[tuple[int, int]], image_id: int):
+    """The M-RoPE positions of a row, (3, tokens) integers: time, height, width, as `get_rope_index` gives them."""
+    import numpy
+
+    ids = numpy.asarray(sample.input_ids)
+    positions = numpy.empty((3, len(ids)), dtype=numpy.int64)
+    start, place = 0, 0  # the next position, the next token
+    marks = numpy.flatnonzero(ids == image_id)
+    for rows, columns in grids:
+        first = int(marks[0])
+        positions[:, place:first] = numpy.arange(start, start + first - place)
+        start += first - place
+        place = first + rows * columns
+        positions[0, first:place] = start
+        positions[1, first:place] = start + numpy.repeat(numpy.arange(rows), columns)
+        positions[2, first:place] = start + numpy.tile(numpy.arange(columns), rows)
+        start += max(rows, columns)
+        marks = marks[rows * columns :]
+    positions[:, place:] = numpy.arange(start, start + len(ids) - place)
+    return positions
+
+
+@dataclass
+class Packed:
+    """Sequences ready for the model, as numpy arrays of shape (sequences, length) where nothing else is said.
+
+    Attributes:
+        samples: the rows, in the order in which `owner` numbers them.
+        images: (path, pixel limit) in the order of the image tokens.
+        positions: (3, sequences, length).
+        group, segment: which group a token belongs to, and which part of it: 0 the prefix, 1 and on the suffixes;
+            both are -1 on padding.
+        wanted: where logits are needed.
+        predictor, target, owner: (answer tokens,): which of the wanted logits predicts it, the token, whose it is.
+    """
+
+    samples: list[Sample]
+    images: list[tuple[Path, int]]
+    input_ids: Any
+    positions: Any
+    group: Any
+    segment: Any
+    wanted: Any
+    predictor: Any
+    target: Any
+    owner: Any
+
+
+def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed:
+    """Sequences of groups as arrays."""
+    import numpy
+
+    length = -(-heaviest(rows) // multiple) * multiple
+    ids = numpy.full((len(rows), length), encoder.pad_id, dtype=numpy.int64)
+    positions = numpy.zeros((3, *ids.shape), dtype=numpy.int64)
+    group_of, segment_of = numpy.full_like(ids, PAD), numpy.full_like(ids, PAD)
+    samples, images, places, targets, owners = [], [], [], [], []
+    for row, groups in enumerate(rows):
+        end = 0
+        for number, group in enumerate(groups):
+            fork = end + group.prefix  # the prefix is written with the first suffix
+            for part, sample in enumerate(group.samples, start=1):
+                first = group.prefix if part > 1 else 0
+                begin, end = end, end + len(sample.input_ids) - first
+                ids[row, begin:end] = sample.input_ids[first:]
+                positions[:, row, begin:end] = row_positions(sample, encoder.grids(sample), encoder.image_id)[:, first:]
+                group_of[row, begin:end] = number
+                segment_of[row, begin:end] = part
+                own = max(begin, fork)  # where the suffix begins
+                segment_of[row, begin:own] = 0
+                if part == 1:  # the images of a shared prefix, or of a row alone
+                    images += [(path, sample.max_pixels) for path in sample.row.images]
+                answer = own + sample.answer_start - group.prefix
+                places += [row * length + (place - 1 if place > own else fork - 1) for place in range(answer, end)]
+                targets += sample.input_ids[sample.answer_start :]
+                owners += [len(samples)] * (end - answer)
+                samples.append(sample)
+    wanted = numpy.zeros(ids.size, dtype=bool)
+    wanted[places] = True
+    predictor = (numpy.cumsum(wanted) - 1)[places]
+    return Packed(
+        samples, images, ids, positions, group_of, segment_of, wanted.reshape(ids.shape), predictor,
+        numpy.asarray(targets), numpy.asarray(owners),
+    )  # fmt: skip
+
+
+def attention_mask(group, segment):
+    """Which token (row of the last two axes) sees which: a boolean (sequences, 1, length, length) tensor.
+
+    Args:
+        group, segment: as in `Packed`, tensors of shape (sequences, length).
+    """
+    same = group[:, :, None] == group[:, None, :]
+    seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    return (same & seen).tril()[:, None]
+
+
+def gather_images(rows: list, source_of: Callable, key_of: Callable) -> list:
+    """An epoch's rows in another order: those of one key follow each other, every source evenly spread.
+
+    The order is a function of the rows' own order: keys come in the order of their first rows, and the sources are
+    merged so that each has its share of every stretch, to within one row.
+
+    Args:
+        source_of: from a row to its source.
+        key_of: from a row to what it may share, or None.
+    """
+    by_source: dict[Hashable, dict[Hashable, list]] = {}
+    for place, row in enumerate(rows):
+        key = key_of(row)
+        by_source.setdefault(source_of(row), {}).setdefault(place if key is None else key, []).append(row)
+    merged = []
+    for number, parts in enumerate(by_source.values()):
+        together = [row for part in parts.values() for row in part]
+        merged += [((2 * place + 1) / len(together), number, place, row) for place, row in enumerate(together)]
+    return [row for *_, row in sorted(merged, key=lambda item: item[:3])]
