@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from mmrev_kit.config import Config, ConfigError, experiment_dir, resolve, run_dir
@@ -22,7 +23,9 @@ class Asker:
 
     def __init__(self, config: Config, adapter: str | None = "best"):
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # a bar would stay in the notebook
         self.config = config
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(config, self.device)
@@ -52,7 +55,8 @@ class Asker:
         row = Row("own", "own", "own:1", "own", None, (path,), None, text, (), "")
         prompt = self.encoder.encode(row, with_answer=False)
         on = self.dtype != torch.float32
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=on):
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=on), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers about its own attributes
             tokens = self.config.evaluation.max_new_tokens
             return generate(self.model, self.encoder, [prompt], tokens, self.device)[0]
 

@@ -19,6 +19,7 @@ from mmrev_kit.steps import peak_memory_gib
 from mmrev_kit.train import leave_error, process_state
 
 TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
+PROGRESS_LINES = 4  # for each drop
 DROPS = ("none", "image", "text", "both")
 # Tests whose right answer can still be known under a drop; elsewhere only the agreement with the whole prompt counts.
 KEEPS_MEANING = {"none": TESTS, "text": ("forward", "mcq_i2d"), "image": (), "both": ()}
@@ -172,10 +173,10 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
             for place, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
                 records.append(predict(question, encoder, answer, row, drop) | {"place": place})
-            tenth = 10 * len(records) // max(1, len(mine))
-            if state.is_main_process and tenth > told:
-                told = tenth
-                print(f"progress: drop {drop}: {tenth}0 % of {len(order):,} questions", flush=True)
+            part = PROGRESS_LINES * len(records) // max(1, len(mine))
+            if state.is_main_process and part > told:
+                told = part
+                print(f"progress: drop {drop}: {part}/{PROGRESS_LINES} of {len(order):,} questions", flush=True)
     return records
 
 

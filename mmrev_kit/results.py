@@ -146,29 +146,43 @@ def _interval(numbers: dict) -> str:
 
 
 def accuracy_table(metrics: dict, drop: str = "none"):
-    """A pandas DataFrame, a row a test and group: accuracy with both intervals, chance, p and what CW adds.
+    """A pandas DataFrame, a row a test and group: accuracy with both intervals, chance and p.
 
     `p` is the permutation test over entities against chance, Holm-adjusted over the tests of the group.
     """
-    import pandas
-
     rows = []
     for test, groups in metrics[drop].items():
         for group, numbers in groups.items():
             if numbers["accuracy"] is None:
                 continue
-            rates, wilson, likeliest = numbers["rates"] or {}, numbers["wilson"], numbers["likeliest"] or {}
+            wilson, likeliest = numbers["wilson"], numbers["likeliest"] or {}
             row = {"test": TITLES[test], "group": group, "rows": numbers["n"], "entities": numbers["n_entities"]}
             row |= {"right": numbers["correct"], "accuracy": numbers["accuracy"]}
             row |= {"Wilson": f"{wilson[0]:.2f} to {wilson[1]:.2f}" if wilson else "", "by entity": _interval(numbers)}
             row |= {"chance": numbers["chance"] or None, "p": numbers["p_permutation_holm"]}
             row |= {"unparsed": numbers["unparsed"], "by likeliest": likeliest.get("accuracy")}
-            row |= {name: rates.get(key) for name, key in _RATES.items()}
             rows.append(row)
-    return pandas.DataFrame(rows).set_index(["test", "group"])
+    return _table(rows)
 
 
-_RATES = {"TPR": "tpr", "FPR": "fpr", "separation": "separation", "AUROC": "auroc"}
+def rates_table(metrics: dict, drop: str = "none"):
+    """A pandas DataFrame of CW, a row a group: TPR and FPR of Correct, separation, AUROC, answers' counts."""
+    rows = []
+    for group, numbers in metrics[drop].get("reverse", {}).items():
+        if numbers["rates"]:
+            names = {"TPR": "tpr", "FPR": "fpr", "separation": "separation", "AUROC": "auroc"}
+            row = {"test": TITLES["reverse"], "group": group} | {n: numbers["rates"][key] for n, key in names.items()}
+            rows.append(row | {f"said {answer}": count for answer, count in numbers["rates"]["counts"].items()})
+    return _table(rows)
+
+
+def _table(rows: list[dict]):
+    """Rows as a DataFrame by test and group, to three digits, what does not apply left empty."""
+    import pandas
+
+    if not rows:
+        return pandas.DataFrame()
+    return pandas.DataFrame(rows).set_index(["test", "group"]).round(3).astype(object).fillna("")
 
 
 def side_by_side(evaluations: dict[str, Evaluation]):
@@ -192,8 +206,6 @@ def drop_table(metrics: dict):
 
     Agreement is how often the answer is that to the whole prompt.
     """
-    import pandas
-
     rows = []
     for test, groups in metrics["none"].items():
         for group in groups:
@@ -205,7 +217,7 @@ def drop_table(metrics: dict):
                 elif numbers and numbers["agreement"]:
                     row[f"drop {drop}"] = f"{numbers['agreement']['share']:.2f} same answer"
             rows.append(row)
-    return pandas.DataFrame(rows).set_index(["test", "group"]).fillna("")
+    return _table(rows)
 
 
 def comparison_table(first: Evaluation, second: Evaluation):

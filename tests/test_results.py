@@ -14,6 +14,7 @@ from mmrev_kit.results import (
     drop_table,
     find_evaluations,
     gate_table,
+    rates_table,
     read_evaluation,
     read_original,
     read_records,
@@ -115,7 +116,9 @@ def test_tables_of_one_evaluation(tmp_path):
     assert found.name == "a_forward" and found.task == "forward"
     table = accuracy_table(found.metrics)
     assert table.loc[("CW", "main"), "accuracy"] == 0.5 and table.loc[("CW", "control"), "accuracy"] == 1.0
-    assert table.loc[("CW", "main"), "TPR"] == 1.0 and table.loc[("CW", "main"), "FPR"] == 1.0
+    rates = rates_table(found.metrics)
+    assert rates.loc[("CW", "main"), "TPR"] == 1.0 and rates.loc[("CW", "main"), "FPR"] == 1.0
+    assert rates.loc[("CW", "main"), "said Correct"] == 8 and rates.loc[("CW", "control"), "separation"] == 1.0
     assert list(accuracy_table(found.metrics).index[:3]) == [
         ("forward", "all"),
         ("forward", "main"),
