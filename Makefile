@@ -1,4 +1,4 @@
-# make run · make test · make lab · make train TASK=reverse     (each sets up .venv when it is missing or stale)
+# make run · make test · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -7,13 +7,19 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train test lint lab
+.PHONY: run train evaluate reproduce test lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit.notebook train -p task forward $(ARGS)
 
 train: $(READY)
 	@$(BIN)/python -m mmrev_kit.notebook train -p task $(TASK) $(ARGS)
+
+evaluate: $(READY)
+	@$(BIN)/python -m mmrev_kit.notebook evaluate -p task $(TASK) $(ARGS)
+
+reproduce: $(READY)
+	@$(BIN)/python -m mmrev_kit.notebook reproduce $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -154,13 +154,14 @@ def predictions(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("rows", [9, 1])
 def test_each_row_is_counted_once_on_two_processes(few, rows, capsys):
     one = predictions(evaluate(few(rows), None))
-    two = predictions(evaluate(few(rows, "launch.num_processes=2"), None))
+    two = predictions(evaluate(few(rows, "launch.num_processes=2"), None, again=True))
     assert len(one) == len(two) == rows
     assert [record["id"] for record in two] == [f"mcq_d2i_test.jsonl:{line}" for line in range(1, rows + 1)]
     for left, right in zip(one, two, strict=True):
         assert right["options"] == pytest.approx(left["options"], abs=1e-4)
         assert {**left, "options": 0} == {**right, "options": 0}
-    assert "100 % of" in capsys.readouterr().out
+    assert f"4/4 of {rows} questions" in capsys.readouterr().out
+    assert json.loads((evaluate(few(rows), None) / "facts.json").read_text())["num_processes"] == 2
 
 
 def test_an_adapter_goes_only_onto_its_base(few, tmp_path):

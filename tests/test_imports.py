@@ -14,7 +14,7 @@ ORDER = (
     "config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers stats "
     "verdict results plots gallery preflight vision loading checkpoints packing features batches speed steps train "
     "tiny pretrain_text pretrain_images pretrain_data pretrain_plan pretrain_model pretrain_accuracy pretrain_state "
-    "pretrain_steps evaluate ask progress launch notebook pretrain"
+    "pretrain_steps evaluate ask progress launch reproduce notebook pretrain"
 ).split()
 CHECK = """
 import sys, torch

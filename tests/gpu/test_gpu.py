@@ -124,7 +124,7 @@ def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_conf
     assert len(found) == len(expected) == 120
     for left, right in zip(found, expected, strict=True):
         assert left["id"] == right["id"] and left["answer"] == right["answer"]
-        assert left["options"] == pytest.approx(right["options"], abs=0.05)
+        assert left["options"] == pytest.approx(right["options"], rel=0.02, abs=0.05)  # other kernels, bf16
 
 
 @TWO
