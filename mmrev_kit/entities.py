@@ -154,19 +154,17 @@ def partner_shifts(size: int, rng: random.Random) -> dict[str, list[int]]:
 
     Shift s pairs the member at place i with the one at i + s, so every member is asked about, and shown, once. The
     shifts s and size - s join the same two members, so test gets both or neither: no two members that train pairs
-    are paired in test. Train and val may share such a couple, in opposite roles. From 6 members on, test has the
-    three shifts that a question needs for its wrong options.
+    are paired in test. From 6 members on, test has the three shifts that a question needs for its wrong options.
+    Val has one shift, whose mirror image is train's: the same couples in opposite roles. Train has all others, since
+    the more partners a member is told apart from, the less its own Wrong rows can be learned one by one.
     """
     couples = [sorted({shift, size - shift}) for shift in range(1, size // 2 + 1)]
     rng.shuffle(couples)
     couples.sort(key=len)  # the middle shift of an even group, its own mirror image, goes to test: it cannot be split
     num_test = min(max(2, len(couples) // 3), len(couples) - 1)
     test, rest = couples[:num_test], couples[num_test:]
-    if len(rest) == 1:
-        train, val = [[rest[0][0]], [rest[0][1]]]
-    else:
-        train, val = [shift for couple in rest[1:] for shift in couple], rest[0]
-    shifts = {"train": train, "val": val, "test": [shift for couple in test for shift in couple]}
+    val, *train = [shift for couple in rest for shift in couple]
+    shifts = {"train": train, "val": [val], "test": [shift for couple in test for shift in couple]}
     return {name: rng.sample(values, len(values)) for name, values in shifts.items()}
 
 

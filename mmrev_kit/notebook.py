@@ -272,11 +272,14 @@ def render(notebook: str | Path, html: str | Path | None = None) -> Path:
 def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     """Run notebooks/<name>.ipynb through papermill into its run folder, rendered; returns papermill's exit status.
 
+    The page of `reproduce`, which is about many runs, goes into a folder of its own.
+
     The notebook of a run that failed stays in the output folder, so that no finished run's notebook is replaced.
     """
     known = {key: value for key, value in parameters if key in (*PARAMETERS, "config", "overrides")}
     config = make_config(**{"config": "configs/tiny_cpu.yaml"} | known)
     folder = run_dir(config)
+    folder = folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
     waiting = folder.parent / f"{name}_{config.experiment.task}.ipynb"
     waiting.parent.mkdir(parents=True, exist_ok=True)
     words = [word for pair in parameters for word in ("-p", *pair)]

@@ -204,7 +204,7 @@ def test_partner_shifts_of_four_and_of_larger_groups():
             assert sorted(shifts["train"] + shifts["val"] + shifts["test"]) == list(range(1, size))
             assert {size - shift for shift in shifts["test"]} == set(shifts["test"])
             assert size < 6 or len(shifts["test"]) >= 3
-            assert size < 8 or len(shifts["train"]) >= 2
+            assert len(shifts["val"]) == 1 and (size < 8 or len(shifts["train"]) >= 3)
 
 
 @pytest.mark.parametrize(("task", "untaught"), [("forward", "reverse"), ("reverse", "forward")])

@@ -96,6 +96,38 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert done.returncode == 0, done.stderr
     assert "small_reverse: The run ended after epoch 1 (last epoch)" in printed(histories)
 
+    evaluated = tmp_path / "evaluate.ipynb"
+    words = ["-p", "task", "reverse", "-p", "drops", "none text", "-p", "ask_text", "Who is [image]?"]
+    words += ["-p", "overrides", small_overrides]
+    done = papermill("notebooks/evaluate.ipynb", str(evaluated), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(evaluated)
+    assert "VERDICT (forward): inconclusive" in text and "Who is [image]?\n-> " in text
+    assert {path.name for path in (folder / "eval" / "small").iterdir()} >= {
+        "predictions.jsonl", "metrics.json", "verdict.json", "facts.json",
+    }  # fmt: skip
+    page = render(evaluated).read_text()
+    assert "McNemar p" in page and "drop text" in page and "Traceback" not in page
+    assert page.count("data:image/png") >= 2 + 16  # two figures, and right or wrong answers with their pictures
+
+
+def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
+    executed = tmp_path / "reproduce.ipynb"
+    words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
+    done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert "task forward\n" in text and "VERDICT (CW): " in text and "VERDICT (forward): " in text
+    runs = {path.name for path in (tmp_path / "outputs").glob("*_*")}
+    assert runs >= {"small_seed7_forward", "small_seed7_reverse"}
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    page = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    assert "claim (CW)" in page and "claim (forward generation)" in page
+    done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert text.count("is finished") == 2 and text.count("holds this evaluation") == 2
+
 
 def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides, tmp_path):
     executed = tmp_path / "data.ipynb"

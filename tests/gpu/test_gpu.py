@@ -115,22 +115,26 @@ TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA G
 
 @TWO
 def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_config, tmp_path):
-    common = "quantization.bits=16 quantization.compute_dtype=bf16"
+    """Near ties may fall otherwise: a model with accelerate's hooks keeps the library's vision tower, whose 16-bit
+    products are rounded otherwise than those of `vision`."""
+    common = "quantization.bits=16 quantization.compute_dtype=fp16"
     spread = small_config(f"{common} launch.mode=auto launch.output_dir={tmp_path}/spread")
     places = {str(place) for place in load_base(spread, GPU).hf_device_map.values()}
     assert places == {"0", "1"}
     whole = small_config(f"{common} launch.num_processes=1 launch.output_dir={tmp_path}/whole")
     found, expected = (read_records(evaluate(config, None) / "predictions.jsonl") for config in (spread, whole))
     assert len(found) == len(expected) == 120
-    for left, right in zip(found, expected, strict=True):
-        assert left["id"] == right["id"] and left["answer"] == right["answer"]
-        assert left["options"] == pytest.approx(right["options"], rel=0.02, abs=0.05)  # other kernels, bf16
+    pairs = list(zip(found, expected, strict=True))
+    assert all(left["id"] == right["id"] for left, right in pairs)
+    assert all(left["options"] == pytest.approx(right["options"], rel=0.02, abs=0.05) for left, right in pairs)
+    assert sum(left["read_as"] == right["read_as"] for left, right in pairs) >= 0.95 * len(pairs)
 
 
 @TWO
 def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path):
-    """fp32 on 2 processes (NCCL), forked from this kernel's fresh Python, against 1 process."""
-    common = "lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype=fp16"
+    """Two processes through NCCL against one. A small rate: 16-bit rounding grows with every step of Adam."""
+    common = "lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype=fp16 "
+    common += "training.learning_rate=2e-4 training.min_lr=1e-5"
     one = launch(
         small_config(
             f"{common} launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
@@ -140,4 +144,4 @@ def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tm
     assert one["steps_per_epoch"] == two["steps_per_epoch"]
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-3)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=2e-3)
+        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=1e-3)
