@@ -1,0 +1,437 @@
+"""How much memory a run needs, from shapes alone: arithmetic, no weights, no GPU.
+
+`estimate` adds up what stays on a card for the whole run (weights, adapter, optimizer) and what comes and goes with a
+pass, at the moment when most of it is there at once. The moments are: the backward pass of the last decoder layer
+(everything saved for the others is still there), the loss (logits), the optimizer's step, and the vision tower.
+The bytes of a layer are those that autograd saves in transformers' Qwen3-VL, PEFT's LoRA and bitsandbytes' Linear4bit;
+`tests/test_memory.py` compares them with the tensors that autograd really saves, and the totals with measured runs.
+All sizes are in bytes until the table, which is in GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmrev_kit.config import Config, ConfigError, resolve
+from mmrev_kit.layers import Pass, Recipe, activations, attention_state, largest_linear, logits_bytes, vision_bytes
+
+GIB = 2**30
+MIB = 2**20
+BLOCK, NESTED = 64, 256  # weights per constant of NF4, constants per constant of the double quantization
+MIN_8BIT, MIN_PAGED = 4096, 100_000  # bitsandbytes: smaller tensors keep fp32 states; smaller ones are not paged
+WORKSPACE = 2 * 32 * MIB  # cuBLAS: one workspace a thread that multiplies, forward and backward
+CONTEXT_GIB, NCCL_GIB = 0.5, 0.4  # of a process on a card, outside PyTorch's allocator
+SLACK_STATIC, SLACK_MOVING = 0.05, 0.17  # what the allocator holds beyond what is in use; from measured runs
+PUBLISHED = ("2b", "4b", "8b", "32b")
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The sizes of a Qwen3-VL that memory depends on; `v_` are those of the vision tower."""
+
+    hidden: int
+    inter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    v_depth: int
+    v_hidden: int
+    v_inter: int
+    v_patch_values: int  # numbers in a patch
+    v_positions: int
+    v_merge: int  # patches a visual token
+    v_deepstack: int
+    name: str = "model"
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer of a decoder layer."""
+        h, f = self.hidden, self.inter
+        found = {"q_proj": (h, self.query), "k_proj": (h, self.key), "v_proj": (h, self.key), "o_proj": (self.query, h)}
+        return found | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+
+    def vision_linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of every linear layer of the vision tower."""
+        h, f, wide = self.v_hidden, self.v_inter, self.v_hidden * self.v_merge
+        merger = [(wide, wide), (wide, self.hidden)]
+        return [(h, 3 * h), (h, h), (h, f), (f, h)] * self.v_depth + merger * (1 + self.v_deepstack)
+
+
+TEXT_FIELDS = {
+    "hidden": "hidden_size", "inter": "intermediate_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocab": "vocab_size",
+}  # fmt: skip
+VISION_FIELDS = {
+    "v_depth": "depth", "v_hidden": "hidden_size", "v_inter": "intermediate_size",
+    "v_positions": "num_position_embeddings",
+}  # fmt: skip
+
+
+def _whole(section: dict, key: str, where: str, default: int | None = None) -> int:
+    value = section.get(key, default)
+    if value is None:
+        raise ConfigError(f"{where} has no {key}, which the memory estimate needs.")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{where}: {key} = {value!r}: must be a whole number above 0.")
+    return value
+
+
+def read_shapes(source, name: str | None = None) -> ModelShapes:
+    """The shapes of a model.
+
+    Args:
+        source: a configuration as a dict or a transformers config object, or the path of its JSON file or of the
+            folder that holds one.
+
+    Raises:
+        ConfigError: no such file, another kind of model, a field that is missing, or a size that is not positive.
+    """
+    if isinstance(source, str | Path):
+        path = resolve(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
+        name = name or (path.parent.name if path.name == "config.json" else path.stem)
+        source = json.loads(path.read_text(encoding="utf-8"))
+    values = source if isinstance(source, dict) else source.to_dict()
+    name = name or "model"
+    if values.get("model_type") != "qwen3_vl":
+        raise ConfigError(f"{name}: model_type = {values.get('model_type')!r}; the estimate knows qwen3_vl.")
+    sections = [values.get("text_config"), values.get("vision_config")]
+    for section, key in zip(sections, ("text_config", "vision_config"), strict=True):
+        if not isinstance(section, dict):
+            raise ConfigError(f"{name} has no {key}, which the memory estimate needs.")
+    text, vision = sections
+    found = {ours: _whole(text, key, f"{name}: text_config") for ours, key in TEXT_FIELDS.items()}
+    found |= {ours: _whole(vision, key, f"{name}: vision_config") for ours, key in VISION_FIELDS.items()}
+    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden"] // found["heads"])
+    side, where = _whole(vision, "patch_size", f"{name}: vision_config"), f"{name}: vision_config"
+    frames, merge = _whole(vision, "temporal_patch_size", where, 2), _whole(vision, "spatial_merge_size", where, 2)
+    return ModelShapes(
+        **found,
+        head_dim=head_dim,
+        tied=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        v_patch_values=_whole(vision, "in_channels", where, 3) * frames * side * side,
+        v_merge=merge**2,
+        v_deepstack=len(vision.get("deepstack_visual_indexes") or ()),
+        name=name,
+    )
+
+
+def published() -> list[str]:
+    """The architecture files that the kit brings, by name."""
+    return sorted(path.stem for path in resolve("configs/models").glob("*.json"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One component: its bytes, how they come about, and the setting that changes them."""
+
+    name: str
+    size: float
+    formula: str
+    setting: str
+
+    @property
+    def gib(self) -> float:
+        return self.size / GIB
+
+
+@dataclass
+class Estimate:
+    """The components at the moment of the peak.
+
+    Attributes:
+        moment: which moment that is.
+        moments: {moment: GiB allocated}.
+        context_gib: what the process takes on the card outside PyTorch's allocator.
+    """
+
+    rows: list[Row]
+    moment: str
+    moments: dict[str, float]
+    static_gib: float
+    context_gib: float
+    pass_: Pass
+    extra: list[str] = field(default_factory=list)
+
+    @property
+    def allocated_gib(self) -> float:
+        return sum(row.gib for row in self.rows)
+
+    @property
+    def reserved_gib(self) -> float:
+        """With what the allocator keeps: rounding, and blocks of other sizes than are wanted."""
+        return self.allocated_gib + self.slack_gib
+
+    @property
+    def slack_gib(self) -> float:
+        return SLACK_STATIC * self.static_gib + SLACK_MOVING * (self.allocated_gib - self.static_gib)
+
+    @property
+    def device_gib(self) -> float:
+        return self.reserved_gib + self.context_gib
+
+    def costliest(self) -> Row:
+        return max(self.rows, key=lambda row: row.size)
+
+    def costliest_to_change(self) -> Row:
+        """The largest component that a setting makes smaller without another model."""
+        found = [row for row in self.rows if row.setting.startswith(("memory.", "training.", "lora."))]
+        return max(found, key=lambda row: row.size)
+
+    def table(self):
+        """A pandas DataFrame: component, GiB, formula, setting; then the totals."""
+        import pandas
+
+        lines = [(row.name, row.gib, row.formula, row.setting) for row in self.rows]
+        rate = f"{SLACK_STATIC:.0%} of what stays and {SLACK_MOVING:.0%} of what comes and goes"
+        lines += [
+            ("= allocated", self.allocated_gib, f"the sum, at the peak: {self.moment}", ""),
+            ("allocator slack", self.slack_gib, rate, ""),
+            ("= reserved", self.reserved_gib, "what PyTorch holds", ""),
+            ("CUDA context", self.context_gib, "kernels and handles of one process", ""),
+            ("= device", self.device_gib, "what nvidia-smi shows", ""),
+        ]
+        return pandas.DataFrame(lines, columns=["component", "GiB", "how", "setting"]).set_index("component")
+
+
+def nf4_bytes(shape: tuple[int, int], double_quant: bool) -> float:
+    """One linear layer in NF4: half a byte a weight and its constants, each tensor rounded up to 512 bytes."""
+    weights = shape[0] * shape[1]
+    blocks = math.ceil(weights / BLOCK)
+    parts = [weights / 2, 64]  # the weights, the table of 16 values
+    parts += [blocks, 4 * math.ceil(blocks / NESTED), 1024, 4] if double_quant else [4 * blocks]
+    return sum(512 * math.ceil(part / 512) for part in parts)
+
+
+def lora_tensors(shapes: ModelShapes, r: int, targets: list[str]) -> list[int]:
+    """Numbers in each tensor of the adapter: A is r x inputs, B is outputs x r."""
+    linears = shapes.linears()
+    unknown = [name for name in targets if name not in linears]
+    if unknown:
+        raise ConfigError(f"lora.target_modules: the language model has no {', '.join(unknown)}.")
+    return [r * side for name in targets for side in linears[name]] * shapes.layers
+
+
+def optimizer_bytes(tensors: list[int], optimizer: str) -> float:
+    """Two states a number: fp32, or 8 bit with an fp32 constant per 256 numbers; paged ones are not on the card."""
+    if optimizer == "adamw":
+        return 8 * sum(tensors)
+    total = 2 * 1024  # the tables of the two 8-bit codes
+    for count in tensors:
+        if count >= MIN_PAGED and optimizer == "paged_adamw_8bit":
+            continue
+        total += 8 * count if count < MIN_8BIT else 2 * count + 8 * math.ceil(count / 256)
+    return total
+
+
+def weight_rows(shapes: ModelShapes, config: Config, recipe: Recipe, tower: bool) -> list[Row]:
+    """What the frozen model takes."""
+    quantization, four = config.quantization, config.quantization.bits == 4
+    word = f"model.name (now {shapes.name})"
+
+    def linear(shape):
+        return nf4_bytes(shape, quantization.double_quant) if four else recipe.width * shape[0] * shape[1]
+
+    text = shapes.layers * sum(linear(shape) for shape in shapes.linears().values())
+    norms = shapes.layers * (2 * shapes.hidden + 2 * shapes.head_dim) + shapes.hidden
+    table = shapes.vocab * shapes.hidden
+    rest = recipe.rest_width * (norms + table * (1 if shapes.tied else 2))
+    how = "0.5 B a weight + 1 B a 64 weights + 4 B a 16,384" if quantization.double_quant else "0.5 B + 4 B a 64 weights"
+    rows = [
+        Row("decoder weights", text, how if four else f"{recipe.width} B a weight", word),
+        Row(
+            "embedding, head, norms", rest,
+            f"{recipe.rest_width} B x ({table:,} x {1 if shapes.tied else 2} + norms)", word,
+        ),
+    ]  # fmt: skip
+    if tower:
+        h, merge = shapes.v_hidden, shapes.v_merge
+        small = sum(outputs for _, outputs in shapes.vision_linears()) + 4 * h * shapes.v_depth
+        small += 2 * h * (1 + merge * shapes.v_deepstack)
+        small += h * (shapes.v_patch_values + 1) + shapes.v_positions * h
+        size = sum(linear(shape) for shape in shapes.vision_linears()) + recipe.rest_width * small
+        rows.append(Row("vision tower", size, "its weights as above, its patch embedding and biases in 16 bit",
+                        "memory.cache_features=true takes it off the card"))  # fmt: skip
+    return rows
+
+
+def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes: int, moment: str) -> list[Row]:
+    """Adapter, optimizer and gradients, and what an optimizer step adds."""
+    tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
+    count, optimizer = sum(tensors), config.training.optimizer
+    word = f"lora.r (now {config.lora.r})"
+    if moment == "evaluation":
+        return [Row("LoRA adapter", 4 * count, f"4 B x {count:,}", word)]
+    rows = [
+        Row("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word),
+        Row("optimizer states", optimizer_bytes(tensors, optimizer), f"{optimizer}, two states a number",
+            "training.optimizer=adamw_8bit"),
+    ]  # fmt: skip
+    if moment == "vision tower":
+        return []
+    if recipe.accumulates or moment == "optimizer step":
+        rows.append(Row("gradients", 4 * count, "4 B a trainable number", word))
+    if recipe.width < 4 and moment != "optimizer step":
+        copies = 1 if recipe.checkpointing else shapes.layers
+        size = recipe.width * count * copies / shapes.layers
+        rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once a pass and keeps it for backward", word))
+    if moment == "optimizer step":
+        bucket = 4 * count if processes > 1 else 0
+        rows.append(Row("step", 4 * count + bucket, "4 B for AdamW's temporaries, 4 B for the summed gradients", word))
+    return rows
+
+
+def moving_rows(shapes: ModelShapes, config: Config, recipe: Recipe, one: Pass, moment: str) -> list[Row]:
+    """What comes and goes with a pass, at one moment of it."""
+    found, word = activations(shapes, config.lora, recipe, one), "memory.micro_tokens"
+    features = one.visual * (1 + shapes.v_deepstack) * recipe.width * shapes.hidden
+    pixels = 0 if recipe.cached else one.visual * shapes.v_merge * (4 * shapes.v_patch_values + 2 * shapes.v_hidden)
+    inputs = one.tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
+    rows = [
+        Row("vision features", features, f"{1 + shapes.v_deepstack} x {recipe.width} B x {shapes.hidden} x "
+            f"{one.visual:,} visual tokens", "memory.micro_tokens"),
+        Row("inputs", inputs, "ids, positions, the mask (1 B a pair of tokens); pixels without the cache", word),
+    ]  # fmt: skip
+    if recipe.checkpointing:
+        rows.append(
+            Row("layer inputs", found.inputs, f"{recipe.residual} B x hidden x layers x {one.tokens:,} tokens", word)
+        )
+    else:
+        rows.append(
+            Row("saved activations", found.saved * shapes.layers, f"{found.saved / one.tokens:,.0f} B a token and "
+                f"layer x {one.tokens:,} x {shapes.layers}", "memory.gradient_checkpointing=true")
+        )  # fmt: skip
+        waste = shapes.layers * sum(map(unsplit, found.tensors))
+        rows.append(Row("rounding of blocks", waste, "a block's rest below 1 MiB is not split off", word))
+    if moment == "last layer":
+        if recipe.checkpointing:
+            how = f"{found.once / one.tokens:,.0f} B a token x {one.tokens:,}, of one layer at a time"
+            rows.append(Row("recomputed layer", found.once, how, word))
+        weight = largest_linear(shapes, recipe) if config.quantization.bits == 4 else 0
+        name, size, weight = max(found.moments(weight), key=lambda item: item[1] + item[2])
+        rows.append(Row("gradients of activations", size, f"in {name} of the last layer", word))
+        rows.append(Row("16-bit weight", weight, "one weight at a time is turned to 16 bit for its product", ""))
+    if moment == "loss":
+        size, how = logits_bytes(shapes, recipe, one)
+        setting = "memory.micro_tokens" if recipe.answer_logits else "logits for answer tokens only"
+        rows.append(Row("logits", size, how, setting))
+    return rows
+
+
+def unsplit(size: float) -> float:
+    """What a large tensor's block holds beyond it: segments are multiples of 2 MiB from 10 MiB on, and a rest of up to
+    1 MiB stays with the block; smaller tensors share segments of 20 MiB, with half a MiB lost in each."""
+    if size < MIB:
+        return 0
+    if size < 10 * MIB:
+        return size / 40
+    rest = -size % (2 * MIB)
+    return rest if rest <= MIB else 0
+
+
+def estimate(
+    config: Config, model_config=None, passes: list[Pass] | None = None, processes: int = 1, recipe: Recipe | None = None
+) -> Estimate:
+    """Memory of a training run on one card, by component.
+
+    Args:
+        model_config: anything that `read_shapes` takes, or `ModelShapes`; None for the configured model.
+        passes: the passes of the run; the costliest counts. None: the largest that the configuration allows.
+        processes: one a card.
+        recipe: how the passes are run; None for the kit's own way with this configuration.
+
+    Raises:
+        ConfigError: see `read_shapes`; sizes that are not positive.
+    """
+    shapes = as_shapes(model_config if model_config is not None else config.model.name)
+    if processes < 1:
+        raise ConfigError(f"launch.num_processes = {processes}: must be a number from 1.")
+    recipe = recipe or Recipe.of(config)
+    passes = passes or [largest_pass(config, shapes)]
+    for one in passes:
+        one.check()
+    context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
+    best = max(passes, key=lambda one: _peak(shapes, config, recipe, one, processes)[1])
+    moment, _, moments = _peak(shapes, config, recipe, best, processes)
+    rows = _rows(shapes, config, recipe, best, processes, moment)
+    static = sum(row.gib for row in _static(shapes, config, recipe, processes, moment))
+    return Estimate(rows, moment, moments, static, context, best)
+
+
+def as_shapes(source) -> ModelShapes:
+    """`ModelShapes` of whatever names or holds a model; `32b` and the like are the published sizes."""
+    if isinstance(source, ModelShapes):
+        return source
+    if isinstance(source, str) and source.lower() in PUBLISHED:
+        source = f"configs/models/qwen3vl_{source.lower()}.json"
+    elif source == "embedded":
+        from mmrev_kit.config import EMBEDDED_MODEL
+
+        source = EMBEDDED_MODEL
+    return read_shapes(source)
+
+
+MOMENTS = ("last layer", "loss", "optimizer step", "vision tower")
+
+
+def _static(shapes, config, recipe, processes, moment) -> list[Row]:
+    tower = not recipe.cached or moment in ("vision tower", "evaluation")
+    rows = weight_rows(shapes, config, recipe, tower) + adapter_rows(shapes, config, recipe, processes, moment)
+    return [*rows, Row("cuBLAS workspace", WORKSPACE, "32 MiB each for the forward and the backward thread", "")]
+
+
+def _rows(shapes, config, recipe, one, processes, moment) -> list[Row]:
+    rows = _static(shapes, config, recipe, processes, moment)
+    if moment in ("last layer", "loss"):
+        rows += moving_rows(shapes, config, recipe, one, moment)
+    if moment == "vision tower":
+        size, how = vision_bytes(shapes, recipe, one)
+        rows.append(Row("vision activations", size, how, "model.max_pixels"))
+    if moment == "evaluation":
+        size, how = attention_state(shapes, recipe, one)
+        rows.append(Row("keys, values and states", size, how, "evaluation.batch_size"))
+        size, how = logits_bytes(shapes, recipe, one)
+        rows.append(Row("logits", size, how, "evaluation.batch_size"))
+    return [row for row in rows if row.size > 0]
+
+
+def _peak(shapes, config, recipe, one, processes) -> tuple[str, float, dict[str, float]]:
+    sizes = {
+        moment: sum(row.gib for row in _rows(shapes, config, recipe, one, processes, moment)) for moment in MOMENTS
+    }
+    moment = max(sizes, key=sizes.get)
+    return moment, sizes[moment], sizes
+
+
+def largest_pass(config: Config, shapes: ModelShapes) -> Pass:
+    """The largest pass that a configuration allows: rows of training.max_length up to memory.micro_tokens."""
+    length, limit = config.training.max_length, config.memory.micro_tokens or 4096
+    rows = max(1, limit // length)
+    visual = config.model.max_pixels // (shapes.v_merge * shapes.v_patch_values // 6)
+    return Pass(rows, length, rows * 32, min(length, visual) * rows, masked=True)
+
+
+def evaluation(config: Config, model_config, length: int, visual: int, options: int = 9) -> Estimate:
+    """Memory of an evaluation's pass: `evaluation.batch_size` prompts of `length` tokens, with their cache."""
+    shapes, size = as_shapes(model_config), config.evaluation.batch_size
+    recipe = Recipe.of(config)
+    one = Pass(size, length + config.evaluation.max_new_tokens, size * options, visual * size, masked=True)
+    rows = _rows(shapes, config, recipe, one, 1, "evaluation")
+    static = sum(row.gib for row in _static(shapes, config, recipe, 1, "evaluation"))
+    total = sum(row.gib for row in rows)
+    return Estimate(rows, "evaluation", {"evaluation": total}, static, CONTEXT_GIB, one)
