@@ -50,6 +50,7 @@ class Recipe:
             outputs are fp32, too.
         accumulates: whether gradients of an earlier pass are there.
         eager: attention that keeps its scores.
+        four: 4-bit linear layers; PEFT's adapter of others casts its input to fp32 first, so that none is shared.
     """
 
     width: int = 2
@@ -60,13 +61,15 @@ class Recipe:
     upcast: bool = False
     accumulates: bool = True
     eager: bool = False
+    four: bool = True
 
     @classmethod
     def of(cls, config: Config) -> Recipe:
         """The kit's own way with a configuration, on a GPU."""
         memory = config.memory
         eager = config.model.attn_implementation == "eager"
-        return cls(checkpointing=memory.gradient_checkpointing, cached=memory.cache_features, eager=eager)
+        four = config.quantization.bits == 4
+        return cls(checkpointing=memory.gradient_checkpointing, cached=memory.cache_features, eager=eager, four=four)
 
     @property
     def rest_width(self) -> int:
@@ -124,7 +127,7 @@ def lora_saved(inputs: int, names: list[str], lora, recipe: Recipe, shared: bool
             found += [inputs, recipe.width * inputs]
         elif not shared:
             found.append(recipe.width * inputs)
-            shared = True
+            shared = recipe.four
         found.append(recipe.width * lora.r)
     return found
 
@@ -145,10 +148,9 @@ def activations(shapes, lora, recipe: Recipe, one: Pass) -> Activations:
     """What a pass saves and moves; see `Activations`."""
     h, f, q, k, w = shapes.hidden, shapes.inter, shapes.query, shapes.key, recipe.width
     norms = [4 * h, 4, 4 * h, 4, 4 * q, 4 * shapes.heads, 4 * k, 4 * shapes.kv_heads]  # fp32 inputs, 1/rms
-    eager_out = recipe.eager
     attention = attention_saved(shapes, recipe, one)
     attention += lora_saved(h, ["q_proj", "k_proj", "v_proj"], lora, recipe, shared=False)
-    attention += lora_saved(q, ["o_proj"], lora, recipe, shared=not eager_out)
+    attention += lora_saved(q, ["o_proj"], lora, recipe, shared=recipe.four and not recipe.eager)
     mlp = [recipe.out * f] * 3  # gate, its SiLU, up
     mlp += lora_saved(h, ["gate_proj", "up_proj"], lora, recipe, shared=False)
     mlp += lora_saved(f, ["down_proj"], lora, recipe, shared=False)
