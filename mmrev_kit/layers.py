@@ -202,7 +202,8 @@ def vision_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
 
 
 def attention_state(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
-    """Keys and values of all layers, and one layer's states without gradients."""
-    cache = 2 * recipe.width * shapes.key * shapes.layers
+    """Keys and values of all layers, twice (those of the answer may still be there when the options are scored), and
+    one layer's states without gradients."""
+    cache = 4 * recipe.width * shapes.key * shapes.layers
     layer = 2 * recipe.residual * shapes.hidden + 4 * shapes.query * 3 + 3 * recipe.width * shapes.inter
     return (cache + layer) * one.tokens, f"({cache:,} B of keys and values + {layer:,.0f} B) a token x {one.tokens:,}"

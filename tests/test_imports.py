@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 ORDER = (
     "config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers stats "
-    "verdict results plots gallery preflight vision loading checkpoints packing features batches speed steps train "
+    "verdict results plots sizes layers memory gallery preflight vision loading checkpoints packing features batches "
+    "planning budget speed steps train rehearse "
     "tiny pretrain_text pretrain_images pretrain_data pretrain_plan pretrain_model pretrain_accuracy pretrain_state "
     "pretrain_steps evaluate ask progress launch notebook pretrain"
 ).split()

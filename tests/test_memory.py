@@ -11,17 +11,9 @@ import torch
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
 from mmrev_kit.layers import Pass, Recipe, activations
 from mmrev_kit.loading import add_adapter, load_base, trainable
-from mmrev_kit.memory import (
-    as_shapes,
-    estimate,
-    evaluation,
-    lora_tensors,
-    nf4_bytes,
-    optimizer_bytes,
-    published,
-    read_shapes,
-    weight_rows,
-)
+from mmrev_kit.memory import estimate, evaluation, lora_tensors, nf4_bytes, optimizer_bytes, weight_rows
+from mmrev_kit.planning import from_lengths, passes_of, plan, settle_memory
+from mmrev_kit.sizes import as_shapes, published, read_shapes
 
 CPU, GIB = torch.device("cpu"), 2**30
 LARGE = "configs/config_qwen3vl32_fp16.yaml"
@@ -148,3 +140,162 @@ def test_checkpointing_keeps_the_input_of_every_layer(tmp_path, monkeypatch):
     measured = saved_bytes(four, monkeypatch, True) - saved_bytes(two, monkeypatch, True)
     shapes = read_shapes(two.model.name)
     assert activations(shapes, two.lora, Recipe(), Pass(3, 64, 3, 0)).inputs == pytest.approx(measured, rel=0.02)
+
+
+def test_the_4_bit_weights_are_as_large_as_bitsandbytes_makes_them():
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(256, 768, bias=False, quant_type="nf4", compress_statistics=True).to(CPU)
+    state = layer.weight.quant_state
+    assert layer.weight.nbytes == 256 * 768 / 2
+    assert state.absmax.nbytes == 256 * 768 / 64 and state.state2.absmax.nbytes == 4 * 256 * 768 / 64 / 256
+    rounded = [512 * -(-part // 512) for part in (98304, 64, 3072, 48, 1024, 4)]
+    assert nf4_bytes((256, 768), double_quant=True) == sum(rounded)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_the_optimizer_states_are_as_large_as_the_optimizers_own(small_config, name):
+    from mmrev_kit.train import make_optimizer
+
+    tensors = [4096, 4095, 100_000, 12]
+    parameters = [torch.nn.Parameter(torch.randn(count)) for count in tensors]
+    optimizer = make_optimizer(small_config(f"training.optimizer={name}"), parameters, CPU)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value) and value.numel() > 1:
+                kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    assert optimizer_bytes(tensors, name) == pytest.approx(sum(kept.values()), rel=0.01)
+
+
+def test_the_adapter_of_the_32b_is_20_million_numbers(small_config):
+    config = load_config(LARGE)
+    assert sum(lora_tensors(as_shapes("32b"), 8, config.lora.target_modules)) == 19_922_944
+    model = add_adapter(load_base(small_config(), CPU), small_config())
+    counts = lora_tensors(as_shapes("embedded"), 8, small_config().lora.target_modules)
+    assert sorted(counts) == sorted(parameter.numel() for parameter in trainable(model))
+
+
+def test_bad_sizes_are_refused_with_one_message(tmp_path):
+    file = tmp_path / "config.json"
+    good = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "llama"}, "qwen3_vl"),
+        ({"text_config": good["text_config"] | {"hidden_size": None}}, "hidden_size"),
+        ({"text_config": good["text_config"] | {"num_hidden_layers": 0}}, "num_hidden_layers = 0"),
+        ({"vision_config": good["vision_config"] | {"depth": -1}}, "depth = -1"),
+        ({"vision_config": None}, "vision_config"),
+    ):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(ConfigError, match=words):
+            read_shapes(file)
+    with pytest.raises(ConfigError, match="qwen3vl_32b"):
+        estimate(load_config(LARGE, "model.name=99b"))
+    with pytest.raises(ConfigError, match="num_processes"):
+        estimate(load_config(LARGE), "32b", processes=0)
+    with pytest.raises(ConfigError, match="length = 0"):
+        estimate(load_config(LARGE), "32b", [Pass(1, 0, 1, 0)])
+    for gib, processes in ((0, 1), (-5, 1), (float("nan"), 1), (32, 0)):
+        with pytest.raises(ConfigError, match="above 0"):
+            plan(load_config(LARGE), gib, processes, "32b")
+    assert {"qwen3vl_2b", "qwen3vl_32b"} <= set(published())
+
+
+def rows(count: int, length: int = 241, visual: int = 196):
+    return [(length, 9, visual)] * count
+
+
+def test_a_plan_is_the_fastest_that_fits_and_keeps_the_effective_batch():
+    config = load_config(LARGE)
+    for gib in (24, 31.7, 79):
+        found = plan(config, gib, 8, "32b", from_lengths(rows(64), config, 8))
+        assert found.fits and found.chosen.estimate.device_gib <= gib * 0.92
+        applied = found.apply(config)
+        assert applied.training == config.training and found.batch == 64
+        assert applied.memory.micro_tokens == found.chosen.micro_tokens
+        assert found.faster is None or found.faster.estimate.device_gib > gib * 0.92
+        assert found.faster is None or found.faster.cost < found.chosen.cost
+    assert plan(config, 31.7, 8, "32b").chosen.checkpointing
+    assert not plan(config, 79, 8, "2b").chosen.checkpointing
+    fixed = load_config(LARGE, "memory.micro_tokens=700")
+    assert plan(fixed, 31.7, 8, "32b").chosen.micro_tokens == 700
+
+
+def test_a_16_bit_32b_does_not_fit_32_gib():
+    found = plan(load_config(LARGE, "quantization.bits=16"), 31.7, 8, "32b")
+    assert not found.fits and found.chosen.estimate.allocated_gib > 60
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function that gives the machine a card of so many GiB."""
+    return lambda gib: monkeypatch.setattr("mmrev_kit.planning.card_memory", lambda device: gib)
+
+
+def settle(config, state=None):
+    from mmrev_kit.train import plan_memory, prepare
+
+    state = state or SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=CPU)
+    return plan_memory(config, prepare(config), state)
+
+
+def test_on_a_cpu_nothing_is_planned(small_config):
+    config = small_config()
+    assert settle(config) == (config, None)
+
+
+def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkeypatch):
+    config = small_config("model.name=configs/models/qwen3vl_32b.json model.min_pixels=65536 model.max_pixels=200704")
+    card(15.0)
+    monkeypatch.setattr("mmrev_kit.train.load_base", lambda *_: pytest.fail("weights were read"))
+    from mmrev_kit.train import start
+
+    state = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=CPU)
+    with pytest.raises(ConfigError, match="decoder weights takes most: 15.0 GiB.*memory.force=true"):
+        start(config, state)
+    config.memory.force = True
+    forced, found = settle(config)
+    assert not found.fits and forced.memory.micro_tokens == found.chosen.micro_tokens
+
+
+def test_evaluation_counts_too(small_config, card):
+    card(26.0)
+    name = "model.name=configs/models/qwen3vl_32b.json evaluation.batch_size"
+    assert settle(small_config(f"{name}=16"))[1].fits
+    with pytest.raises(ConfigError, match="evaluation needs .* evaluation.batch_size"):
+        settle(small_config(f"{name}=512"))
+
+
+def test_the_costliest_pass_counts_and_is_the_batchers_own(small_config):
+    """19 small rows and one with four large images: the plan's passes are those that the batcher makes."""
+    from mmrev_kit.batches import Batcher
+    from mmrev_kit.packing import Layout, attention_scale
+    from mmrev_kit.planning import text_sizes
+    from mmrev_kit.train import prepare
+
+    config = small_config("model.min_pixels=16384")  # 64 visual tokens an image
+    task = prepare(config)
+    large = max((s for part in task.train.values() for s in part), key=lambda s: len(s.row.images))
+    small = task.train["forward"][:19]
+    assert len(large.row.images) == 4 and len(large.input_ids) > 2 * max(len(s.input_ids) for s in small)
+    shapes = as_shapes("embedded")
+    for packing in ("none", "block", "shared_prefix"):
+        config.training.packing = packing
+        layout = Layout(packing, 100, attention_scale(text_sizes(shapes)), multiple=8)
+        batcher = Batcher(layout, task.encoder, None, CPU)
+        batcher.images = lambda images: {}
+        (planned,) = passes_of([[*small, large]], config, shapes, task.encoder.image_id, 1, 100)
+        made = [batch.inputs["input_ids"].shape for batch in batcher.batches([*small, large])]
+        assert sorted((one.sequences, one.length) for one in planned) == sorted(map(tuple, made))
+        alone = estimate(config, "32b", [one for one in planned if one.length < len(large.input_ids)])
+        assert estimate(config, "32b", planned).allocated_gib > alone.allocated_gib
+
+
+def test_an_evaluation_of_the_2b_is_near_what_was_measured():
+    """105 prompts of up to 850 tokens, batches of 16, bf16, one H100: 5.71 GiB in NF4, 7.78 in 16 bit."""
+    for bits, measured in ((4, 5.71), (16, 7.78)):
+        config = load_config(None, f"quantization.bits={bits} evaluation.batch_size=16")
+        assert evaluation(config, "2b", 850, 784).allocated_gib == pytest.approx(measured, rel=0.08)
