@@ -9,6 +9,7 @@ from mmrev_kit.layers import Recipe
 from mmrev_kit.memory import CONTEXT_GIB, Estimate, estimate, evaluation, lora_tensors, optimizer_bytes, weight_rows
 from mmrev_kit.planning import Plan, from_lengths, option, plan
 from mmrev_kit.plots import subplots
+from mmrev_kit.progress import is_interactive
 from mmrev_kit.sizes import PUBLISHED, as_shapes
 
 # GiB that a process can use, and whether the card has bf16
@@ -56,28 +57,27 @@ def budget_figure(estimates: dict[str, Estimate], card: str, margin: float = 0.0
         estimates: by label.
         margin: share of the card that is to stay free, drawn as a second line.
     """
-    figure, (axis,) = subplots(1, 9, 1.5 + 0.55 * len(estimates))
-    capacity = card_gib(card)
-    names = list(estimates)
+    figure, (axis,) = subplots(1, 9, 1.7 + 0.5 * len(estimates))
+    capacity, names = card_gib(card), list(estimates)
     parts = [grouped(found) for found in estimates.values()]
     left = [0.0] * len(names)
     for number, group in enumerate(parts[0]):
         widths = [part[group] for part in parts]
         axis.barh(names, widths, left=left, color=f"C{number}", label=group, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    limit = min(1.1 * max(*left, capacity), 2 * capacity)  # a bar far beyond the card is cut off
     for place, total in enumerate(left):
-        word = "" if total <= capacity else ": does not fit"
-        axis.annotate(f" {total:.1f}{word}", (total, place), va="center", fontsize=8)
-    axis.axvline(capacity, color="black", linewidth=1.2)
-    axis.annotate(f"{card}: {capacity:g} GiB ", (capacity, -0.52), ha="right", va="bottom", fontsize=7)
+        word = f"{total:.1f}" if total <= capacity else f"{total:.1f}: does not fit"
+        axis.annotate(word, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axis.axvline(capacity, color="black", linewidth=1.4, label=f"{card}: {capacity:g} GiB")
     if margin:
-        axis.axvline(capacity * (1 - margin), color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, 1.15 * max(*left, capacity))
-    axis.set_ylim(len(names) - 0.45, -0.6)
+        axis.axvline(capacity * (1 - margin), color="black", linewidth=0.9, linestyle=":", label=f"less {margin:.0%}")
+    axis.set_xlim(0, limit)
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("GiB on the card at the peak")
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(ncols=3, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.3 / len(names)), frameon=False)
+    figure.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -92,7 +92,7 @@ def tuned(config: Config, r: int, length: int, pixels: int, optimizer: str) -> C
 
 
 def budget(
-    config: Config, model: str, card: str, processes: int = 8, r: int | None = None, length: int | None = None,
+    config: Config, model: str, card: str, processes: int = 8, *, r: int | None = None, length: int | None = None,
     pixels: int | None = None, micro_batch: int = 8, checkpointing: bool = True, optimizer: str | None = None,
 ) -> tuple[dict[str, Estimate], Plan]:  # fmt: skip
     """Estimates by label, and the plan for the card: the given micro-batch, each of its alternatives, the planned way.
@@ -128,32 +128,37 @@ def training_rows(config: Config) -> int:
     return config.training.batch_size * config.training.gradient_accumulation_steps
 
 
-def controls(config: Config, model: str, card: str, processes: int, micro_batch: int):
-    """The budget with knobs in JupyterLab; elsewhere the figure of these parameters."""
-    from mmrev_kit.progress import is_interactive
+def controls(config: Config, **start):
+    """The budget with knobs in JupyterLab; elsewhere the figure of these parameters.
+
+    Args:
+        start: the arguments of `budget`; None: as configured.
+    """
 
     def draw(**knobs):
         found, chosen = budget(config, **knobs)
         print("\n".join(chosen.lines()))
         return budget_figure(found, knobs["card"], chosen.margin)
 
-    start = {"model": model, "card": card, "processes": processes, "micro_batch": micro_batch}
+    start |= {key: value for key, value in as_configured(config).items() if start.get(key) is None}
     if not is_interactive():
         return draw(**start)
     from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider, interactive
 
-    sides = [(f"{side} x {side}", side * side) for side in (224, 256, 320, 448, 512, 640, 768)]
-    pixels = config.model.max_pixels if config.model.max_pixels in [area for _, area in sides] else 448 * 448
+    def near(values: list[int], name: str) -> list[int]:
+        return sorted({*values, start[name]})
+
+    sides = near([side * side for side in (224, 256, 320, 448, 512, 640, 768)], "pixels")
     knobs = {
-        "model": Dropdown(options=dict.fromkeys([model, *PUBLISHED], 0).keys(), value=model),
-        "card": Dropdown(options=list(CARDS), value=card),
-        "r": SelectionSlider(options=[1, 2, 4, 8, 16, 32, 64, 128], value=8),
-        "length": IntSlider(value=config.training.max_length, min=64, max=2048, step=32),
-        "pixels": SelectionSlider(options=sides, value=pixels),
-        "micro_batch": IntSlider(value=micro_batch, min=1, max=64),
-        "checkpointing": Checkbox(value=True),
-        "optimizer": Dropdown(options=["adamw", "adamw_8bit", "paged_adamw_8bit"], value=config.training.optimizer),
-        "processes": IntSlider(value=processes, min=1, max=16),
+        "model": Dropdown(options=list(dict.fromkeys([start["model"], *PUBLISHED])), value=start["model"]),
+        "card": Dropdown(options=list(CARDS), value=start["card"]),
+        "r": SelectionSlider(options=near([1, 2, 4, 8, 16, 32, 64, 128], "r"), value=start["r"]),
+        "length": IntSlider(value=start["length"], min=64, max=max(2048, start["length"]), step=16),
+        "pixels": SelectionSlider(options=[(f"{side:,}", side) for side in sides], value=start["pixels"]),
+        "micro_batch": IntSlider(value=start["micro_batch"], min=1, max=max(64, start["micro_batch"])),
+        "checkpointing": Checkbox(value=start["checkpointing"], indent=True),
+        "optimizer": Dropdown(options=["adamw", "adamw_8bit", "paged_adamw_8bit"], value=start["optimizer"]),
+        "processes": IntSlider(value=start["processes"], min=1, max=max(16, start["processes"])),
     }
     for name, knob in knobs.items():
         knob.description, knob.layout.width = name, "460px"
@@ -161,6 +166,15 @@ def controls(config: Config, model: str, card: str, processes: int, micro_batch:
     found = interactive(draw, **knobs)
     found.update()
     return found
+
+
+def as_configured(config: Config) -> dict:
+    """The arguments of `budget` that stand for settings."""
+    return {
+        "r": config.lora.r, "length": config.training.max_length, "pixels": config.model.max_pixels,
+        "optimizer": config.training.optimizer, "checkpointing": config.memory.gradient_checkpointing,
+        "processes": config.launch.num_processes or 1,
+    }  # fmt: skip
 
 
 def mode_table(config: Config, card: str, model: str = "32b", cards: int = 8, spread: int = 4):
@@ -222,15 +236,15 @@ def corrections(config: Config) -> list[str]:
     count = sum(lora_tensors(shapes, 8, ["q_proj", "k_proj", "v_proj", "o_proj"]))
     few, many = (option(config, shapes, from_lengths([(241, 9, 196)] * rows, config), 8, 241, True, True).estimate
                  for rows in (4, 8))  # fmt: skip
-    text = config.training.max_length - 4 * 196
+    room, limit = config.training.max_length, 4 * 196
     return [
         f"Trainable: {count:,} numbers at r 8 (0.06 %), not about 200 million (0.6 %). The file is {4 * count / 1e6:.0f} "
         f"MB in fp32; {8 * count / 1e6:.0f} MB is r 16.",
         f"LoRA and optimizer: {4 * count / 1e9:.2f} + {8 * count / 1e9:.2f} GB, not 0.5 + 1 GB.",
         f"Accumulation: 4 steps take {few.allocated_gib:.2f} GiB and 8 take {many.allocated_gib:.2f}. Fewer steps change "
         "the effective batch, not the peak; tokens of a pass, pixels and checkpointing change the peak.",
-        f"Four images of 448 x 448 are 4 x 196 = 784 visual tokens; max_length {config.training.max_length} leaves "
-        f"{text} for text: images are scaled down per prompt until it fits.",
+        f"Four images of 448 x 448 are 4 x 196 = {limit} visual tokens; a max_length of {room} holds "
+        f"{'them' if room > limit else 'fewer'}: images are scaled down per prompt until its text fits, too.",
         "4-bit weights are turned to 16 bit for each product: "
         f"{shapes.hidden * shapes.inter * 2 / 2**30:.2f} GiB for the largest, one at a time; nothing is computed in INT4.",
         f"The first reduction of the learning rate, {config.training.learning_rate:g} x "
