@@ -10,7 +10,7 @@ from mmrev_kit.memory import CONTEXT_GIB, Estimate, estimate, evaluation, lora_t
 from mmrev_kit.planning import Plan, from_lengths, option, plan
 from mmrev_kit.plots import subplots
 from mmrev_kit.progress import is_interactive
-from mmrev_kit.sizes import PUBLISHED, as_shapes
+from mmrev_kit.sizes import PUBLISHED, as_shapes, visual_tokens
 
 # GiB that a process can use, and whether the card has bf16
 CARDS = {
@@ -81,6 +81,15 @@ def budget_figure(estimates: dict[str, Estimate], card: str, margin: float = 0.0
     return figure
 
 
+def as_configured(config: Config) -> dict:
+    """The arguments of `budget` that stand for settings."""
+    return {
+        "r": config.lora.r, "length": config.training.max_length, "pixels": config.model.max_pixels,
+        "optimizer": config.training.optimizer, "checkpointing": config.memory.gradient_checkpointing,
+        "processes": config.launch.num_processes or 1,
+    }  # fmt: skip
+
+
 def tuned(config: Config, r: int, length: int, pixels: int, optimizer: str) -> Config:
     """The configuration with a budget's knobs."""
     return replace(
@@ -91,35 +100,29 @@ def tuned(config: Config, r: int, length: int, pixels: int, optimizer: str) -> C
     )
 
 
-def budget(
-    config: Config, model: str, card: str, processes: int = 8, *, r: int | None = None, length: int | None = None,
-    pixels: int | None = None, micro_batch: int = 8, checkpointing: bool = True, optimizer: str | None = None,
-) -> tuple[dict[str, Estimate], Plan]:  # fmt: skip
-    """Estimates by label, and the plan for the card: the given micro-batch, each of its alternatives, the planned way.
+def budget(config: Config, model: str, card: str, micro_batch: int = 8, **settings) -> tuple[dict[str, Estimate], Plan]:
+    """Estimates by label, and the plan for the card: the given way, two ways that differ in one thing, the planned one.
 
     Args:
         micro_batch: rows of a pass, each of `length` tokens with one image.
-        r, length, pixels, optimizer: None: as configured.
+        settings: of `as_configured`; None, or left out: as configured.
     """
-    training = config.training
-    config = tuned(
-        config, config.lora.r if r is None else r, length or training.max_length, pixels or config.model.max_pixels,
-        optimizer or training.optimizer,
-    )  # fmt: skip
-    shapes, gib, length = as_shapes(model), card_gib(card), config.training.max_length
+    settings = as_configured(config) | {name: value for name, value in settings.items() if value is not None}
+    checkpointing, processes = settings.pop("checkpointing"), settings.pop("processes")
+    config, shapes = tuned(config, **settings), as_shapes(model)
     if micro_batch < 1:
         raise ConfigError(f"micro_batch = {micro_batch}: must be a number from 1.")
-    visual = min(config.model.max_pixels // (shapes.v_merge * shapes.v_patch_values // 6), max(0, length - 12))
-    rows = [(length, min(9, length - visual), visual)] * micro_batch
-    work, found = from_lengths(rows, config, 1), {}
-    for name, cached, checkpoints in (
-        ("as set", True, checkpointing),
-        ("without checkpointing" if checkpointing else "with checkpointing", True, not checkpointing),
-        ("without cached features", False, checkpointing),
-    ):
-        made = option(config, shapes, work, processes, length * micro_batch, checkpoints, cached).estimate
-        found[name] = made
-    whole = plan(config, gib, processes, shapes, from_lengths([rows[0]] * training_rows(config), config, 1))
+    length, room = config.training.max_length, card_gib(card)
+    answer = min(9, length)
+    row = length, answer, min(visual_tokens(shapes, config.model.max_pixels), length - answer)
+    work, limit = from_lengths([row] * micro_batch, config), length * micro_batch
+    ways = {
+        "as set": (checkpointing, True),
+        "without checkpointing" if checkpointing else "with checkpointing": (not checkpointing, True),
+        "without cached features": (checkpointing, False),
+    }
+    found = {name: option(config, shapes, work, processes, limit, *way).estimate for name, way in ways.items()}
+    whole = plan(config, room, processes, shapes, from_lengths([row] * training_rows(config), config))
     return found | {"as planned": whole.chosen.estimate}, whole
 
 
@@ -140,7 +143,7 @@ def controls(config: Config, **start):
         print("\n".join(chosen.lines()))
         return budget_figure(found, knobs["card"], chosen.margin)
 
-    start |= {key: value for key, value in as_configured(config).items() if start.get(key) is None}
+    start = as_configured(config) | {name: value for name, value in start.items() if value is not None}
     if not is_interactive():
         return draw(**start)
     from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider, interactive
@@ -166,15 +169,6 @@ def controls(config: Config, **start):
     found = interactive(draw, **knobs)
     found.update()
     return found
-
-
-def as_configured(config: Config) -> dict:
-    """The arguments of `budget` that stand for settings."""
-    return {
-        "r": config.lora.r, "length": config.training.max_length, "pixels": config.model.max_pixels,
-        "optimizer": config.training.optimizer, "checkpointing": config.memory.gradient_checkpointing,
-        "processes": config.launch.num_processes or 1,
-    }  # fmt: skip
 
 
 def mode_table(config: Config, card: str, model: str = "32b", cards: int = 8, spread: int = 4):
@@ -222,10 +216,15 @@ def guide_table(config: Config):
         f"of one pass of {found.pass_.tokens:,} tokens: they follow the tokens of a pass, not the accumulation",
     )
     ours = (weights, 4 * count, states, moving)
-    lines = [
-        (name, guide, size / 1e9, note) for (name, guide), size, note in zip(GUIDE_GB, ours, notes, strict=True)
-    ]
-    lines.append(("sum", sum(guide for _, guide in GUIDE_GB), sum(ours) / 1e9, "GB of 10^9 bytes; 32 GB is 31.7 GiB"))
+    lines = [(name, guide, size / 1e9, note) for (name, guide), size, note in zip(GUIDE_GB, ours, notes, strict=True)]
+    lines.append(
+        (
+            "sum",
+            sum(guide for _, guide in GUIDE_GB),
+            sum(ours) / 1e9,
+            "GB of 10^9 bytes, of which a V100 of 32 GB has 34.0",
+        )
+    )
     columns = ["component", "guide (GB)", "estimate (GB)", "arithmetic"]
     return pandas.DataFrame(lines, columns=columns).set_index("component")
 
@@ -245,8 +244,8 @@ def corrections(config: Config) -> list[str]:
         "the effective batch, not the peak; tokens of a pass, pixels and checkpointing change the peak.",
         f"Four images of 448 x 448 are 4 x 196 = {limit} visual tokens; a max_length of {room} holds "
         f"{'them' if room > limit else 'fewer'}: images are scaled down per prompt until its text fits, too.",
-        "4-bit weights are turned to 16 bit for each product: "
-        f"{shapes.hidden * shapes.inter * 2 / 2**30:.2f} GiB for the largest, one at a time; nothing is computed in INT4.",
+        "4-bit weights are turned to 16 bit for each product, one at a time: "
+        f"{shapes.hidden * shapes.inter * 2 / 2**30:.2f} GiB for the largest. Nothing is computed in INT4.",
         f"The first reduction of the learning rate, {config.training.learning_rate:g} x "
         f"{config.training.lr_reduction_factor:g}, is already below min_lr = {config.training.min_lr:g}.",
     ]

@@ -34,7 +34,11 @@ class Pass:
 
     def check(self) -> None:
         """Raises ConfigError for sizes that no pass can have."""
-        for name, value, low in (("sequences", self.sequences, 1), ("length", self.length, 1), ("visual", self.visual, 0)):
+        for name, value, low in (
+            ("sequences", self.sequences, 1),
+            ("length", self.length, 1),
+            ("visual", self.visual, 0),
+        ):
             if value < low:
                 raise ConfigError(f"a pass with {name} = {value}: must be a number from {low}.")
 
@@ -189,16 +193,19 @@ def logits_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
 
 
 def vision_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
-    """The tower without gradients: a block's norm in fp32, queries, keys and values, their rotation in fp32, and the
-    wider of attention and MLP."""
+    """The tower, which keeps nothing for a backward pass: pixels, features, and a block's widest place.
+
+    A block's norms are in fp32 under autocast, and so is what 4-bit layers make of them. Attention holds queries, keys
+    and values, the rotated queries, and the keys' rotation in four steps (12 + 4 + 16 B a number of `h`); the MLP its
+    input and two of `f` numbers (4 B).
+    """
     patches = one.visual * shapes.v_merge
     if recipe.cached:
-        patches = min(max(patches, VISION_PATCHES), VISION_PATCHES + 4096)
+        patches = max(patches, VISION_PATCHES)
     h, w = shapes.v_hidden, recipe.width
-    attention = 3 * w * h + 5 * 4 * h
-    mlp = 2 * w * shapes.v_inter
-    held = 4 * shapes.v_patch_values + 2 * w * h + 4 * h + (1 + shapes.v_deepstack) * w * shapes.hidden / shapes.v_merge
-    return patches * (held + max(attention, mlp)), f"{held + max(attention, mlp):,.0f} B a patch x {patches:,}"
+    held = (4 + w) * shapes.v_patch_values + w * h + (1 + shapes.v_deepstack) * w * shapes.hidden / shapes.v_merge
+    each = held + max(32 * h, 4 * h + 8 * shapes.v_inter)
+    return patches * each, f"{each:,.0f} B a patch x {patches:,}"
 
 
 def attention_state(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:

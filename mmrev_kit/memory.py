@@ -11,16 +11,17 @@ All sizes are in bytes until the table, which is in GiB.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mmrev_kit.config import Config, ConfigError
 from mmrev_kit.layers import Pass, Recipe, activations, attention_state, largest_linear, logits_bytes, vision_bytes
-from mmrev_kit.sizes import ModelShapes, as_shapes
+from mmrev_kit.sizes import ModelShapes, as_shapes, visual_tokens
 
 GIB = 2**30
 MIB = 2**20
 BLOCK, NESTED = 64, 256  # weights per constant of NF4, constants per constant of the double quantization
 MIN_8BIT, MIN_PAGED = 4096, 100_000  # bitsandbytes: smaller tensors keep fp32 states; smaller ones are not paged
+MOMENTS = ("last layer", "loss", "optimizer step", "vision tower")
 WORKSPACE = 2 * 32 * MIB  # cuBLAS: one workspace a thread that multiplies, forward and backward
 CONTEXT_GIB, NCCL_GIB = 0.5, 0.4  # of a process on a card, outside PyTorch's allocator
 SLACK_STATIC, SLACK_MOVING = 0.05, 0.17  # what the allocator holds beyond what is in use; from measured runs
@@ -56,7 +57,6 @@ class Estimate:
     static_gib: float
     context_gib: float
     pass_: Pass
-    extra: list[str] = field(default_factory=list)
 
     @property
     def allocated_gib(self) -> float:
@@ -141,7 +141,9 @@ def weight_rows(shapes: ModelShapes, config: Config, recipe: Recipe, tower: bool
     norms = shapes.layers * (2 * shapes.hidden + 2 * shapes.head_dim) + shapes.hidden
     table = shapes.vocab * shapes.hidden
     rest = recipe.rest_width * (norms + table * (1 if shapes.tied else 2))
-    how = "0.5 B a weight + 1 B a 64 weights + 4 B a 16,384" if quantization.double_quant else "0.5 B + 4 B a 64 weights"
+    how = (
+        "0.5 B a weight + 1 B a 64 weights + 4 B a 16,384" if quantization.double_quant else "0.5 B + 4 B a 64 weights"
+    )
     rows = [
         Row("decoder weights", text, how if four else f"{recipe.width} B a weight", word),
         Row(
@@ -172,14 +174,16 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
         Row("optimizer states", optimizer_bytes(tensors, optimizer), f"{optimizer}, two states a number",
             "training.optimizer=adamw_8bit"),
     ]  # fmt: skip
-    if moment == "vision tower":
+    if moment == "vision tower" and recipe.cached:  # features are made before there is an adapter
         return []
     if recipe.accumulates or moment == "optimizer step":
         rows.append(Row("gradients", 4 * count, "4 B a trainable number", word))
     if recipe.width < 4 and moment != "optimizer step":
         copies = 1 if recipe.checkpointing else shapes.layers
         size = recipe.width * count * copies / shapes.layers
-        rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once a pass and keeps it for backward", word))
+        rows.append(
+            Row("16-bit copies of LoRA", size, "autocast casts each once a pass and keeps it for backward", word)
+        )
     if moment == "optimizer step":
         bucket = 4 * count if processes > 1 else 0
         rows.append(Row("step", 4 * count + bucket, "4 B for AdamW's temporaries, 4 B for the summed gradients", word))
@@ -189,8 +193,8 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
 def moving_rows(shapes: ModelShapes, config: Config, recipe: Recipe, one: Pass, moment: str) -> list[Row]:
     """What comes and goes with a pass, at one moment of it."""
     found, word = activations(shapes, config.lora, recipe, one), "memory.micro_tokens"
-    features = one.visual * (1 + shapes.v_deepstack) * recipe.width * shapes.hidden
-    pixels = 0 if recipe.cached else one.visual * shapes.v_merge * (4 * shapes.v_patch_values + 2 * shapes.v_hidden)
+    features = one.visual * (1 + shapes.v_deepstack) * recipe.width * shapes.hidden if recipe.cached else 0
+    pixels = 0 if recipe.cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
     inputs = one.tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
     rows = [
         Row("vision features", features, f"{1 + shapes.v_deepstack} x {recipe.width} B x {shapes.hidden} x "
@@ -235,8 +239,9 @@ def unsplit(size: float) -> float:
 
 
 def estimate(
-    config: Config, model_config=None, passes: list[Pass] | None = None, processes: int = 1, recipe: Recipe | None = None
-) -> Estimate:
+    config: Config, model_config=None, passes: list[Pass] | None = None, processes: int = 1,
+    recipe: Recipe | None = None, moments: tuple[str, ...] = MOMENTS,
+) -> Estimate:  # fmt: skip
     """Memory of a training run on one card, by component.
 
     Args:
@@ -244,6 +249,7 @@ def estimate(
         passes: the passes of the run; the costliest counts. None: the largest that the configuration allows.
         processes: one a card.
         recipe: how the passes are run; None for the kit's own way with this configuration.
+        moments: those that count, of `MOMENTS`.
 
     Raises:
         ConfigError: see `read_shapes`; sizes that are not positive.
@@ -256,14 +262,12 @@ def estimate(
     for one in passes:
         one.check()
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
-    best = max(passes, key=lambda one: _peak(shapes, config, recipe, one, processes)[1])
-    moment, _, moments = _peak(shapes, config, recipe, best, processes)
+    peaks = {one: _peak(shapes, config, recipe, one, processes, moments) for one in dict.fromkeys(passes)}
+    best = max(peaks, key=lambda one: max(peaks[one].values()))
+    moment = max(peaks[best], key=peaks[best].get)
     rows = _rows(shapes, config, recipe, best, processes, moment)
     static = sum(row.gib for row in _static(shapes, config, recipe, processes, moment))
-    return Estimate(rows, moment, moments, static, context, best)
-
-
-MOMENTS = ("last layer", "loss", "optimizer step", "vision tower")
+    return Estimate(rows, moment, peaks[best], static, context, best)
 
 
 def _static(shapes, config, recipe, processes, moment) -> list[Row]:
@@ -287,20 +291,17 @@ def _rows(shapes, config, recipe, one, processes, moment) -> list[Row]:
     return [row for row in rows if row.size > 0]
 
 
-def _peak(shapes, config, recipe, one, processes) -> tuple[str, float, dict[str, float]]:
-    sizes = {
-        moment: sum(row.gib for row in _rows(shapes, config, recipe, one, processes, moment)) for moment in MOMENTS
-    }
-    moment = max(sizes, key=sizes.get)
-    return moment, sizes[moment], sizes
+def _peak(shapes, config, recipe, one, processes, moments) -> dict[str, float]:
+    """GiB at each moment of a pass."""
+    return {moment: sum(row.gib for row in _rows(shapes, config, recipe, one, processes, moment)) for moment in moments}
 
 
 def largest_pass(config: Config, shapes: ModelShapes) -> Pass:
     """The largest pass that a configuration allows: rows of training.max_length up to memory.micro_tokens."""
     length, limit = config.training.max_length, config.memory.micro_tokens or 4096
     rows = max(1, limit // length)
-    visual = config.model.max_pixels // (shapes.v_merge * shapes.v_patch_values // 6)
-    return Pass(rows, length, rows * 32, min(length, visual) * rows, masked=True)
+    visual = min(length, visual_tokens(shapes, config.model.max_pixels))
+    return Pass(rows, length, rows * 32, visual * rows, masked=True)
 
 
 def evaluation(config: Config, model_config, length: int, visual: int, options: int = 9) -> Estimate:
@@ -308,7 +309,9 @@ def evaluation(config: Config, model_config, length: int, visual: int, options: 
     shapes, size = as_shapes(model_config), config.evaluation.batch_size
     recipe = Recipe.of(config)
     one = Pass(size, length + config.evaluation.max_new_tokens, size * options, visual * size, masked=True)
-    rows = _rows(shapes, config, recipe, one, 1, "evaluation")
-    static = sum(row.gib for row in _static(shapes, config, recipe, 1, "evaluation"))
-    total = sum(row.gib for row in rows)
-    return Estimate(rows, "evaluation", {"evaluation": total}, static, CONTEXT_GIB, one)
+    static = _static(shapes, config, recipe, 1, "evaluation")
+    tower = Row("vision activations", *vision_bytes(shapes, recipe, one), "evaluation.batch_size")
+    found = {"evaluation": _rows(shapes, config, recipe, one, 1, "evaluation"), "vision tower": [*static, tower]}
+    moments = {moment: sum(row.gib for row in rows) for moment, rows in found.items()}
+    moment = max(moments, key=moments.get)
+    return Estimate(found[moment], moment, moments, sum(row.gib for row in static), CONTEXT_GIB, one)

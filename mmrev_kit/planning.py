@@ -193,9 +193,7 @@ def relative_time(updates: list[list[Pass]], shapes: ModelShapes, checkpointing:
 
 def option(config, shapes, work: Workload, processes: int, micro: int, checkpointing: bool, cached: bool) -> Option:
     """One candidate with its estimate."""
-    memory = replace(
-        config.memory, micro_tokens=micro, gradient_checkpointing=checkpointing, cache_features=cached
-    )
+    memory = replace(config.memory, micro_tokens=micro, gradient_checkpointing=checkpointing, cache_features=cached)
     config, updates = replace(config, memory=memory), work(micro)
     recipe = replace(Recipe.of(config), accumulates=any(len(passes) > 1 for passes in updates))
     distinct = list(dict.fromkeys(one for passes in updates for one in passes))

@@ -128,3 +128,8 @@ def as_shapes(source) -> ModelShapes:
     elif source == "embedded":
         source = EMBEDDED_MODEL
     return read_shapes(source)
+
+
+def visual_tokens(shapes: ModelShapes, pixels: int) -> int:
+    """Visual tokens of an image of so many pixels: a patch has 3 colours and 2 frames (a picture is doubled)."""
+    return max(1, pixels // (shapes.v_merge * shapes.v_patch_values // 6))

@@ -12,7 +12,7 @@ from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
 from mmrev_kit.layers import Pass, Recipe, activations
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.memory import estimate, evaluation, lora_tensors, nf4_bytes, optimizer_bytes, weight_rows
-from mmrev_kit.planning import from_lengths, passes_of, plan, settle_memory
+from mmrev_kit.planning import from_lengths, passes_of, plan
 from mmrev_kit.sizes import as_shapes, published, read_shapes
 
 CPU, GIB = torch.device("cpu"), 2**30
@@ -299,3 +299,11 @@ def test_an_evaluation_of_the_2b_is_near_what_was_measured():
     for bits, measured in ((4, 5.71), (16, 7.78)):
         config = load_config(None, f"quantization.bits={bits} evaluation.batch_size=16")
         assert evaluation(config, "2b", 850, 784).allocated_gib == pytest.approx(measured, rel=0.08)
+
+
+def test_the_tower_counts_in_the_pass_where_features_are_not_kept():
+    config, one = load_config(LARGE), Pass(2, 900, 18, 1600)
+    kept, again = (estimate(config, "2b", [one], recipe=Recipe(cached=cached)) for cached in (True, False))
+    assert "vision tower" not in {row.name for row in kept.rows} and "vision tower" in {row.name for row in again.rows}
+    large = Pass(1, 8200, 9, 8100)  # 40 images in one row: their patches cost more than their tokens
+    assert estimate(config, "2b", [large], recipe=Recipe(cached=False)).moment == "vision tower"
