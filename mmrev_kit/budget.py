@@ -115,7 +115,7 @@ def budget(config: Config, model: str, card: str, micro_batch: int = 8, **settin
     length, room = config.training.max_length, card_gib(card)
     answer = min(9, length)
     row = length, answer, min(visual_tokens(shapes, config.model.max_pixels), length - answer)
-    work, limit = from_lengths([row] * micro_batch, config), length * micro_batch
+    work, limit = from_lengths([row] * micro_batch, config, update=micro_batch), length * micro_batch
     ways = {
         "as set": (checkpointing, True),
         "without checkpointing" if checkpointing else "with checkpointing": (not checkpointing, True),
@@ -217,14 +217,8 @@ def guide_table(config: Config):
     )
     ours = (weights, 4 * count, states, moving)
     lines = [(name, guide, size / 1e9, note) for (name, guide), size, note in zip(GUIDE_GB, ours, notes, strict=True)]
-    lines.append(
-        (
-            "sum",
-            sum(guide for _, guide in GUIDE_GB),
-            sum(ours) / 1e9,
-            "GB of 10^9 bytes, of which a V100 of 32 GB has 34.0",
-        )
-    )
+    note = "GB of 10^9 bytes, of which a V100 of 32 GB has 34.0"
+    lines.append(("sum", sum(guide for _, guide in GUIDE_GB), sum(ours) / 1e9, note))
     columns = ["component", "guide (GB)", "estimate (GB)", "arithmetic"]
     return pandas.DataFrame(lines, columns=columns).set_index("component")
 
@@ -237,11 +231,11 @@ def corrections(config: Config) -> list[str]:
                  for rows in (4, 8))  # fmt: skip
     room, limit = config.training.max_length, 4 * 196
     return [
-        f"Trainable: {count:,} numbers at r 8 (0.06 %), not about 200 million (0.6 %). The file is {4 * count / 1e6:.0f} "
-        f"MB in fp32; {8 * count / 1e6:.0f} MB is r 16.",
+        f"Trainable: {count:,} numbers at r 8 (0.06 %), not about 200 million (0.6 %). The file is "
+        f"{4 * count / 1e6:.0f} MB in fp32; {8 * count / 1e6:.0f} MB is r 16.",
         f"LoRA and optimizer: {4 * count / 1e9:.2f} + {8 * count / 1e9:.2f} GB, not 0.5 + 1 GB.",
-        f"Accumulation: 4 steps take {few.allocated_gib:.2f} GiB and 8 take {many.allocated_gib:.2f}. Fewer steps change "
-        "the effective batch, not the peak; tokens of a pass, pixels and checkpointing change the peak.",
+        f"Accumulation: 4 steps take {few.allocated_gib:.2f} GiB and 8 take {many.allocated_gib:.2f}. Fewer steps "
+        "change the effective batch, not the peak; tokens of a pass, pixels and checkpointing change the peak.",
         f"Four images of 448 x 448 are 4 x 196 = {limit} visual tokens; a max_length of {room} holds "
         f"{'them' if room > limit else 'fewer'}: images are scaled down per prompt until its text fits, too.",
         "4-bit weights are turned to 16 bit for each product, one at a time: "

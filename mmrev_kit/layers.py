@@ -196,15 +196,15 @@ def vision_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
     """The tower, which keeps nothing for a backward pass: pixels, features, and a block's widest place.
 
     A block's norms are in fp32 under autocast, and so is what 4-bit layers make of them. Attention holds queries, keys
-    and values, the rotated queries, and the keys' rotation in four steps (12 + 4 + 16 B a number of `h`); the MLP its
-    input and two of `f` numbers (4 B).
+    and values, the rotated queries, and the keys' rotation in four steps of 4 B; the MLP its input and two times `f`.
     """
     patches = one.visual * shapes.v_merge
     if recipe.cached:
         patches = max(patches, VISION_PATCHES)
     h, w = shapes.v_hidden, recipe.width
-    held = (4 + w) * shapes.v_patch_values + w * h + (1 + shapes.v_deepstack) * w * shapes.hidden / shapes.v_merge
-    each = held + max(32 * h, 4 * h + 8 * shapes.v_inter)
+    out = 4 if recipe.four else w
+    held = (4 + w) * shapes.v_patch_values + w * h + (1 + shapes.v_deepstack) * out * shapes.hidden / shapes.v_merge
+    each = held + max((4 * out + 16) * h, 4 * h + 2 * out * shapes.v_inter)
     return patches * each, f"{each:,.0f} B a patch x {patches:,}"
 
 

@@ -132,7 +132,7 @@ def optimizer_bytes(tensors: list[int], optimizer: str) -> float:
 def weight_rows(shapes: ModelShapes, config: Config, recipe: Recipe, tower: bool) -> list[Row]:
     """What the frozen model takes."""
     quantization, four = config.quantization, config.quantization.bits == 4
-    word = f"model.name (now {shapes.name})"
+    word = f"model.name (now {shapes.name})" if four else f"quantization.bits=4, or model.name (now {shapes.name})"
 
     def linear(shape):
         return nf4_bytes(shape, quantization.double_quant) if four else recipe.width * shape[0] * shape[1]
@@ -181,9 +181,7 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
     if recipe.width < 4 and moment != "optimizer step":
         copies = 1 if recipe.checkpointing else shapes.layers
         size = recipe.width * count * copies / shapes.layers
-        rows.append(
-            Row("16-bit copies of LoRA", size, "autocast casts each once a pass and keeps it for backward", word)
-        )
+        rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once and keeps it for backward", word))
     if moment == "optimizer step":
         bucket = 4 * count if processes > 1 else 0
         rows.append(Row("step", 4 * count + bucket, "4 B for AdamW's temporaries, 4 B for the summed gradients", word))

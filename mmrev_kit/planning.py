@@ -79,12 +79,15 @@ def heaviest_windows(windows: Sequence[list[Sample]], count: int = WINDOWS) -> l
     return by_sum + [window for window in by_row if not any(window is other for other in by_sum)]
 
 
-def from_lengths(lengths: Sequence[tuple[int, int, int]], config: Config, processes: int = 1) -> Workload:
-    """The workload of rows known by (tokens, answer tokens, visual tokens), padded; one update at a time."""
+def from_lengths(
+    lengths: Sequence[tuple[int, int, int]], config: Config, processes: int = 1, update: int | None = None
+) -> Workload:
+    """The workload of rows known by (tokens, answer tokens, visual tokens), padded; `update` of them in each of
+    a process's updates, None: as configured."""
     for tokens, answer, visual in lengths:
         if tokens < 1 or answer < 0 or visual < 0 or answer + visual > tokens:
             raise ConfigError(f"a row of {tokens} tokens, {answer} answer and {visual} visual tokens: no such row.")
-    share = max(1, math.ceil(effective_batch(config, processes) / processes))
+    share = update or max(1, math.ceil(effective_batch(config, processes) / processes))
 
     def work(limit: int) -> list[list[Pass]]:
         found = []
