@@ -77,7 +77,7 @@ def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     page = render(executed).read_text()
-    assert "deepspeed ZeRO-2" in page and "out of memory" in page and "guide (GB)" in page
+    assert "deepspeed ZeRO-2" in page and "guide (GB)" in page
     wrong = papermill(*words, "-p", "crad", "V100 32", capture_output=True)
     assert wrong.returncode and "Did you mean card?" in wrong.stderr
 
