@@ -189,6 +189,7 @@ def write_manifest(run) -> None:
         "effective_batch": run.batch,
         "trainable_parameters": count_trainable(run.model),
         "plan": run.task.plan.table(),
+        "memory": run.memory.record() if run.memory else None,
         "warnings": warnings_for(run.config),
     }
     runs.write_json(run.folder / "manifest.json", facts)

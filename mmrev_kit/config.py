@@ -204,10 +204,13 @@ class EvaluationConfig:
 class MemoryConfig:
     gradient_checkpointing: bool = True
     cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
-    micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: by device (batches.py)
+    micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: the plan's, or by device
+    plan: str = "auto"  # on a GPU: checkpointing and micro_tokens are chosen for the card; off: as configured
+    force: bool = False  # train even where the estimate says that it does not fit
 
     def __post_init__(self):
         _check_numbers("memory", self, {"micro_tokens": (1, math.inf)})
+        _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
 
 
 @dataclass

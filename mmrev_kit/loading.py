@@ -180,7 +180,7 @@ def random_model(architecture, config: Config, device):
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(architecture)
         if four:
-            wanted = nf4_config(config, device)
+            wanted, model.is_loaded_in_4bit = nf4_config(config, device), True  # PEFT asks, to take its 4-bit adapter
             model = replace_with_bnb_linear(model, wanted.llm_int8_skip_modules, quantization_config=wanted)
     model.set_attn_implementation(config.model.attn_implementation)
     for name, module in model.named_modules():

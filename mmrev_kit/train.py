@@ -24,6 +24,8 @@ from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.packing import gather_images, image_key
+from mmrev_kit.planning import Plan as MemoryPlan
+from mmrev_kit.planning import settle_memory
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
@@ -91,6 +93,7 @@ class Run:
     schedule: Schedule
     history: runs.History
     batcher: Batcher
+    memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
     matrix_rate: float | None = None  # operations a second of one card's matrix products
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
@@ -147,11 +150,21 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
+def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
+    """See `planning.settle_memory`; the rows are those of every update."""
+    windows = []
+    for epoch in range(task.plan.epochs):
+        rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
+        windows += chunks(rows, effective_batch(config, state.num_processes))
+    return settle_memory(config, windows, used_samples(task), task.encoder.image_id, state)
+
+
 def start(config: Config, state) -> Run:
     """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
     import torch
 
     task = prepare(config)
+    config, memory = plan_memory(config, task, state)
     base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
@@ -168,6 +181,7 @@ def start(config: Config, state) -> Run:
         schedule=Schedule.from_config(config.training, steps),
         history=runs.History(run_dir(config) / "training_history.json"),
         batcher=batcher,
+        memory=memory,
         matrix_rate=matrix_rate(state.device, dtype),
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
@@ -206,14 +220,14 @@ def stop_if_interrupted(run: Run) -> None:
         raise KeyboardInterrupt("interrupted by the user")
 
 
-def epoch_rows(run: Run) -> list[tuple[str, int]]:
-    """(source, row index) of the current epoch in training order; a function of the seed and the epoch alone."""
-    rows = run.task.plan.epoch_rows(run.progress["epoch"])
-    if run.config.training.grouping == "batch":
+def ordered_rows(config: Config, task: Task, epoch: int) -> list[tuple[str, int]]:
+    """(source, row index) of an epoch in training order; a function of the seed and the epoch alone."""
+    rows = task.plan.epoch_rows(epoch)
+    if config.training.grouping == "batch":
         return rows
 
     def key(row: tuple[str, int]):
-        return image_key(run.task.train[row[0]][row[1]], run.task.encoder.image_id)
+        return image_key(task.train[row[0]][row[1]], task.encoder.image_id)
 
     return gather_images(rows, source_of=lambda row: row[0], key_of=key)
 
@@ -227,7 +241,7 @@ def train_epoch(run: Run) -> float:
     Raises:
         KeyboardInterrupt: see `stop_if_interrupted`.
     """
-    windows = chunks(epoch_rows(run), run.batch)
+    windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
     run.model.train()
     for window in windows[run.progress["step_in_epoch"] :]:
         record = update(run, [run.task.train[source][index] for source, index in window])

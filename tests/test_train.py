@@ -221,8 +221,8 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(small_confi
 
 def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(small_config, state):
     run = start(small_config("training.grouping=epoch"), state)
-    rows = loop.epoch_rows(run)
-    assert sorted(rows) == sorted(run.task.plan.epoch_rows(0)) and rows == loop.epoch_rows(run)
+    rows = loop.ordered_rows(run.config, run.task, 0)
+    assert sorted(rows) == sorted(run.task.plan.epoch_rows(0)) and rows == loop.ordered_rows(run.config, run.task, 0)
     samples = [run.task.train[source][index] for source, index in rows]
 
     def images_an_update(samples: list) -> float:
@@ -232,7 +232,7 @@ def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(sm
     shuffled = [run.task.train[source][index] for source, index in run.task.plan.epoch_rows(0)]
     assert images_an_update(samples) < 0.5 * images_an_update(shuffled)
     run.progress["epoch"] = 1
-    assert loop.epoch_rows(run) != rows
+    assert loop.ordered_rows(run.config, run.task, 1) != rows
     forward = [sample for sample in samples if sample.row.task == "forward"][:15]
     assert math.isfinite(steps.update(run, forward)["loss"])
     assert run.computed[0] < 0.8 * sum(len(sample.input_ids) for sample in forward)
