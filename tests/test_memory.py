@@ -102,7 +102,6 @@ def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: i
     monkeypatch.setattr(  # on a GPU dropout keeps a mask of a byte a number; the CPU's keeps numbers
         torch.nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     )
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # PEFT asks for the GPU's
     peft_model = add_adapter(load_base(config, CPU), config).train()
     model = peft_model.get_base_model()
     language = model.model.language_model
@@ -119,7 +118,12 @@ def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: i
     ids = torch.randint(0, 900, (sequences, length))
     mask = torch.ones(sequences, 1, length, length, dtype=torch.bool).tril() if masked else None
     places = torch.arange(length).expand(3, sequences, length)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+        monkeypatch.context() as patch,  # ends first, or autocast would find itself on and stay on
+    ):
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # PEFT asks for the GPU's
         language(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
     return sum(found.values())
 
