@@ -154,14 +154,14 @@ def partner_shifts(size: int, rng: random.Random) -> dict[str, list[int]]:
 
     Shift s pairs the member at place i with the one at i + s, so every member is asked about, and shown, once. The
     shifts s and size - s join the same two members, so test gets both or neither: no two members that train pairs
-    are paired in test. From 6 members on, test has the three shifts that a question needs for its wrong options.
-    Val has one shift, whose mirror image is train's: the same couples in opposite roles. Train has all others, since
-    the more partners a member is told apart from, the less its own Wrong rows can be learned one by one.
+    are paired in test. Val has one shift, whose mirror image is train's: the same couples in opposite roles. Train
+    has all others, since the more partners a member is told apart from, the less its own Wrong rows can be learned
+    one by one; test has a second couple of shifts only where five partners are left for train.
     """
     couples = [sorted({shift, size - shift}) for shift in range(1, size // 2 + 1)]
     rng.shuffle(couples)
     couples.sort(key=len)  # the middle shift of an even group, its own mirror image, goes to test: it cannot be split
-    num_test = min(max(2, len(couples) // 3), len(couples) - 1)
+    num_test = 2 if sum(map(len, couples[2:])) > 5 else 1
     test, rest = couples[:num_test], couples[num_test:]
     val, *train = [shift for couple in rest for shift in couple]
     shifts = {"train": train, "val": [val], "test": [shift for couple in test for shift in couple]}
@@ -262,7 +262,7 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
             rows[f"forward_{split}"] += _forward_rows(members, connectors["forward"][split], split)
             rows[f"reverse_{split}"] += _reverse_rows(circle, connectors["reverse"][split], split, shifts[split])
         for name, (direction, field) in questions.items():
-            # Wrong options, too, are pairs that training did not call wrong, in groups large enough for it.
+            # Wrong options, too, are pairs that training did not call wrong, in groups large enough for it: from 10 on.
             near = shifts["test"] if len(shifts["test"]) >= 3 else shifts["test"] + shifts["val"] + shifts["train"]
             start = len(rows[name])
             part = letters[name][start : start + 3 * len(members)]
