@@ -33,6 +33,7 @@ from mmrev_kit.batches import Batcher, make_layout
 from mmrev_kit.config import Config, load_config, rng_for
 from mmrev_kit.data import Row, ensure_data
 from mmrev_kit.features import build_features, core_model, drop_tower
+from mmrev_kit.fused import fuse, unfuse
 from mmrev_kit.images import draw_face, sample_faces
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
 from mmrev_kit.packing import gather_images, image_key
@@ -159,7 +160,7 @@ def library_recipe(bench: Bench, name: str, samples: list[Sample], micro: int, p
 
 
 def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
-    """The guide's and the careful recipe, on the stock tower and without the kit's hooks."""
+    """The guide's and the careful recipe, on the library's own modules and without the kit's hooks."""
     core, found = bench.core, []
     visual, language = core.model.visual, core.model.language_model
     fast, norms = type(visual), [m for n, m in language.named_modules() if n.endswith("norm")]
@@ -168,6 +169,7 @@ def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
     for module in hooked:
         module._forward_hooks.clear()
     visual.__class__ = fast.__mro__[1] if fast.__name__.startswith("Fast") else fast
+    unfuse(core)
     small = {name: p for name, p in core.named_parameters() if p.dtype == torch.float16 and not p.requires_grad}
     bench.model.train()
     try:
@@ -182,6 +184,7 @@ def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
             p.data = kept[name].to(bench.state.device)
     finally:
         visual.__class__ = fast
+        fuse(core)
         for module, saved in zip(hooked, hooks, strict=True):
             module._forward_hooks.update(saved)
     return found

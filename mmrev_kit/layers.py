@@ -54,6 +54,7 @@ class Recipe:
             outputs are fp32, too.
         accumulates: whether gradients of an earlier pass are there.
         eager: attention that keeps its scores.
+        fused: norms and the gated product save what `fused` saves, not what the library's modules do.
         four: 4-bit linear layers; PEFT's adapter of others casts its input to fp32 first, so that none is shared.
     """
 
@@ -65,6 +66,7 @@ class Recipe:
     upcast: bool = False
     accumulates: bool = True
     eager: bool = False
+    fused: bool = True
     four: bool = True
 
     @classmethod
@@ -151,11 +153,12 @@ def attention_saved(shapes, recipe: Recipe, one: Pass) -> list[float]:
 def activations(shapes, lora, recipe: Recipe, one: Pass) -> Activations:
     """What a pass saves and moves; see `Activations`."""
     h, f, q, k, w = shapes.hidden, shapes.inter, shapes.query, shapes.key, recipe.width
-    norms = [4 * h, 4, 4 * h, 4, 4 * q, 4 * shapes.heads, 4 * k, 4 * shapes.kv_heads]  # fp32 inputs, 1/rms
+    width = w if recipe.fused else 4  # the library's norms turn their inputs to fp32 first
+    norms = [4 * h, 4, 4 * h, 4, width * q, 4 * shapes.heads, width * k, 4 * shapes.kv_heads]  # inputs, 1/rms
     attention = attention_saved(shapes, recipe, one)
     attention += lora_saved(h, ["q_proj", "k_proj", "v_proj"], lora, recipe, shared=False)
     attention += lora_saved(q, ["o_proj"], lora, recipe, shared=recipe.four and not recipe.eager)
-    mlp = [recipe.out * f] * 3  # gate, its SiLU, up
+    mlp = [recipe.out * f] * (2 if recipe.fused else 3)  # gate, up, and without fusion gate's SiLU
     mlp += lora_saved(h, ["gate_proj", "up_proj"], lora, recipe, shared=False)
     mlp += lora_saved(f, ["down_proj"], lora, recipe, shared=False)
     per_token = norms + attention + mlp

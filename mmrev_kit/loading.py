@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, seed_for
+from mmrev_kit.fused import fuse
 from mmrev_kit.prompts import Encoder
 from mmrev_kit.vision import use_fast_tower
 
@@ -152,11 +153,12 @@ def spread_options(config: Config) -> dict:
 
 
 def finish_base(model):
-    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, summed in fp32, and a vision
-    tower that takes images together."""
+    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, elementwise steps fused, summed
+    in fp32, and a vision tower that takes images together."""
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_cpu_weights_as_they_are(model)
+    fuse(model)
     keep_residual_in_fp32(model)
     use_fast_tower(model)
     return model
@@ -234,7 +236,10 @@ def keep_residual_in_fp32(model) -> None:
     for layer in language.layers:
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
     for norm in norms:
-        norm.register_forward_hook(lambda module, args, output: output.to(dtype))
+        if hasattr(norm, "out_dtype"):  # a fused norm rounds its output itself
+            norm.out_dtype = dtype
+        else:
+            norm.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def add_adapter(model, config: Config):
