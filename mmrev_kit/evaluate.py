@@ -250,5 +250,4 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
     except BaseException as error:
         leave_error(Path(folder), state.process_index, error)
         raise
-    finally:
-        state.destroy_process_group()
+    state.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -111,6 +112,19 @@ def prepare_folder(config: Config) -> dict | None:
     return None
 
 
+def check_machine(config: Config) -> None:
+    """See `preflight`; warnings are printed.
+
+    Raises:
+        ConfigError: what stands in the way of a start.
+    """
+    found = preflight(config)
+    for warning in found.warnings:
+        print(f"note: {warning}")
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+
+
 def launch(config: Config) -> dict:
     """Train: start the processes, show progress, and return the run's history when it has ended.
 
@@ -124,9 +138,7 @@ def launch(config: Config) -> dict:
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
-    found = preflight(config)
-    if found.problems:
-        raise ConfigError("\n".join(found.problems))
+    check_machine(config)
     finished = prepare_folder(config)
     folder = run_dir(config)
     if finished:
@@ -175,6 +187,7 @@ def evaluate(
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
+    check_machine(config)
     unknown = [drop for drop in drops if drop not in DROPS]
     if unknown or not drops:
         raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
@@ -230,9 +243,19 @@ class Job:
     def start(self) -> None:
         """Run the processes and wait for their end."""
         from accelerate import notebook_launcher
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher import api  # noqa: F401  (it sets its loggers' levels)
 
+        for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker's error is told once, by this module
         number = self.config.launch.num_processes
-        notebook_launcher(self.function, self.arguments, num_processes=number, use_port=free_port())
+        try:
+            notebook_launcher(self.function, self.arguments, num_processes=number, use_port=free_port())
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if not (self.folder / f"error_rank{rank}.txt").exists():  # it could not say why it ended
+                runs.write_text(self.folder / f"error_rank{rank}.txt", how_it_ended(failure.exitcode))
+            raise
 
 
 def _run_forked(job: Job) -> None:
@@ -271,8 +294,10 @@ def _run_fresh(job: Job) -> None:
                 job.show()
     finally:
         end_processes([process])
+    if process.returncode < 0 and job.config.launch.num_processes == 1:
+        raise TrainingError(how_it_ended(process.returncode))
     if process.returncode:
-        raise TrainingError(error_text(job) or f"the process ended with code {process.returncode}.")
+        raise TrainingError(error_text(job) or how_it_ended(process.returncode))
 
 
 def _package_root() -> str:
@@ -305,6 +330,14 @@ def is_alive(process) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def how_it_ended(code: int) -> str:
+    """The exit code of a process that left no error, in words; -9 stands for SIGKILL."""
+    if code >= 0:
+        return f"it ended with exit code {code} and left no error."
+    cause = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return f"it was ended by {signal.Signals(-code).name}{cause}."
 
 
 def clear_errors(folder: Path) -> None:

@@ -29,8 +29,9 @@ from mmrev_kit.planning import settle_memory
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
-from mmrev_kit.steps import TrainingError, check_finite, chunks, update, validate
+from mmrev_kit.steps import TrainingError, check_finite, chunks, explain, update, validate
 
+OTHERS_SECONDS = 3.0
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 
 
@@ -244,14 +245,15 @@ def train_epoch(run: Run) -> float:
     windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
     run.model.train()
     for window in windows[run.progress["step_in_epoch"] :]:
-        record = update(run, [run.task.train[source][index] for source, index in window])
+        samples = [run.task.train[source][index] for source, index in window]
+        record = update(run, samples)
         run.progress["step_in_epoch"] += 1
         if math.isfinite(record["loss"]):
             run.progress["loss_sum"] += record["loss"] * len(window)
             run.progress["rows"] += len(window)
         if run.state.is_main_process:
             run.history.add_step(record)
-        check_finite(run, record)
+        check_finite(run, record, samples)
         if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
             save_last(run)
         stop_if_interrupted(run)
@@ -262,9 +264,10 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     """Validate, decide, save. Returns the reason to end, or None."""
     losses = validate(run)
     rate = run.schedule.lr
-    decisive = losses[run.config.experiment.task]
+    task = run.config.experiment.task
+    decisive = losses[task]
     if not math.isfinite(decisive):
-        raise TrainingError(f"The validation loss of {run.config.experiment.task} is {decisive}.")
+        raise TrainingError(f"The validation loss of {task} is {decisive}. {explain(run, run.task.val[task])}")
     decision = run.schedule.observe(decisive)
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
@@ -305,6 +308,8 @@ def process_state():
     import torch
 
     on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:  # ends a process at once that waits for a dead one; a handler would have to wait, too
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if on_cpu and several:
         torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
@@ -314,7 +319,15 @@ def process_state():
 
 
 def leave_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
+    """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others.
+
+    A lost connection is told only where no other process ends with a better reason within `OTHERS_SECONDS`: until
+    then the launcher ends this one.
+    """
+    import torch
+
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+        time.sleep(OTHERS_SECONDS)
     plain = isinstance(error, TrainingError | ConfigError | DataError)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
     runs.write_text(folder / f"error_rank{rank}.txt", text)
@@ -328,8 +341,7 @@ def worker(config: Config) -> None:
     except BaseException as error:
         leave_error(run_dir(config), state.process_index, error)
         raise
-    finally:
-        state.destroy_process_group()
+    state.destroy_process_group()  # not after an error: it may wait for the others
 
 
 def main() -> None:
