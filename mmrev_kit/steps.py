@@ -238,21 +238,19 @@ def _advice(run, batch: Batch, met: dict[str, str], rows: list[str]) -> str:
     fp16 = run.dtype == torch.float16
     of = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more rows" if len(rows) > 3 else "")
     bf16 = "use quantization.compute_dtype=bf16, on GPUs that have it (compute capability 8.0 or more)"
+    other = f", or {bf16}." if fp16 else "."
     if "forward" not in met:
-        at = f"the gradient at the output of {met['backward']}" if "backward" in met else "the loss"
-        return f"The first value that is not finite is {at}, in {of}. Lower training.learning_rate" + (
-            f", or {bf16}." if fp16 else "."
+        what = (
+            f"gradient that is not finite is that of the output of {met['backward']}" if met else "loss is not finite"
         )
+        return f"The first {what}, in {of}. Lower training.learning_rate{other}"
+    limit = " (fp16 ends at 65,504)" if fp16 else ""
+    text = f"The first output that is not finite is that of {met['forward']}{limit}, in {of}. The base model alone"
     with torch.no_grad(), run.model.disable_adapter():
         alone = not is_finite(sample_losses(run.model, batch, run.state.device, run.dtype))
-    text = f"The first output that is not finite is that of {met['forward']}{' (fp16 ends at 65,504)' if fp16 else ''}, in {of}. "
     if alone:
-        return text + "The base model alone has it too: " + (f"{bf16}." if fp16 else "look for a broken model file.")
-    return (
-        text
-        + "The base model alone does not have it: lower training.learning_rate or lora.alpha"
-        + (f", or {bf16}." if fp16 else ".")
-    )
+        return f"{text} has it too: {bf16 if fp16 else 'look for a broken model file'}."
+    return f"{text} does not have it: lower training.learning_rate or lora.alpha{other}"
 
 
 def broken_image(run, samples: tuple[Sample, ...]) -> str | None:

@@ -130,7 +130,9 @@ def test_no_card_at_all_is_a_fact(small_config):
 SMI = """#!/bin/sh
 case "$1" in
 --query-compute-apps=*) echo "GPU-b, 4242, /usr/bin/python3";;
---query-gpu=*) echo "0, GPU-a, Tesla V100, 7.0, 32768, 32000, 580.65.06"; echo "1, GPU-b, Tesla V100, 7.0, 16384, 512, 580.65.06";;
+--query-gpu=*)
+    echo "0, GPU-a, Tesla V100, 7.0, 32768, 32000, 580.65.06"
+    echo "1, GPU-b, Tesla V100, 7.0, 16384, 512, 580.65.06";;
 esac
 """
 
