@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
-import threading
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,14 +14,15 @@ from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
-from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
-from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.config import Config, effective_batch, experiment_dir, load_config, run_dir, seed_for
+from mmrev_kit.data import RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.planning import Plan as MemoryPlan
 from mmrev_kit.planning import settle_memory
+from mmrev_kit.processes import on_interrupt, place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
@@ -194,18 +191,12 @@ def start(config: Config, state) -> Run:
 def interrupts_wait(run: Run):
     """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
     so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def note(number, frame) -> None:
         run.interrupted = True
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with on_interrupt(note):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def stop_if_interrupted(run: Run) -> None:
@@ -300,36 +291,10 @@ def train(config: Config, state) -> None:
         run.history.end("finished", stop)
 
 
-def process_state():
-    """This process's place among the launched ones, an `accelerate.PartialState`; called first in every worker."""
-    import torch
-
-    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if on_cpu and several:
-        torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
-    from accelerate import PartialState
-
-    return PartialState(cpu=on_cpu)
-
-
-def leave_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError)
-    text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
-
-
 def worker(config: Config) -> None:
     """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
-    state = process_state()
-    try:
+    with place(run_dir(config)) as state:
         train(config, state)
-    except BaseException as error:
-        leave_error(run_dir(config), state.process_index, error)
-        raise
-    finally:
-        state.destroy_process_group()
 
 
 def main() -> None:
