@@ -254,6 +254,7 @@ def _in_log(log: Path, function: Callable, *arguments) -> None:
 def _run_forked(job: Job) -> None:
     """The launcher in a thread: in the main one it would take over the kernel's signals and make interrupts errors."""
     before, workers, failures = set(multiprocessing.active_children()), [], []
+    ended = threading.Event()  # an interrupted Thread.join may take a thread that runs for one that has ended
 
     def start() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the workers too, until they can heed it
@@ -261,12 +262,12 @@ def _run_forked(job: Job) -> None:
             job.start()
         except Exception as error:
             failures.append(error)
+        finally:
+            ended.set()
 
-    launcher = threading.Thread(target=start, daemon=True)
-    launcher.start()
+    threading.Thread(target=start, daemon=True).start()
     try:
-        while launcher.is_alive():
-            launcher.join(1.0)
+        while not ended.wait(1.0):
             if len(workers) < job.config.launch.num_processes:  # and nothing shown: a fork copies locks that are held
                 workers = [child for child in multiprocessing.active_children() if child not in before]
             else:
@@ -274,9 +275,8 @@ def _run_forked(job: Job) -> None:
     finally:
         with on_interrupt(signal.SIG_IGN):  # an impatient second one
             end = time.monotonic() + 15
-            while launcher.is_alive() and time.monotonic() < end:
+            while not ended.wait(0.1) and time.monotonic() < end:
                 end_processes([child for child in multiprocessing.active_children() if child not in before])
-                launcher.join(0.1)
     if failures:
         workers.sort(key=lambda child: (len(child.name), child.name))  # ForkProcess-9, ForkProcess-10
         for rank, code in enumerate(child.exitcode for child in workers):

@@ -71,17 +71,20 @@ def process_state():
 def place(folder: Path):
     """`process_state` for the length of a worker's work.
 
-    An error is left in `folder` as error_rank<r>.txt for the parent. An interrupted process exits with status 130:
+    An error is left in `folder` as error_rank<r>.txt for the parent, and the first process has a second to write what
+    it knows of it: the launcher ends all when one has ended. An interrupted process exits with status 130:
     torch would end it with 0, and its launcher would wait for a result for ever.
     """
     try:
         state = process_state()
         yield state
     except BaseException as error:
+        rank = int(os.environ.get("RANK", "0"))
         with on_interrupt(signal.SIG_IGN):  # interrupts come in pairs: from the terminal or server, and the parent
-            leave_error(folder, int(os.environ.get("RANK", "0")), error)
+            leave_error(folder, rank, error)
             if isinstance(error, KeyboardInterrupt):
                 os._exit(130)
+            time.sleep(1 if rank else 0)
         raise
     state.destroy_process_group()  # not after an error: it may wait for the others
 

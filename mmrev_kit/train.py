@@ -271,6 +271,8 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
+    import torch
+
     run = start(config, state)
     if run.state.is_main_process:
         write_manifest(run)
@@ -285,6 +287,8 @@ def train(config: Config, state) -> None:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
             run.history.end(status, str(error) or type(error).__name__)
+        if run.stops and run.state.num_processes > 1:
+            torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
         raise
     if run.state.is_main_process:
         save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
