@@ -8,6 +8,7 @@ import difflib
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from mmrev_kit.config import (
     warnings_for,
 )
 from mmrev_kit.launch import count_processes
-from mmrev_kit.processes import end_processes
 from mmrev_kit.progress import is_interactive
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import simulate
@@ -286,13 +286,14 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     words = [word for pair in parameters for word in ("-p", *pair)]
     source = project_root() / "notebooks" / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", str(source), str(waiting), "--no-progress-bar", "--stdout-file", "-"]
-    with subprocess.Popen([*command, *words], cwd=project_root(), stdin=subprocess.DEVNULL) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:  # papermill has it too, and ends its kernel, which ends the run
-            end_processes([process])
-            print(f"\ninterrupted; run the same command again to go on with {folder}")
-            return 130
+    process = subprocess.Popen([*command, *words], cwd=project_root(), stdin=subprocess.DEVNULL)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal tells papermill too, which ends its kernel, and that the run
+        threading.Timer(10, process.kill).start()
+        process.wait()
+        print(f"\ninterrupted; run the same command again to go on with {folder}")
+        return 130
     page = render(waiting)
     if status == 0:
         folder.mkdir(parents=True, exist_ok=True)
