@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,15 @@ from mmrev_kit.config import (
 from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.loading import base_fingerprint, check_base
 from mmrev_kit.preflight import preflight
+from mmrev_kit.processes import (
+    clear_errors,
+    end_processes,
+    end_with,
+    free_port,
+    killed,
+    leave_error,
+    on_interrupt,
+)
 from mmrev_kit.progress import LogLines, Progress
 from mmrev_kit.results import write_results
 from mmrev_kit.steps import TrainingError
@@ -147,7 +155,9 @@ def launch(config: Config) -> dict:
     number = config.launch.num_processes
     reason = "one process" if number == 1 else why_not_here()
     count = "1 process" if number == 1 else f"{number} processes"
-    print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
+    saved = folder / "last"
+    how = (f", in a fresh Python ({reason})" if reason else "") + (f", going on from {saved}" if saved.exists() else "")
+    print(f"training in {folder}: {count}{how}")
     progress, log = Progress(folder / "training_history.json"), LogLines(folder / "train.log")
 
     def show() -> None:
@@ -157,10 +167,10 @@ def launch(config: Config) -> dict:
     job = Job(config, folder, "train.log", worker, (config,), show)
     try:
         (_run_fresh if reason else _run_forked)(job)
-    except KeyboardInterrupt:
-        runs.mark_interrupted(folder / "training_history.json")
-        saved = folder / "last"
-        print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+    except (KeyboardInterrupt, TrainingError) as error:
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        runs.mark_ended(folder / "training_history.json", how)
+        print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
         raise
     log.show()
     progress.show(last=True)
@@ -222,13 +232,6 @@ def evaluate(
     return folder
 
 
-def free_port() -> str:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @dataclass
 class Job:
     """A function to be run by every process, and what is shown meanwhile."""
@@ -243,42 +246,61 @@ class Job:
     def start(self) -> None:
         """Run the processes and wait for their end."""
         from accelerate import notebook_launcher
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher import api  # noqa: F401  (it sets its loggers' levels)
 
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker's error is told once, by this module
         number = self.config.launch.num_processes
-        try:
-            notebook_launcher(self.function, self.arguments, num_processes=number, use_port=free_port())
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if not (self.folder / f"error_rank{rank}.txt").exists():  # it could not say why it ended
-                runs.write_text(self.folder / f"error_rank{rank}.txt", how_it_ended(failure.exitcode))
-            raise
+        arguments = (self.folder / self.log, self.function, *self.arguments)
+        notebook_launcher(_in_log, arguments, num_processes=number, use_port=free_port())
+
+
+def _in_log(log: Path, function: Callable, *arguments) -> None:
+    """What every process runs: the function, with all that it and its libraries print in the log."""
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    function(*arguments)
 
 
 def _run_forked(job: Job) -> None:
-    ended, before = threading.Event(), set(multiprocessing.active_children())
+    """The launcher in a thread: in the main one it would take over the kernel's signals and make interrupts errors."""
+    before, workers, failures = set(multiprocessing.active_children()), [], []
+    ended = threading.Event()  # an interrupted Thread.join may take a thread that runs for one that has ended
 
-    def watch() -> None:
-        while not ended.wait(1.0):
-            job.show()
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the workers too, until they can heed it
+        try:
+            job.start()
+        except Exception as error:
+            failures.append(str(error))  # not the error, which holds the launcher's frames and this list: a cycle
+        finally:
+            ended.set()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    threading.Thread(target=start, daemon=True).start()
     try:
-        job.start()
-    except Exception as error:  # whatever the launcher makes of it, the worker's own error is what counts
-        raise TrainingError(error_text(job) or str(error)) from None
+        while not ended.wait(1.0):
+            if len(workers) < job.config.launch.num_processes:  # and nothing shown: a fork copies locks that are held
+                workers = [child for child in multiprocessing.active_children() if child not in before]
+            else:
+                job.show()
     finally:
-        ended.set()
-        watcher.join()
-        end_processes([child for child in multiprocessing.active_children() if child not in before])
+        with on_interrupt(signal.SIG_IGN):  # an impatient second one
+            end = time.monotonic() + 15
+            while not ended.wait(0.1) and time.monotonic() < end:
+                end_processes([child for child in multiprocessing.active_children() if child not in before])
+    if failures:
+        workers.sort(key=lambda child: (len(child.name), child.name))  # ForkProcess-9, ForkProcess-10
+        for rank, code in enumerate(child.exitcode for child in workers):
+            told = (None, 0, 1, 130, -signal.SIGTERM)  # alive, no error, one that was left, and ended by torch
+            if code not in told:
+                clear_errors(job.folder)  # that the others lost a connection tells nothing
+                leave_error(job.folder, rank, killed(code))
+        raise TrainingError(error_text(job) or failures[0])
 
 
 def _run_fresh(job: Job) -> None:
-    command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder)]
+    command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder), str(os.getpid())]
     environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))
     with open(job.folder / job.log, "ab") as log:
@@ -293,57 +315,16 @@ def _run_fresh(job: Job) -> None:
             except subprocess.TimeoutExpired:
                 job.show()
     finally:
-        end_processes([process])
-    if process.returncode < 0 and job.config.launch.num_processes == 1:
-        raise TrainingError(how_it_ended(process.returncode))
+        with on_interrupt(signal.SIG_IGN):
+            end_processes([process])
+    if process.returncode < 0:
+        leave_error(job.folder, 0, killed(process.returncode))
     if process.returncode:
-        raise TrainingError(error_text(job) or how_it_ended(process.returncode))
+        raise TrainingError(error_text(job) or f"the process ended with code {process.returncode}.")
 
 
 def _package_root() -> str:
     return str(Path(__file__).resolve().parent.parent)
-
-
-def end_processes(processes: list) -> None:
-    """Leave no process of a job behind: ask each to stop between two updates, then end it. It takes 10 s at most.
-
-    Args:
-        processes: `subprocess.Popen` of its own session, whose whole group is ended, or `multiprocessing.Process`.
-    """
-    for sign, seconds in ((signal.SIGINT, 7), (signal.SIGTERM, 2), (signal.SIGKILL, 1)):
-        end = time.monotonic() + seconds
-        for process in processes:
-            if is_alive(process):
-                (os.killpg if isinstance(process, subprocess.Popen) else os.kill)(process.pid, sign)
-        while any(map(is_alive, processes)) and time.monotonic() < end:
-            time.sleep(0.05)
-
-
-def is_alive(process) -> bool:
-    """Whether a `multiprocessing.Process`, or any process of a `Popen`'s group, still runs."""
-    if not isinstance(process, subprocess.Popen):
-        return process.is_alive()
-    if process.poll() is None:
-        return True
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def how_it_ended(code: int) -> str:
-    """The exit code of a process that left no error, in words; -9 stands for SIGKILL."""
-    if code >= 0:
-        return f"it ended with exit code {code} and left no error."
-    cause = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-    return f"it was ended by {signal.Signals(-code).name}{cause}."
-
-
-def clear_errors(folder: Path) -> None:
-    """Forget the errors of an earlier try."""
-    for error in folder.glob("error_rank*.txt"):
-        error.unlink()
 
 
 def error_text(job: Job) -> str | None:
@@ -360,14 +341,18 @@ def error_text(job: Job) -> str | None:
 
 
 def main() -> None:
-    """`python -m mmrev_kit.launch FOLDER`: what a fresh Python runs for `launch` and `evaluate`."""
+    """`python -m mmrev_kit.launch FOLDER PARENT`: what a fresh Python runs for `launch` and `evaluate`."""
     folder = Path(sys.argv[1])
+    end_with(int(sys.argv[2]))
     config = load_config(folder / "config.yaml")
     job = Job(config, folder, "train.log", worker, (config,), lambda: None)
     if (folder / REQUEST).is_file():
         adapter, drops, _ = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
         job = Job(config, folder, "evaluate.log", evaluate_worker, (config, adapter, drops, str(folder)), lambda: None)
-    job.start()
+    if config.launch.num_processes == 1:
+        job.start()
+    else:
+        _run_forked(job)
 
 
 if __name__ == "__main__":

@@ -126,10 +126,10 @@ class History:
         self._written = time.monotonic()
 
 
-def mark_interrupted(path: Path) -> None:
-    """Say in a history that its run was interrupted, where the run had no time left to say so itself."""
+def mark_ended(path: Path, status: str) -> None:
+    """Say in a history that its run was interrupted, or has failed, where it had no time left to say so itself."""
     if path.is_file() and (history := read_history(path))["status"] == "running":
-        write_json(path, history | {"status": "interrupted", "reason": "ended before it could save once more"})
+        write_json(path, history | {"status": status, "reason": "ended before it could save once more"})
 
 
 def _number(value):

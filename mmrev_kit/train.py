@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
-import threading
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,20 +14,20 @@ from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
-from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
-from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.config import Config, effective_batch, experiment_dir, load_config, run_dir, seed_for
+from mmrev_kit.data import RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.planning import Plan as MemoryPlan
 from mmrev_kit.planning import settle_memory
+from mmrev_kit.processes import on_interrupt, place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
 from mmrev_kit.steps import TrainingError, check_finite, chunks, explain, update, validate
 
-OTHERS_SECONDS = 3.0
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 
 
@@ -195,18 +191,12 @@ def start(config: Config, state) -> Run:
 def interrupts_wait(run: Run):
     """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
     so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def note(number, frame) -> None:
         run.interrupted = True
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with on_interrupt(note):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def stop_if_interrupted(run: Run) -> None:
@@ -283,6 +273,8 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
+    import torch
+
     run = start(config, state)
     if run.state.is_main_process:
         write_manifest(run)
@@ -297,51 +289,18 @@ def train(config: Config, state) -> None:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
             run.history.end(status, str(error) or type(error).__name__)
+        if run.stops and run.state.num_processes > 1:
+            torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
         raise
     if run.state.is_main_process:
         save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
         run.history.end("finished", stop)
 
 
-def process_state():
-    """This process's place among the launched ones, an `accelerate.PartialState`; called first in every worker."""
-    import torch
-
-    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:  # ends a process at once that waits for a dead one; a handler would have to wait, too
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if on_cpu and several:
-        torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
-    from accelerate import PartialState
-
-    return PartialState(cpu=on_cpu)
-
-
-def leave_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others.
-
-    A lost connection is told only where no other process ends with a better reason within `OTHERS_SECONDS`: until
-    then the launcher ends this one.
-    """
-    import torch
-
-    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
-        time.sleep(OTHERS_SECONDS)
-    plain = isinstance(error, TrainingError | ConfigError | DataError)
-    text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
-
-
 def worker(config: Config) -> None:
     """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
-    state = process_state()
-    try:
+    with place(run_dir(config)) as state:
         train(config, state)
-    except BaseException as error:
-        leave_error(run_dir(config), state.process_index, error)
-        raise
-    state.destroy_process_group()  # not after an error: it may wait for the others
 
 
 def main() -> None:

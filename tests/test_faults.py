@@ -224,7 +224,7 @@ def faults(small_data, tmp_path_factory):
         taken.listen()
         environment = os.environ | {"MASTER_PORT": str(taken.getsockname()[1])}
         command = [sys.executable, "-c", SCRIPT, words, *FAULTS]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for fault, kind, seconds, text in re.findall(r"<(\w+)>(\w+) ([\d.]+) (.*?)</\1>", done.stdout, re.DOTALL):
@@ -238,7 +238,7 @@ def faults(small_data, tmp_path_factory):
     ("fault", "expected"),
     [
         ("raise", r"process 1: Traceback .*RuntimeError: planted fault"),
-        ("exit", r"process 1: it ended with exit code 3 and left no error\."),
+        ("exit", r"process 1: TrainingError: the process ended with exit code 3\."),
         ("kill", r"process 1: .*SIGKILL.*memory.*"),
         ("memory", r"process 1: Traceback .*MemoryError: planted fault"),
     ],
@@ -291,7 +291,7 @@ def test_a_killed_worker_of_a_fresh_python_is_named(small_config):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def kill_one() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while time.monotonic() < end and not (history.is_file() and len(read_history(history)["steps"]) > 3):
             time.sleep(0.1)
         (fresh,) = [

@@ -200,7 +200,7 @@ def test_a_run_and_its_evaluation_connect_to_nothing(small_overrides, tmp_path, 
     else:
         environment["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, "-c", SCRIPT, f"{small_overrides} {words}", model]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     tried = (tmp_path / "tried").read_text().splitlines()
     assert len(tried) == 1 and "huggingface.co" in tried[0], tried
