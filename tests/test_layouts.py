@@ -126,8 +126,31 @@ def torchrun(machines):
     )
 
 
+def slurm_script() -> str:
+    return (ROOT / "configs" / "README.md").read_text().split("```bash\n#!")[1].split("```")[0]
+
+
+def test_the_slurm_script_starts_one_torchrun_a_node(tmp_path):
+    """With stand-ins for the programs of a cluster: srun runs its command once a node, torchrun says its words."""
+    stand_ins = """
+scontrol() { printf 'node7\\nnode8\\n'; }
+srun() { for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:2}"; done; }
+"""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    torchrun = tmp_path / ".venv" / "bin" / "torchrun"
+    torchrun.write_text('#!/bin/bash\necho "$@"\n')
+    torchrun.chmod(0o755)
+    environment = os.environ | {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+    command = ["bash", "-euc", f"{stand_ins}\n#!{slurm_script()}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    rest = "--master_addr node7 --master_port 29500 -m mmrev_kit.train --config configs/config_qwen3vl32_fp16.yaml"
+    expected = [f"--nnodes 2 --nproc_per_node 8 --node_rank {rank} {rest}" for rank in (0, 1)]
+    assert done.stdout.splitlines() == expected
+
+
 def test_two_machines_equal_two_processes_of_one(machines, small_config, small_overrides, tmp_path):
-    """The first has the run folder on its disk and the second sees it there. With another configuration both are refused."""
+    """Both see the run folder, as on a shared disk. With another configuration both are refused."""
     common = "experiment.task=reverse lora.dropout=0 training.num_epochs=1"
     words = f"{small_overrides} {common} launch.output_dir={tmp_path}/two"
     (status, text), (other, more) = on_both(machines, accelerate(machines), [words, words])
