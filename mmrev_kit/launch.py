@@ -121,7 +121,10 @@ def launch(config: Config) -> dict:
     except (KeyboardInterrupt, TrainingError) as error:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         runs.mark_ended(folder / "training_history.json", how)
+        show()
         print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        if how == "interrupted":
+            raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
     log.show()
     progress.show(last=True)
