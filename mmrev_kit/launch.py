@@ -20,7 +20,6 @@ from mmrev_kit import runs
 from mmrev_kit.config import (
     Config,
     ConfigError,
-    differences,
     load_config,
     project_root,
     resolve,
@@ -31,7 +30,6 @@ from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_ques
 from mmrev_kit.loading import base_fingerprint, check_base
 from mmrev_kit.preflight import preflight
 from mmrev_kit.processes import (
-    clear_errors,
     end_processes,
     end_with,
     free_port,
@@ -44,12 +42,10 @@ from mmrev_kit.results import write_results
 from mmrev_kit.steps import TrainingError
 from mmrev_kit.train import worker
 
-OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
 # How long a thread of a CPU run waits busily for the others. By default they burn the time that a core shared with
 # other work would give to the late one: training beside two busy programs was ten times slower.
 SPINS = "1000"
-OWN_FOLDERS = ("best", "final", "last")
 
 
 def count_processes(config: Config) -> int:
@@ -86,40 +82,6 @@ def why_not_here() -> str | None:
     return None
 
 
-def prepare_folder(config: Config) -> dict | None:
-    """Make the run folder ready; returns the history of a run that is already finished, else None.
-
-    Raises:
-        ConfigError: the folder holds a run with another configuration, or cannot be written.
-    """
-    folder = run_dir(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = folder / "config.yaml"
-        if config.launch.overwrite:
-            for name in OWN_FOLDERS:
-                runs.remove_folder(folder / name)
-            for file in [folder / name for name in OWN_FILES]:
-                file.unlink(missing_ok=True)
-        elif before.is_file():
-            changed = differences(load_config(before), config)
-            changed.pop("launch.overwrite", None)
-            if changed:
-                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
-                raise ConfigError(
-                    f"{folder} holds a run with another configuration: {listed}. "
-                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
-                )
-        clear_errors(folder)
-        runs.write_text(before, to_yaml(config))
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
-    history = folder / "training_history.json"
-    if history.is_file() and runs.read_history(history)["status"] == "finished":
-        return runs.read_history(history)
-    return None
-
-
 def check_machine(config: Config) -> None:
     """See `preflight`; warnings are printed.
 
@@ -147,7 +109,7 @@ def launch(config: Config) -> dict:
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
     check_machine(config)
-    finished = prepare_folder(config)
+    finished = runs.prepare_folder(config)
     folder = run_dir(config)
     if finished:
         print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
@@ -170,7 +132,10 @@ def launch(config: Config) -> dict:
     except (KeyboardInterrupt, TrainingError) as error:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         runs.mark_ended(folder / "training_history.json", how)
+        show()
         print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        if how == "interrupted":
+            raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
     log.show()
     progress.show(last=True)
@@ -215,7 +180,7 @@ def evaluate(
         return folder
     facts.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_errors(folder)
+    runs.clear_errors(folder)
     runs.write_text(folder / "config.yaml", to_yaml(config))
     request = [str(chosen) if chosen else None, list(drops), str(folder)]
     runs.write_json(folder / REQUEST, request)
@@ -294,7 +259,7 @@ def _run_forked(job: Job) -> None:
         for rank, code in enumerate(child.exitcode for child in workers):
             told = (None, 0, 1, 130, -signal.SIGTERM)  # alive, no error, one that was left, and ended by torch
             if code not in told:
-                clear_errors(job.folder)  # that the others lost a connection tells nothing
+                runs.clear_errors(job.folder)  # that the others lost a connection tells nothing
                 leave_error(job.folder, rank, killed(code))
         raise TrainingError(error_text(job) or failures[0])
 

@@ -290,7 +290,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the terminal tells papermill too, which ends its kernel, and that the run
-        threading.Timer(10, process.kill).start()
+        threading.Timer(6, process.kill).start()
         process.wait()
         print(f"\ninterrupted; run the same command again to go on with {folder}")
         return 130

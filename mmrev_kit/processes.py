@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import signal
 import socket
@@ -11,11 +12,13 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import ConfigError
+from mmrev_kit.config import Config, ConfigError, experiment_dir, run_dir, to_yaml
 from mmrev_kit.data import DataError
+from mmrev_kit.preflight import preflight
 from mmrev_kit.steps import TrainingError
 
 
@@ -98,18 +101,69 @@ def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     runs.write_text(folder / f"error_rank{rank}.txt", text)
 
 
-def clear_errors(folder: Path) -> None:
-    """Forget the errors of an earlier try."""
-    for error in folder.glob("error_rank*.txt"):
-        error.unlink()
-
-
 def killed(code: int) -> TrainingError:
     """The error of a process that ended without leaving one: -9 stands for SIGKILL."""
     if code >= 0:
         return TrainingError(f"the process ended with exit code {code}.")
     cause = "; often the host's memory ran out" if code == -signal.SIGKILL else ""
     return TrainingError(f"the process was killed by {signal.Signals(-code).name}{cause}.")
+
+
+def begin(config: Config, state) -> bool:
+    """What `launch` does in the parent, where another launcher started the processes: the look at each machine, and
+    the run folder by the first process alone. The experiment's data must be there.
+
+    Returns:
+        Whether there is anything to train.
+
+    Raises:
+        ConfigError: in every process, for a reason that any of them has.
+    """
+    from accelerate.utils import gather_object
+
+    local = replace(config, launch=replace(config.launch, num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    problems, finished = (preflight(local).problems if state.is_local_main_process else []), []
+    if not experiment_dir(config).is_dir():
+        problems.append(
+            f"{experiment_dir(config)}: there is no such folder. Open notebooks/data.ipynb, which makes it."
+        )
+    if state.is_main_process:
+        try:
+            finished = [runs.prepare_folder(config) is not None]
+        except ConfigError as error:
+            problems.append(str(error))
+    problems = list(dict.fromkeys(gather_object(problems)))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    (finished,) = gather_object(finished)
+    if finished and state.is_main_process:
+        print(f"{run_dir(config)} is finished. To train anew set launch.overwrite=true.", flush=True)
+    return not finished
+
+
+def check_agreement(config: Config, files: list[Path]) -> None:
+    """Refuse nodes that do not go the same way: their processes would train on other rows, or wait for ever.
+
+    Args:
+        files: the data files that the run has read.
+
+    Raises:
+        ConfigError: in every process.
+    """
+    from accelerate.utils import gather_object
+
+    saved = run_dir(config) / "last" / "state.json"
+    facts = {
+        "the configuration": to_yaml(config),
+        "the data": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "what is saved in launch.output_dir, which must be on a disk that all share": saved.read_bytes()
+        if saved.is_file()
+        else None,
+    }
+    everyone = gather_object([facts])
+    different = [name for name in facts if any(one[name] != facts[name] for one in everyone)]
+    if different:
+        raise ConfigError(f"Not the same for all processes: {'; '.join(different)}.")
 
 
 def end_processes(processes: list) -> None:

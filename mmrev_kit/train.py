@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,15 +16,23 @@ from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
-from mmrev_kit.config import Config, effective_batch, experiment_dir, load_config, run_dir, seed_for
-from mmrev_kit.data import RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.config import (
+    Config,
+    ConfigError,
+    effective_batch,
+    experiment_dir,
+    load_config,
+    run_dir,
+    seed_for,
+)
+from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.planning import Plan as MemoryPlan
 from mmrev_kit.planning import settle_memory
-from mmrev_kit.processes import on_interrupt, place
+from mmrev_kit.processes import begin, check_agreement, on_interrupt, place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
@@ -161,6 +171,8 @@ def start(config: Config, state) -> Run:
     import torch
 
     task = prepare(config)
+    if state.num_processes > 1:
+        check_agreement(config, task.data.files)
     config, memory = plan_memory(config, task, state)
     base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
     batcher = make_batcher(config, base, task, dtype, state)
@@ -309,7 +321,16 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
     parser.add_argument("--overrides", default="", help="section.key=value words")
     given = parser.parse_args()
-    worker(load_config(given.config, given.overrides))
+    config = load_config(given.config, given.overrides)
+    config.launch.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        with place(run_dir(config)) as state:
+            if begin(config, state):
+                train(config, state)
+    except (ConfigError, DataError, TrainingError) as error:
+        rank = os.environ.get("RANK", "0")
+        told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
+        sys.exit(f"process {rank}: {told}")
 
 
 if __name__ == "__main__":
