@@ -35,6 +35,7 @@ class Batch:
         target: the answer tokens.
         owner: whose they are; on the CPU.
         rows, tokens: samples in it, tokens computed for them (padding included).
+        samples: those samples, in the order that `owner` counts; empty for a batch made from labels alone.
     """
 
     inputs: dict
@@ -43,6 +44,7 @@ class Batch:
     owner: object
     rows: int
     tokens: int
+    samples: tuple[Sample, ...] = ()
 
 
 def obstacle(model) -> str | None:
@@ -121,6 +123,7 @@ class Batcher:
         """Rows side by side, padded; mask and positions are the library's own."""
         batch = from_labels(self.encoder.collate(samples, with_pixels=False), self.device)
         batch.inputs |= self.images([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
+        batch.samples = tuple(samples)
         return batch
 
     def packed(self, groups: list[Group]) -> Batch:
@@ -144,9 +147,8 @@ class Batcher:
         }
         inputs |= self.images(found.images)
         owner = torch.from_numpy(found.owner)
-        return Batch(
-            inputs, tensor(found.predictor), tensor(found.target), owner, len(found.samples), found.input_ids.size
-        )
+        counts = len(found.samples), found.input_ids.size
+        return Batch(inputs, tensor(found.predictor), tensor(found.target), owner, *counts, tuple(found.samples))
 
 
 def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:

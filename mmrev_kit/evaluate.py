@@ -14,9 +14,9 @@ from mmrev_kit.checks import check_statements, encode_all, settle
 from mmrev_kit.config import Config, experiment_dir
 from mmrev_kit.data import LETTERS, Row, read_experiment
 from mmrev_kit.loading import base_fingerprint, compute_dtype, is_random, load_adapter, load_base, make_encoder
+from mmrev_kit.processes import place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.steps import peak_memory_gib
-from mmrev_kit.train import leave_error, process_state
 
 TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
 PROGRESS_LINES = 4  # for each drop
@@ -229,8 +229,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         adapter: a folder with an adapter, or None for the base model.
         drops: from `DROPS`.
     """
-    state = process_state()
-    try:
+    with place(Path(folder)) as state:
         model = load_base(config, state.device)
         if adapter:
             model = load_adapter(model, Path(adapter), config)
@@ -247,8 +246,3 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
             runs.write_jsonl(Path(folder) / "predictions.jsonl", found)
             runs.write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))
-    except BaseException as error:
-        leave_error(Path(folder), state.process_index, error)
-        raise
-    finally:
-        state.destroy_process_group()

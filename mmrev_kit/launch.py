@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +20,6 @@ from mmrev_kit import runs
 from mmrev_kit.config import (
     Config,
     ConfigError,
-    differences,
     load_config,
     project_root,
     resolve,
@@ -30,17 +29,23 @@ from mmrev_kit.config import (
 from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.loading import base_fingerprint, check_base
 from mmrev_kit.preflight import preflight
+from mmrev_kit.processes import (
+    end_processes,
+    end_with,
+    free_port,
+    killed,
+    leave_error,
+    on_interrupt,
+)
 from mmrev_kit.progress import LogLines, Progress
 from mmrev_kit.results import write_results
 from mmrev_kit.steps import TrainingError
 from mmrev_kit.train import worker
 
-OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
 # How long a thread of a CPU run waits busily for the others. By default they burn the time that a core shared with
 # other work would give to the late one: training beside two busy programs was ten times slower.
 SPINS = "1000"
-OWN_FOLDERS = ("best", "final", "last")
 
 
 def count_processes(config: Config) -> int:
@@ -77,38 +82,17 @@ def why_not_here() -> str | None:
     return None
 
 
-def prepare_folder(config: Config) -> dict | None:
-    """Make the run folder ready; returns the history of a run that is already finished, else None.
+def check_machine(config: Config) -> None:
+    """See `preflight`; warnings are printed.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, or cannot be written.
+        ConfigError: what stands in the way of a start.
     """
-    folder = run_dir(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = folder / "config.yaml"
-        if config.launch.overwrite:
-            for name in OWN_FOLDERS:
-                runs.remove_folder(folder / name)
-            for file in [folder / name for name in OWN_FILES]:
-                file.unlink(missing_ok=True)
-        elif before.is_file():
-            changed = differences(load_config(before), config)
-            changed.pop("launch.overwrite", None)
-            if changed:
-                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
-                raise ConfigError(
-                    f"{folder} holds a run with another configuration: {listed}. "
-                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
-                )
-        clear_errors(folder)
-        runs.write_text(before, to_yaml(config))
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
-    history = folder / "training_history.json"
-    if history.is_file() and runs.read_history(history)["status"] == "finished":
-        return runs.read_history(history)
-    return None
+    found = preflight(config)
+    for warning in found.warnings:
+        print(f"note: {warning}")
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
 
 
 def launch(config: Config) -> dict:
@@ -124,10 +108,8 @@ def launch(config: Config) -> dict:
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
-    found = preflight(config)
-    if found.problems:
-        raise ConfigError("\n".join(found.problems))
-    finished = prepare_folder(config)
+    check_machine(config)
+    finished = runs.prepare_folder(config)
     folder = run_dir(config)
     if finished:
         print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
@@ -135,7 +117,9 @@ def launch(config: Config) -> dict:
     number = config.launch.num_processes
     reason = "one process" if number == 1 else why_not_here()
     count = "1 process" if number == 1 else f"{number} processes"
-    print(f"training in {folder}: {count}" + (f", in a fresh Python ({reason})" if reason else ""))
+    saved = folder / "last"
+    how = (f", in a fresh Python ({reason})" if reason else "") + (f", going on from {saved}" if saved.exists() else "")
+    print(f"training in {folder}: {count}{how}")
     progress, log = Progress(folder / "training_history.json"), LogLines(folder / "train.log")
 
     def show() -> None:
@@ -145,10 +129,13 @@ def launch(config: Config) -> dict:
     job = Job(config, folder, "train.log", worker, (config,), show)
     try:
         (_run_fresh if reason else _run_forked)(job)
-    except KeyboardInterrupt:
-        runs.mark_interrupted(folder / "training_history.json")
-        saved = folder / "last"
-        print("interrupted; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+    except (KeyboardInterrupt, TrainingError) as error:
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        runs.mark_ended(folder / "training_history.json", how)
+        show()
+        print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        if how == "interrupted":
+            raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
     log.show()
     progress.show(last=True)
@@ -175,6 +162,7 @@ def evaluate(
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
+    check_machine(config)
     unknown = [drop for drop in drops if drop not in DROPS]
     if unknown or not drops:
         raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
@@ -192,7 +180,7 @@ def evaluate(
         return folder
     facts.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_errors(folder)
+    runs.clear_errors(folder)
     runs.write_text(folder / "config.yaml", to_yaml(config))
     request = [str(chosen) if chosen else None, list(drops), str(folder)]
     runs.write_json(folder / REQUEST, request)
@@ -209,13 +197,6 @@ def evaluate(
     return folder
 
 
-def free_port() -> str:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @dataclass
 class Job:
     """A function to be run by every process, and what is shown meanwhile."""
@@ -230,32 +211,61 @@ class Job:
     def start(self) -> None:
         """Run the processes and wait for their end."""
         from accelerate import notebook_launcher
+        from torch.distributed.launcher import api  # noqa: F401  (it sets its loggers' levels)
 
+        for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker's error is told once, by this module
         number = self.config.launch.num_processes
-        notebook_launcher(self.function, self.arguments, num_processes=number, use_port=free_port())
+        arguments = (self.folder / self.log, self.function, *self.arguments)
+        notebook_launcher(_in_log, arguments, num_processes=number, use_port=free_port())
+
+
+def _in_log(log: Path, function: Callable, *arguments) -> None:
+    """What every process runs: the function, with all that it and its libraries print in the log."""
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    function(*arguments)
 
 
 def _run_forked(job: Job) -> None:
-    ended, before = threading.Event(), set(multiprocessing.active_children())
+    """The launcher in a thread: in the main one it would take over the kernel's signals and make interrupts errors."""
+    before, workers, failures = set(multiprocessing.active_children()), [], []
+    ended = threading.Event()  # an interrupted Thread.join may take a thread that runs for one that has ended
 
-    def watch() -> None:
-        while not ended.wait(1.0):
-            job.show()
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the workers too, until they can heed it
+        try:
+            job.start()
+        except Exception as error:
+            failures.append(str(error))  # not the error, which holds the launcher's frames and this list: a cycle
+        finally:
+            ended.set()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    threading.Thread(target=start, daemon=True).start()
     try:
-        job.start()
-    except Exception as error:  # whatever the launcher makes of it, the worker's own error is what counts
-        raise TrainingError(error_text(job) or str(error)) from None
+        while not ended.wait(1.0):
+            if len(workers) < job.config.launch.num_processes:  # and nothing shown: a fork copies locks that are held
+                workers = [child for child in multiprocessing.active_children() if child not in before]
+            else:
+                job.show()
     finally:
-        ended.set()
-        watcher.join()
-        end_processes([child for child in multiprocessing.active_children() if child not in before])
+        with on_interrupt(signal.SIG_IGN):  # an impatient second one
+            end = time.monotonic() + 15
+            while not ended.wait(0.1) and time.monotonic() < end:
+                end_processes([child for child in multiprocessing.active_children() if child not in before])
+    if failures:
+        workers.sort(key=lambda child: (len(child.name), child.name))  # ForkProcess-9, ForkProcess-10
+        for rank, code in enumerate(child.exitcode for child in workers):
+            told = (None, 0, 1, 130, -signal.SIGTERM)  # alive, no error, one that was left, and ended by torch
+            if code not in told:
+                runs.clear_errors(job.folder)  # that the others lost a connection tells nothing
+                leave_error(job.folder, rank, killed(code))
+        raise TrainingError(error_text(job) or failures[0])
 
 
 def _run_fresh(job: Job) -> None:
-    command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder)]
+    command = [sys.executable, "-m", "mmrev_kit.launch", str(job.folder), str(os.getpid())]
     environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.getenv("PYTHONPATH")]))
     with open(job.folder / job.log, "ab") as log:
@@ -270,47 +280,16 @@ def _run_fresh(job: Job) -> None:
             except subprocess.TimeoutExpired:
                 job.show()
     finally:
-        end_processes([process])
+        with on_interrupt(signal.SIG_IGN):
+            end_processes([process])
+    if process.returncode < 0:
+        leave_error(job.folder, 0, killed(process.returncode))
     if process.returncode:
         raise TrainingError(error_text(job) or f"the process ended with code {process.returncode}.")
 
 
 def _package_root() -> str:
     return str(Path(__file__).resolve().parent.parent)
-
-
-def end_processes(processes: list) -> None:
-    """Leave no process of a job behind: ask each to stop between two updates, then end it. It takes 10 s at most.
-
-    Args:
-        processes: `subprocess.Popen` of its own session, whose whole group is ended, or `multiprocessing.Process`.
-    """
-    for sign, seconds in ((signal.SIGINT, 7), (signal.SIGTERM, 2), (signal.SIGKILL, 1)):
-        end = time.monotonic() + seconds
-        for process in processes:
-            if is_alive(process):
-                (os.killpg if isinstance(process, subprocess.Popen) else os.kill)(process.pid, sign)
-        while any(map(is_alive, processes)) and time.monotonic() < end:
-            time.sleep(0.05)
-
-
-def is_alive(process) -> bool:
-    """Whether a `multiprocessing.Process`, or any process of a `Popen`'s group, still runs."""
-    if not isinstance(process, subprocess.Popen):
-        return process.is_alive()
-    if process.poll() is None:
-        return True
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def clear_errors(folder: Path) -> None:
-    """Forget the errors of an earlier try."""
-    for error in folder.glob("error_rank*.txt"):
-        error.unlink()
 
 
 def error_text(job: Job) -> str | None:
@@ -327,14 +306,18 @@ def error_text(job: Job) -> str | None:
 
 
 def main() -> None:
-    """`python -m mmrev_kit.launch FOLDER`: what a fresh Python runs for `launch` and `evaluate`."""
+    """`python -m mmrev_kit.launch FOLDER PARENT`: what a fresh Python runs for `launch` and `evaluate`."""
     folder = Path(sys.argv[1])
+    end_with(int(sys.argv[2]))
     config = load_config(folder / "config.yaml")
     job = Job(config, folder, "train.log", worker, (config,), lambda: None)
     if (folder / REQUEST).is_file():
         adapter, drops, _ = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
         job = Job(config, folder, "evaluate.log", evaluate_worker, (config, adapter, drops, str(folder)), lambda: None)
-    job.start()
+    if config.launch.num_processes == 1:
+        job.start()
+    else:
+        _run_forked(job)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import difflib
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -285,7 +286,14 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     words = [word for pair in parameters for word in ("-p", *pair)]
     source = project_root() / "notebooks" / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", str(source), str(waiting), "--no-progress-bar", "--stdout-file", "-"]
-    status = subprocess.run([*command, *words], cwd=project_root(), stdin=subprocess.DEVNULL).returncode
+    process = subprocess.Popen([*command, *words], cwd=project_root(), stdin=subprocess.DEVNULL)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal tells papermill too, which ends its kernel, and that the run
+        threading.Timer(6, process.kill).start()
+        process.wait()
+        print(f"\ninterrupted; run the same command again to go on with {folder}")
+        return 130
     page = render(waiting)
     if status == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -267,12 +267,15 @@ def refusal(found: Estimate, card_gib: float, name: str, what: str = "training")
 
 
 def card_memory(device) -> float | None:
-    """GiB of a GPU; None for a CPU, for which nothing is planned."""
+    """GiB of the run's smallest GPU, so that all processes make one plan; None for a CPU: nothing is planned there."""
     import torch
 
     if device.type != "cuda":
         return None
-    return torch.cuda.get_device_properties(device).total_memory / 2**30
+    total = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MIN)
+    return total.item() / 2**30
 
 
 def read_sizes(config: Config) -> ModelShapes:

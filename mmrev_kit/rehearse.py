@@ -19,9 +19,10 @@ from mmrev_kit import runs
 from mmrev_kit.config import Config, ConfigError, load_config, project_root, resolve, to_yaml
 from mmrev_kit.data import ensure_data
 from mmrev_kit.planning import FREE_SETTINGS, heaviest_windows, option, passes_of, read_sizes
+from mmrev_kit.processes import end_with, place
 from mmrev_kit.sizes import PUBLISHED
 from mmrev_kit.steps import TrainingError, chunks, peak_memory_gib, update
-from mmrev_kit.train import leave_error, ordered_rows, process_state, start
+from mmrev_kit.train import ordered_rows, start
 
 GIB = 2**30
 
@@ -101,7 +102,7 @@ def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None)
         root = str(Path(__file__).resolve().parent.parent)
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "mmrev_kit.rehearse", str(folder), str(updates)]
+        command = [sys.executable, "-m", "mmrev_kit.rehearse", str(folder), str(updates), str(os.getpid())]
         done = subprocess.run(
             command, cwd=project_root(), env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
@@ -154,15 +155,12 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
 
 
 def main() -> None:
-    """`python -m mmrev_kit.rehearse FOLDER UPDATES`: what `rehearse` starts."""
+    """`python -m mmrev_kit.rehearse FOLDER UPDATES PARENT`: what `rehearse` starts."""
     folder, updates = Path(sys.argv[1]), int(sys.argv[2])
-    state = process_state()
-    try:
+    end_with(int(sys.argv[3]))
+    with place(folder) as state:
         found = measure(load_config(folder / "config.yaml"), updates, state)
         runs.write_json(folder / "rehearsal.json", vars(found))
-    except BaseException as error:
-        leave_error(folder, state.process_index, error)
-        raise
 
 
 if __name__ == "__main__":

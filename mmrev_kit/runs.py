@@ -12,6 +12,11 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmrev_kit.config import Config, ConfigError, differences, load_config, run_dir, to_yaml
+
+OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
+OWN_FOLDERS = ("best", "final", "last")
+
 
 def finite(value):
     """`value` with every NaN and infinity replaced by None, so that strict JSON can hold it."""
@@ -126,10 +131,10 @@ class History:
         self._written = time.monotonic()
 
 
-def mark_interrupted(path: Path) -> None:
-    """Say in a history that its run was interrupted, where the run had no time left to say so itself."""
+def mark_ended(path: Path, status: str) -> None:
+    """Say in a history that its run was interrupted, or has failed, where it had no time left to say so itself."""
     if path.is_file() and (history := read_history(path))["status"] == "running":
-        write_json(path, history | {"status": "interrupted", "reason": "ended before it could save once more"})
+        write_json(path, history | {"status": status, "reason": "ended before it could save once more"})
 
 
 def _number(value):
@@ -196,3 +201,43 @@ def _from_original_scripts(data: dict) -> dict:
 def remove_folder(folder: Path) -> None:
     """Remove a folder that the kit wrote; no folder is no error."""
     shutil.rmtree(folder, ignore_errors=not Path(folder).exists())
+
+
+def clear_errors(folder: Path) -> None:
+    """Forget the errors of an earlier try."""
+    for error in folder.glob("error_rank*.txt"):
+        error.unlink()
+
+
+def prepare_folder(config: Config) -> dict | None:
+    """Make the run folder ready; returns the history of a run that is already finished, else None.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or cannot be written.
+    """
+    folder = run_dir(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = folder / "config.yaml"
+        if config.launch.overwrite:
+            for name in OWN_FOLDERS:
+                remove_folder(folder / name)
+            for file in [folder / name for name in OWN_FILES]:
+                file.unlink(missing_ok=True)
+        elif before.is_file():
+            changed = differences(load_config(before), config)
+            changed.pop("launch.overwrite", None)
+            if changed:
+                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
+                raise ConfigError(
+                    f"{folder} holds a run with another configuration: {listed}. "
+                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
+                )
+        clear_errors(folder)
+        write_text(before, to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
+    history = folder / "training_history.json"
+    if history.is_file() and read_history(history)["status"] == "finished":
+        return read_history(history)
+    return None

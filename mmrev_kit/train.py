@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
-import threading
+import sys
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +16,15 @@ from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
-from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
+from mmrev_kit.config import (
+    Config,
+    ConfigError,
+    effective_batch,
+    experiment_dir,
+    load_config,
+    run_dir,
+    seed_for,
+)
 from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
@@ -26,10 +32,11 @@ from mmrev_kit.mixing import Plan, make_plan
 from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.planning import Plan as MemoryPlan
 from mmrev_kit.planning import settle_memory
+from mmrev_kit.processes import begin, check_agreement, on_interrupt, place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.scheduler import Schedule
 from mmrev_kit.speed import matrix_rate
-from mmrev_kit.steps import TrainingError, check_finite, chunks, update, validate
+from mmrev_kit.steps import TrainingError, check_finite, chunks, explain, update, validate
 
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 
@@ -164,6 +171,8 @@ def start(config: Config, state) -> Run:
     import torch
 
     task = prepare(config)
+    if state.num_processes > 1:
+        check_agreement(config, task.data.files)
     config, memory = plan_memory(config, task, state)
     base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
     batcher = make_batcher(config, base, task, dtype, state)
@@ -194,18 +203,12 @@ def start(config: Config, state) -> Run:
 def interrupts_wait(run: Run):
     """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
     so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def note(number, frame) -> None:
         run.interrupted = True
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with on_interrupt(note):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def stop_if_interrupted(run: Run) -> None:
@@ -244,14 +247,15 @@ def train_epoch(run: Run) -> float:
     windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
     run.model.train()
     for window in windows[run.progress["step_in_epoch"] :]:
-        record = update(run, [run.task.train[source][index] for source, index in window])
+        samples = [run.task.train[source][index] for source, index in window]
+        record = update(run, samples)
         run.progress["step_in_epoch"] += 1
         if math.isfinite(record["loss"]):
             run.progress["loss_sum"] += record["loss"] * len(window)
             run.progress["rows"] += len(window)
         if run.state.is_main_process:
             run.history.add_step(record)
-        check_finite(run, record)
+        check_finite(run, record, samples)
         if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
             save_last(run)
         stop_if_interrupted(run)
@@ -262,9 +266,10 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     """Validate, decide, save. Returns the reason to end, or None."""
     losses = validate(run)
     rate = run.schedule.lr
-    decisive = losses[run.config.experiment.task]
+    task = run.config.experiment.task
+    decisive = losses[task]
     if not math.isfinite(decisive):
-        raise TrainingError(f"The validation loss of {run.config.experiment.task} is {decisive}.")
+        raise TrainingError(f"The validation loss of {task} is {decisive}. {explain(run, run.task.val[task])}")
     decision = run.schedule.observe(decisive)
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
@@ -280,6 +285,8 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
+    import torch
+
     run = start(config, state)
     if run.state.is_main_process:
         write_manifest(run)
@@ -294,42 +301,18 @@ def train(config: Config, state) -> None:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
             run.history.end(status, str(error) or type(error).__name__)
+        if run.stops and run.state.num_processes > 1:
+            torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
         raise
     if run.state.is_main_process:
         save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
         run.history.end("finished", stop)
 
 
-def process_state():
-    """This process's place among the launched ones, an `accelerate.PartialState`; called first in every worker."""
-    import torch
-
-    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if on_cpu and several:
-        torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
-    from accelerate import PartialState
-
-    return PartialState(cpu=on_cpu)
-
-
-def leave_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError)
-    text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
-
-
 def worker(config: Config) -> None:
     """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
-    state = process_state()
-    try:
+    with place(run_dir(config)) as state:
         train(config, state)
-    except BaseException as error:
-        leave_error(run_dir(config), state.process_index, error)
-        raise
-    finally:
-        state.destroy_process_group()
 
 
 def main() -> None:
@@ -338,7 +321,16 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
     parser.add_argument("--overrides", default="", help="section.key=value words")
     given = parser.parse_args()
-    worker(load_config(given.config, given.overrides))
+    config = load_config(given.config, given.overrides)
+    config.launch.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        with place(run_dir(config)) as state:
+            if begin(config, state):
+                train(config, state)
+    except (ConfigError, DataError, TrainingError) as error:
+        rank = os.environ.get("RANK", "0")
+        told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
+        sys.exit(f"process {rank}: {told}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mmrev_kit.config import ConfigError, load_config, run_dir
-from mmrev_kit.launch import count_processes, launch, prepare_folder
+from mmrev_kit.launch import count_processes, launch
 from mmrev_kit.progress import Progress, epoch_line
-from mmrev_kit.runs import read_history, write_json
+from mmrev_kit.runs import prepare_folder, read_history, write_json
 from mmrev_kit.steps import TrainingError
 
 ROOT = Path(__file__).parent.parent

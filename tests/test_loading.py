@@ -166,7 +166,7 @@ def test_which_builds_run_on_which_cards(capability, build, runs):
 
 
 def test_preflight_names_the_card_its_capability_and_what_works(small_config):
-    v100 = Card("Tesla V100-SXM2-32GB", (7, 0), 32.0, 31.5, "580.1", ["pid 7 (python)"])
+    v100 = Card("Tesla V100-SXM2-32GB", (7, 0), 32.0, 31.5, "580.65.06", ["pid 7 (python)"])
     found = preflight(small_config(), [v100], ["sm_75", "sm_90"])
     (problem,) = found.problems
     for part in ("Tesla V100-SXM2-32GB", "7.0", "sm_75, sm_90", "torch 2.10.0"):
