@@ -88,6 +88,7 @@ def prepare_folder(config: Config) -> dict | None:
         folder.mkdir(parents=True, exist_ok=True)
         before = folder / "config.yaml"
         if config.launch.overwrite:
+            runs.tidy(folder)  # or a version moved aside would come back
             for name in OWN_FOLDERS:
                 runs.remove_folder(folder / name)
             for file in [folder / name for name in OWN_FILES]:

@@ -9,14 +9,14 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
-from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
+from mmrev_kit.checkpoints import load_last, save_adapter, save_last, tidy_run, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
 from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
 from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
@@ -280,6 +280,7 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
+    tidy_run(config, state)
     run = start(config, state)
     if run.state.is_main_process:
         write_manifest(run)
@@ -290,14 +291,15 @@ def train(config: Config, state) -> None:
             while not stop:
                 began = time.perf_counter()
                 stop = finish_epoch(run, train_epoch(run), began)
+        if run.state.is_main_process:
+            save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
+            run.history.end("finished", stop)
     except BaseException as error:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
-            run.history.end(status, str(error) or type(error).__name__)
+            with suppress(OSError):  # a full disk must not hide the error
+                run.history.end(status, str(error) or type(error).__name__)
         raise
-    if run.state.is_main_process:
-        save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
-        run.history.end("finished", stop)
 
 
 def process_state():
@@ -315,9 +317,10 @@ def process_state():
 
 def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError)
+    plain = isinstance(error, TrainingError | ConfigError | DataError | runs.DiskFull)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
+    with suppress(OSError):  # where the disk is full the log may still have it
+        runs.write_text(folder / f"error_rank{rank}.txt", text)
 
 
 def worker(config: Config) -> None:
