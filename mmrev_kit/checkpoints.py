@@ -190,7 +190,7 @@ def _git_commit() -> str | None:
     command = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
 
