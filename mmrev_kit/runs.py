@@ -41,7 +41,7 @@ def needing(path: Path, size: int | None = None):
         if not any(int(number or 0) in FULL for number in numbers):
             raise
         free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-        needs = f"it needs {size:,} bytes; " if size else ""
+        needs = f"it needs at least {size:,} bytes; " if size else ""
         raise DiskFull(
             errno.ENOSPC,
             f"No space left for {path}: {needs}{free:,} bytes are free there, or a quota is used up. "
