@@ -35,6 +35,7 @@ import accelerate.launchers
 import peft  # noqa: F401  imported once, here, for all
 import psutil
 from safetensors import safe_open
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration  # noqa: F401
 
 from mmrev_kit import launch, runs
 from mmrev_kit.config import load_config, run_dir
@@ -195,7 +196,12 @@ def main() -> None:
         return load_config("configs/tiny_cpu.yaml", more)
 
     ensure_data(make(1, "data"))
-    for number in (1, 2, 1, 2):  # the second time as the others will be, with nothing left to be read for the first time
+    for number in (
+        1,
+        2,
+        1,
+        2,
+    ):  # the second time as the others will be, with nothing left to be read for the first time
         config, began = make(number, f"whole{number}"), time.monotonic()
         config.launch.overwrite = True
         start_kernel(config, home / "whole.log")

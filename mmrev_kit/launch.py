@@ -89,10 +89,10 @@ def prepare_folder(config: Config) -> dict | None:
         before = folder / "config.yaml"
         if config.launch.overwrite:
             runs.tidy(folder)  # or a version moved aside would come back
+            for file in [folder / name for name in OWN_FILES]:  # first: no folder that is half gone counts as finished
+                file.unlink(missing_ok=True)
             for name in OWN_FOLDERS:
                 runs.remove_folder(folder / name)
-            for file in [folder / name for name in OWN_FILES]:
-                file.unlink(missing_ok=True)
         elif before.is_file():
             changed = differences(load_config(before), config)
             changed.pop("launch.overwrite", None)

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNFINISHED = re.compile(r"\.(.+)\.(old|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
+UNFINISHED = re.compile(r"\.(.+)\.(aside|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
 
 
 class DiskFull(OSError):
@@ -111,7 +111,7 @@ def new_folder(target: str | Path, size: int | None = None):
     """Yield an empty folder beside `target`; on success it takes target's place, on failure it is removed.
 
     The old folder, if any, is moved aside first and removed last: at every moment one whole version exists. A kill
-    between the two renames leaves it as `.NAME.old`; the next `new_folder` or `tidy` gives it its name back.
+    between the two renames leaves it as `.NAME.aside`; the next `new_folder` or `tidy` gives it its name back.
 
     Args:
         size: bytes of what will be written, for the message of a full disk.
@@ -120,7 +120,7 @@ def new_folder(target: str | Path, size: int | None = None):
         DiskFull: there is no room for it.
     """
     target = Path(target)
-    old = target.with_name(f".{target.name}.old")
+    old = target.with_name(f".{target.name}.aside")
     with needing(target, size):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new."))
@@ -159,7 +159,7 @@ def tidy(folder: Path) -> None:
     """
     for path in list(Path(folder).glob(".*")):
         found = UNFINISHED.fullmatch(path.name)
-        if found and found[2] == "old":
+        if found and found[2] == "aside":
             _settle(path.with_name(found[1]), path)
         elif found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import accelerate.launchers
 import peft  # noqa: F401  imported once, here, for all tries
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration  # noqa: F401
 
 from mmrev_kit import launch, runs, train
 from mmrev_kit.config import load_config, run_dir

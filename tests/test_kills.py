@@ -13,30 +13,27 @@ HISTORY = "training_history.json"
 # Epochs of 3 updates: last/ is saved after 2 of them (at steps 2, 4, 6, 8) and after each epoch. Epoch 1 and 3 improve.
 SCENARIOS = {
     "whole1": (1, []),
-    "before the first save": (1, [["step", 2, 0]]),
     "at a step": (1, [["step", 6, 0]]),
     "the first last/ has no name yet": (1, [["last"]]),
-    "between the renames of last/": (1, [[".last.old", "last"]]),
-    "the first best/ has no name yet": (1, [["best"]]),
-    "between the renames of best/": (1, [["best", ".best.old", "best"]]),
+    "between the renames of last/": (1, [[".last.aside", "last"]]),
+    "between the renames of best/": (1, [["best", ".best.aside", "best"]]),
     "best/ saved, epoch not in the history": (1, [["best", HISTORY]]),
     "epoch in the history, last/ not saved": (1, [["best", HISTORY, HISTORY]]),
     "between epochs": (1, [["step", 4, 0]]),
     "final/ has no name yet": (1, [["final"]]),
     "final/ saved, history still running": (1, [["final", HISTORY]]),
-    "three times": (1, [["last"], [".last.old", "last"], ["best", ".last.old", "last"]]),
+    "three times": (1, [["last"], [".last.aside", "last"], ["best", ".last.aside", "last"]]),
     "whole2": (2, []),
     "one worker of two at a step": (2, [["step", 5, 1]]),
-    "between the renames of last/ of two": (2, [[".last.old", "last"]]),
+    "between the renames of last/ of two": (2, [[".last.aside", "last"]]),
 }
 # The folders of a run after its first kill; a name that begins with a dot is one being swapped.
 LEFT = {
     "the first last/ has no name yet": [".last"],
-    "between the renames of last/": [".last", ".last.old", "best"],
-    "the first best/ has no name yet": [".best", "last"],
-    "between the renames of best/": [".best", ".best.old", "last"],
+    "between the renames of last/": [".last", ".last.aside", "best"],
+    "between the renames of best/": [".best", ".best.aside", "last"],
     "final/ has no name yet": [".final", "best", "last"],
-    "between the renames of last/ of two": [".last", ".last.old", "best"],
+    "between the renames of last/ of two": [".last", ".last.aside", "best"],
 }
 
 

@@ -241,7 +241,7 @@ def test_a_kill_at_any_moment_of_a_swap_leaves_a_whole_version_that_gets_its_nam
             save("old")
         calls += 1
         killed = in_child_killed_at(calls, lambda: save("new"))
-        asides += (tmp_path / ".last.old").exists() and not target.exists()
+        asides += (tmp_path / ".last.aside").exists() and not target.exists()
         if calls % 2:  # the next save alone is enough, too
             runs.tidy(tmp_path)
             left = {path.name for path in tmp_path.iterdir()}
@@ -267,14 +267,14 @@ def test_tidy_leaves_what_is_not_the_kits_own(tmp_path):
         ".git",
         ".nfs0000012",
         ".ipynb_checkpoints",
-        ".best.older",
+        ".best.asides",
         ".a.new",
         "x.new.abcdefgh",
         ".env.part.toolongname",
     ]
     for name in kept:
         (tmp_path / name).mkdir()
-    for name in (".last.new.ab3_5678", ".best.old", ".final.old"):
+    for name in (".last.new.ab3_5678", ".best.aside", ".final.aside"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(name)
     (tmp_path / "final").mkdir()
