@@ -62,7 +62,7 @@ class Forked(subprocess.Popen):
         if self.pid:
             return None
         os.setsid()
-        return as_process(launch.main, ["launch", args[-1]])
+        return as_process(launch.main, ["launch", *args[3:]])
 
 
 def as_process(function, words: list[str]) -> None:
