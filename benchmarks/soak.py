@@ -116,13 +116,11 @@ def wait_for_end(seconds: float) -> bool:
 
 def kill(kernel: int, kind: str, chance: random.Random) -> bool:
     """Returns False where the one to kill had ended, or not yet begun."""
-    workers = [process.pid for process in living() if process.pid != kernel]
-    target = (chance.choice(workers) if workers else None) if kind == "SIGKILL worker" else kernel
-    if target is None:
-        return False
     try:
+        workers = [process.pid for process in psutil.Process(kernel).children()]
+        target = chance.choice(workers) if kind == "SIGKILL worker" else kernel
         os.kill(target, signal.SIGINT if kind == "SIGINT parent" else signal.SIGKILL)
-    except ProcessLookupError:
+    except (psutil.NoSuchProcess, ProcessLookupError, IndexError):
         return False
     return True
 
