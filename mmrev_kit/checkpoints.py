@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import project_root, warnings_for
+from mmrev_kit.config import ConfigError, project_root, run_dir, warnings_for
 from mmrev_kit.loading import base_fingerprint, trainable
 from mmrev_kit.preflight import PACKAGES
 
@@ -22,7 +22,7 @@ def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
 
     The saved tensors are exactly the trainable parameters.
     """
-    with runs.new_folder(folder) as new:
+    with runs.new_folder(folder, 4 * count_trainable(run.model)) as new:
         run.model.save_pretrained(new, save_embedding_layers=False)
         runs.write_text(new / "README.md", model_card(run, losses))
 
@@ -98,7 +98,10 @@ def _unflatten(flat: dict) -> dict:
 
 
 def save_last(run) -> None:
-    """Write `last/`: adapter, optimizer, scaler, schedule and progress, so that the rest of the run is the same."""
+    """Write `last/`: adapter, optimizer, scaler, schedule and progress, so that the rest of the run is the same.
+
+    The history goes first, so that it never lacks a step that `last/` has behind it.
+    """
     from safetensors.torch import save_file
 
     adapter = {name: p.detach().cpu().contiguous() for name, p in run.model.named_parameters() if p.requires_grad}
@@ -113,10 +116,20 @@ def save_last(run) -> None:
         "optimizer": plain,
         "param_groups": state["param_groups"],
     }
-    with runs.new_folder(run.folder / "last") as new:
+    run.history.write()
+    size = sum(tensor.nbytes for tensor in (*adapter.values(), *tensors.values()))
+    with runs.new_folder(run.folder / "last", size) as new:
         save_file(adapter, new / "adapter.safetensors")
         save_file(tensors, new / "optimizer.safetensors")
         runs.write_json(new / "state.json", record)
+
+
+def tidy_run(config, state) -> None:
+    """`runs.tidy`, by the main process alone, before any of them looks for a state to go on from."""
+    if state.is_main_process:
+        runs.tidy(run_dir(config))
+    if state.num_processes > 1:
+        state.wait_for_everyone()
 
 
 def load_last(run) -> bool:
@@ -125,41 +138,59 @@ def load_last(run) -> bool:
     The history is cut back to the step that was saved: what came after is done again.
 
     Raises:
-        ValueError: the folder was not written by this version of the kit, or for another adapter.
+        ConfigError: the folder was not written by this version of the kit, or for another run, or cannot be read.
     """
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
 
     folder = run.folder / "last"
     if not folder.is_dir():
         return False
+    try:
+        _restore(run, folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{folder}: not a state of this run ({reason}). Set launch.overwrite=true to start anew."
+        ) from None
+    return True
+
+
+def _restore(run, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    manifest = run.folder / "manifest.json"
+    before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    changed = [name for name, value in identity(run).items() if before.get(name, value) != value]
+    if changed:
+        raise ValueError(f"it began with another {' and '.join(changed)}, see manifest.json")
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if record["format"] != STATE_FORMAT:
+        raise ValueError(f"format {record['format']} in state.json")
     adapter = load_file(folder / "adapter.safetensors")
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    same = record.get("format") == STATE_FORMAT and {name: p.shape for name, p in parameters.items()} == {
-        name: tensor.shape for name, tensor in adapter.items()
-    }
-    if not same:
-        raise ValueError(f"{folder}: not a state of this run; set launch.overwrite=true to start anew.")
+    if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in adapter.items()}:
+        raise ValueError("the adapter has other tensors")
+    state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
+    if len(state) not in (0, len(parameters)):  # 0: every update so far was skipped
+        raise ValueError("the optimizer has other tensors")
+    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     for name, parameter in parameters.items():
         parameter.data.copy_(adapter[name])
-    state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
-    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     run.scaler.load_state_dict(record["scaler"])
     run.schedule.load_state_dict(record["schedule"])
-    run.progress = record["progress"]
-    if run.history.path.is_file():
-        history = runs.read_history(run.history.path)
-        history["steps"] = history["steps"][: run.progress["global_step"]]
-        history["epochs"] = history["epochs"][: run.progress["epoch"]]
-        run.history.data = history | {"status": "running", "reason": None}
-    return True
+    run.progress = {name: record["progress"][name] for name in run.progress}
+    history, step, epoch = runs.read_history(run.history.path), run.progress["global_step"], run.progress["epoch"]
+    history |= {"steps": history["steps"][:step], "epochs": history["epochs"][:epoch]}
+    if (len(history["steps"]), len(history["epochs"])) != (step, epoch):
+        raise ValueError(f"{run.history.path.name} ends before step {step}")
+    run.history.data = history | {"status": "running", "reason": None}
 
 
 def _git_commit() -> str | None:
     command = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
 
@@ -172,6 +203,16 @@ def _short(path: Path) -> str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
 
+def identity(run) -> dict:
+    """What must stay the same when a run goes on, apart from its configuration."""
+    return {
+        "seed": run.config.experiment.seed,
+        "base": base_facts(run.config),
+        "data": {_short(path): _sha256(path) for path in run.task.data.files},
+        "effective_batch": run.batch,
+    }
+
+
 def write_manifest(run) -> None:
     """Write manifest.json: everything needed to tell later what this run was."""
     import torch
@@ -180,13 +221,10 @@ def write_manifest(run) -> None:
     facts = {
         "versions": {name: version(name) for name in ("mmrev-kit", *PACKAGES)} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
-        "seed": run.config.experiment.seed,
-        "base": base_facts(run.config),
-        "data": {_short(path): _sha256(path) for path in run.task.data.files},
+        **identity(run),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "compute_dtype": str(run.dtype).removeprefix("torch."),
         "num_processes": run.state.num_processes,
-        "effective_batch": run.batch,
         "trainable_parameters": count_trainable(run.model),
         "plan": run.task.plan.table(),
         "memory": run.memory.record() if run.memory else None,

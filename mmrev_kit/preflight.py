@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from mmrev_kit.config import EMBEDDED_MODEL, Config, resolve, run_dir
-from mmrev_kit.memory import estimate
+from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, run_dir
+from mmrev_kit.memory import estimate, lora_tensors, optimizer_bytes
+from mmrev_kit.sizes import PUBLISHED, as_shapes
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -109,6 +110,38 @@ class Preflight:
         return "\n".join(self.facts + warnings + [f"PROBLEM: {problem}" for problem in self.problems])
 
 
+def bytes_to_save(config: Config) -> int | None:
+    """The most that a run's saves take at one time: best/, final/ and last/, and the copy that takes last/'s place.
+
+    Adapters are fp32, last/ also holds the optimizer's states. None where the model's shapes are not known yet.
+    """
+    name = config.model.name
+    try:
+        shapes = as_shapes(name)
+    except ConfigError:  # a name on the hub
+        known = next((size for size in PUBLISHED if f"-{size}" in name.lower()), None)
+        if known is None:
+            return None
+        shapes = as_shapes(known)
+    tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
+    paged = config.training.optimizer.removeprefix("paged_")  # a paged state is saved like any other
+    adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, paged)
+    texts = 2**20 + 2048 * len(tensors)  # headers, tables of 8-bit codes, history, manifest, log
+    return int(4 * adapter + 2 * states + texts)
+
+
+def disk_problems(config: Config, free: int) -> list[str]:
+    """A disk with too few free bytes for what the run will save; what an earlier try left is replaced, and counts."""
+    needed = bytes_to_save(config)
+    own = [path for name in ("best", "final", "last") for path in (run_dir(config) / name).glob("*")]
+    if needed is None or needed <= free + sum(path.stat().st_size for path in own):
+        return []
+    return [
+        f"{run_dir(config)} needs {needed:,} bytes for best/, final/, last/ and the copy that takes its place, and "
+        f"{free:,} are free. Free some space, choose another launch.output_dir, or lower lora.r."
+    ]
+
+
 def preflight(
     config: Config, cards: list[Card] | None = None, build: list[str] | None = None, cuda: str | None = None,
     shared_gib: float | None = None,
@@ -137,7 +170,9 @@ def preflight(
     else:
         found.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
     parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
-    found.facts.append(f"disk: {shutil.disk_usage(parent).free / 2**30:.1f} GiB free for {run_dir(config)}")
+    free = shutil.disk_usage(parent).free
+    found.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
+    found.problems += disk_problems(config, free)
     found.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     return found
 

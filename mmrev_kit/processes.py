@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,9 +96,10 @@ def place(folder: Path):
 
 def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError)
+    plain = isinstance(error, TrainingError | ConfigError | DataError | runs.DiskFull)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
+    with suppress(OSError):  # where the disk is full the log may still have it
+        runs.write_text(folder / f"error_rank{rank}.txt", text)
 
 
 def killed(code: int) -> TrainingError:

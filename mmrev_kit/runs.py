@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,10 +14,43 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mmrev_kit.config import Config, ConfigError, differences, load_config, run_dir, to_yaml
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 OWN_FOLDERS = ("best", "final", "last")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = re.compile(r"\.(.+)\.(aside|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
+
+
+class DiskFull(OSError):
+    """No space left for a file or folder; the message says which, how much it needs and how much is free."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+@contextmanager
+def needing(path: Path, size: int | None = None):
+    """Within it `path` is written, which takes `size` bytes (None: not known).
+
+    Raises:
+        DiskFull: in place of the system's error, which names neither.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter, of a file written by safetensors, has no errno
+        numbers = re.findall(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
+        if not any(int(number or 0) in FULL for number in numbers):
+            raise
+        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+        needs = f"it needs at least {size:,} bytes; " if size else ""
+        raise DiskFull(
+            errno.ENOSPC,
+            f"No space left for {path}: {needs}{free:,} bytes are free there, or a quota is used up. "
+            "What was saved before is whole. Free some space and start again.",
+        ) from error
 
 
 def finite(value):
@@ -39,20 +74,24 @@ def write_bytes(path: str | Path, content: bytes, sync: bool = True) -> Path:
 
     Args:
         sync: wait until the disk has it; needless where a reader can tell a broken file.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with needing(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.part.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
     return path
 
 
@@ -72,28 +111,62 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
 
 
 @contextmanager
-def new_folder(target: str | Path):
+def new_folder(target: str | Path, size: int | None = None):
     """Yield an empty folder beside `target`; on success it takes target's place, on failure it is removed.
 
-    The old folder, if any, is moved aside first and removed last: at every moment one whole version exists.
+    The old folder, if any, is moved aside first and removed last: at every moment one whole version exists. A kill
+    between the two renames leaves it as `.NAME.aside`; the next `new_folder` or `tidy` gives it its name back.
+
+    Args:
+        size: bytes of what will be written, for the message of a full disk.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new."))
-    old = None
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old / target.name)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old is not None:
-            if not target.exists():
-                os.replace(old / target.name, target)
-            shutil.rmtree(old, ignore_errors=True)
+    old = target.with_name(f".{target.name}.aside")
+    with needing(target, size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new."))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o755)
+            for file in temporary.iterdir():
+                _sync(file)
+            if target.exists():
+                remove_folder(old)
+                os.replace(target, old)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _settle(target, old)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file; a full disk may show only here. Folders are left to the system."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _settle(target: Path, old: Path) -> None:
+    """Remove the folder that was moved aside, or give it its name back where nothing has taken it."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Put right what a kill left in a run folder: a version moved aside gets its name back, unfinished ones go.
+
+    No other process may be writing there.
+    """
+    for path in list(Path(folder).glob(".*")):
+        found = UNFINISHED.fullmatch(path.name)
+        if found and found[2] == "aside":
+            _settle(path.with_name(found[1]), path)
+        elif found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class History:
@@ -220,10 +293,11 @@ def prepare_folder(config: Config) -> dict | None:
         folder.mkdir(parents=True, exist_ok=True)
         before = folder / "config.yaml"
         if config.launch.overwrite:
+            tidy(folder)  # or a version moved aside would come back
+            for file in [folder / name for name in OWN_FILES]:  # first: no folder that is half gone counts as finished
+                file.unlink(missing_ok=True)
             for name in OWN_FOLDERS:
                 remove_folder(folder / name)
-            for file in [folder / name for name in OWN_FILES]:
-                file.unlink(missing_ok=True)
         elif before.is_file():
             changed = differences(load_config(before), config)
             changed.pop("launch.overwrite", None)

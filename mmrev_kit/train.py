@@ -7,14 +7,14 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
-from mmrev_kit.checkpoints import load_last, save_adapter, save_last, write_manifest
+from mmrev_kit.checkpoints import load_last, save_adapter, save_last, tidy_run, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
 from mmrev_kit.config import (
     Config,
@@ -287,6 +287,7 @@ def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
     import torch
 
+    tidy_run(config, state)
     run = start(config, state)
     if run.state.is_main_process:
         write_manifest(run)
@@ -297,16 +298,17 @@ def train(config: Config, state) -> None:
             while not stop:
                 began = time.perf_counter()
                 stop = finish_epoch(run, train_epoch(run), began)
+        if run.state.is_main_process:
+            save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
+            run.history.end("finished", stop)
     except BaseException as error:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
-            run.history.end(status, str(error) or type(error).__name__)
+            with suppress(OSError):  # a full disk must not hide the error
+                run.history.end(status, str(error) or type(error).__name__)
         if run.stops and run.state.num_processes > 1:
             torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
         raise
-    if run.state.is_main_process:
-        save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
-        run.history.end("finished", stop)
 
 
 def worker(config: Config) -> None:

@@ -4,10 +4,15 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from mmrev_kit import runs
 from mmrev_kit.runs import History, finite, new_folder, read_history, to_json, write_json, write_jsonl, write_text
@@ -197,6 +202,103 @@ def test_an_old_folder_is_on_the_disk_at_every_rename(tmp_path, monkeypatch):
         (folder / "a.txt").write_text("new")
     assert whole == [{"old", "new"}] * 2
     assert (target / "a.txt").read_text() == "new"
+
+
+def in_child_killed_at(call: int, work) -> bool:
+    """Do `work` in a forked process that is killed with SIGKILL right before its nth operation on files (open, mkdir,
+    chmod, rename, remove, rmdir); False where it ends before. The audit hook dies with the child."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    left = [call]
+
+    def hook(event, arguments):
+        if event in {"open", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir"}:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_kill_at_any_moment_of_a_swap_leaves_a_whole_version_that_gets_its_name(tmp_path, old):
+    target, file = tmp_path / "last", tmp_path / "training_history.json"
+
+    def save(text: str) -> None:
+        write_text(file, text)
+        with new_folder(target) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(text)
+
+    versions, asides, calls = set(), 0, 0
+    while True:
+        if old:
+            save("old")
+        calls += 1
+        killed = in_child_killed_at(calls, lambda: save("new"))
+        asides += (tmp_path / ".last.aside").exists() and not target.exists()
+        if calls % 2:  # the next save alone is enough, too
+            runs.tidy(tmp_path)
+            left = {path.name for path in tmp_path.iterdir()}
+            assert left <= {"last", "training_history.json"} and (not old or len(left) == 2)
+            found = [path.read_text() for path in sorted(target.iterdir())] if target.exists() else []
+            assert found in ([], ["old"] * 2, ["new"] * 2) and (found or not old)
+            versions.add(tuple(found))
+        if not killed:
+            break
+        if not old:
+            runs.remove_folder(target)
+            file.unlink(missing_ok=True)
+    assert versions == ({("old",) * 2, ("new",) * 2} if old else {(), ("new",) * 2})
+    assert asides == old  # there is one such moment, and it was met
+    assert calls > 12
+    save("newest")
+    runs.tidy(tmp_path)
+    assert names(tmp_path) == ["last", "training_history.json"] and (target / "b").read_text() == "newest"
+
+
+def test_tidy_leaves_what_is_not_the_kits_own(tmp_path):
+    kept = [
+        ".git",
+        ".nfs0000012",
+        ".ipynb_checkpoints",
+        ".best.asides",
+        ".a.new",
+        "x.new.abcdefgh",
+        ".env.part.toolongname",
+    ]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    for name in (".last.new.ab3_5678", ".best.aside", ".final.aside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "final").mkdir()
+    (tmp_path / ".training_history.json.part.ab3_5678").write_text("{")
+    runs.tidy(tmp_path)
+    assert names(tmp_path) == sorted([*kept, "best", "final"])
+    assert names(tmp_path / "best") == ["a.txt"] and names(tmp_path / "final") == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "Disk quota exceeded"), "safetensors", OSError(5, "I/O")])
+def test_an_error_of_a_full_disk_says_where_and_how_much(tmp_path, error):
+    if error == "safetensors":
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(Exception) as raised, new_folder(tmp_path / "a" / "last", 12_345):
+        raise error
+    if getattr(error, "errno", None) == 5:
+        assert raised.value is error  # another fault stays what it is
+        return
+    free = shutil.disk_usage(tmp_path).free
+    found = re.match(
+        rf"No space left for {tmp_path}/a/last: it needs at least 12,345 bytes; ([\d,]+) bytes", str(raised.value)
+    )
+    assert isinstance(raised.value, runs.DiskFull) and raised.value.__cause__ is error
+    assert abs(int(found[1].replace(",", "")) - free) < 2**30
 
 
 @pytest.mark.parametrize("exists", [True, False])
