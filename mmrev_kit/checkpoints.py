@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import project_root, warnings_for
+from mmrev_kit.config import ConfigError, project_root, warnings_for
 from mmrev_kit.loading import base_fingerprint, trainable
 from mmrev_kit.preflight import PACKAGES
 
@@ -125,24 +125,29 @@ def load_last(run) -> bool:
     The history is cut back to the step that was saved: what came after is done again.
 
     Raises:
-        ValueError: the folder was not written by this version of the kit, or for another adapter.
+        ConfigError: the folder was not written by this version of the kit, or for another adapter.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = run.folder / "last"
     if not folder.is_dir():
         return False
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    adapter = load_file(folder / "adapter.safetensors")
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    same = record.get("format") == STATE_FORMAT and {name: p.shape for name, p in parameters.items()} == {
-        name: tensor.shape for name, tensor in adapter.items()
-    }
+    try:
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        adapter = load_file(folder / "adapter.safetensors")
+        optimizer = load_file(folder / "optimizer.safetensors")
+        same = record["format"] == STATE_FORMAT and {name: p.shape for name, p in parameters.items()} == {
+            name: tensor.shape for name, tensor in adapter.items()
+        }
+    except (FileNotFoundError, ValueError, TypeError, KeyError, SafetensorError):
+        same = False
     if not same:
-        raise ValueError(f"{folder}: not a state of this run; set launch.overwrite=true to start anew.")
+        raise ConfigError(f"{folder}: not a state of this run; set launch.overwrite=true to start anew.")
     for name, parameter in parameters.items():
         parameter.data.copy_(adapter[name])
-    state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
+    state = _unflatten(optimizer | record["optimizer"])
     run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     run.scaler.load_state_dict(record["scaler"])
     run.schedule.load_state_dict(record["schedule"])

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmrev_kit.config import hide_secrets
+
 
 def finite(value):
     """`value` with every NaN and infinity replaced by None, so that strict JSON can hold it."""
@@ -117,7 +119,7 @@ class History:
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
-        self.data |= {"status": status, "reason": reason}
+        self.data |= {"status": status, "reason": reason and hide_secrets(reason)}
         self.write()
 
     def write(self) -> None:

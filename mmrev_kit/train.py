@@ -317,7 +317,7 @@ def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
     plain = isinstance(error, TrainingError | ConfigError | DataError)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    runs.write_text(folder / f"error_rank{rank}.txt", text)
+    runs.write_text(folder / f"error_rank{rank}.txt", runs.hide_secrets(text))
 
 
 def worker(config: Config) -> None:
