@@ -291,11 +291,11 @@ def check_base(adapter: Path, found: str, name: str) -> None:
     Raises:
         ConfigError: naming both fingerprints; or the adapter is not in safetensors.
     """
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
     wanted = read_fingerprint(adapter)
     if wanted != found:
         raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {found}.")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 
 
 def load_adapter(model, adapter: Path, config: Config):
