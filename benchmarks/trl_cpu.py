@@ -5,13 +5,13 @@ choose the fastest of its settings in short runs, then trains with both in turns
 Markdown. `--parts forward,default` names what is trained on: forward rows of 16 people, or what `make run` trains on
 (both groups, retention). About fifteen minutes; let the machine do nothing else meanwhile.
 
-Both have the same base weights in fp32, rows in the same order (but for `grouping epoch`, the kit's other order),
-effective batch, LoRA, optimizer and learning rate, and two cores. TRL gets micro-batches of the whole batch, no checkpointing, loss on the answer only, and prompts that are
-rendered already; it neither validates nor saves between epochs. *Steady* is the middle of the training, *whole* also
-has what comes before and after: for TRL building the trainer, for the kit the data check, the vision features and all
-validations and saves. Imports count for neither. *CPU* is what the process computed in the steady state, which other
-programs disturb least (TRL's dataloader workers, where it has some, are not in it). Both adapters are scored by the
-kit's validation.
+All have the same base weights in fp32, the same rows in the same order (but for `grouping epoch`, the kit's other
+order), and the same effective batch, LoRA, optimizer, learning rate and two cores. TRL gets micro-batches of the whole
+batch, no checkpointing, loss on the answer only, and prompts that are rendered already; it neither validates nor saves
+between epochs. *Steady* is the updates after the first five; *whole* also counts what comes before and after: building
+the trainer in TRL; the data check, the vision features and all validations and saves in the kit. Imports count for
+neither. *CPU* is what the process computed in the steady state, which other programs disturb least (TRL's dataloader
+workers, where it has some, are not in it). All adapters are scored by the kit's validation.
 """
 
 from __future__ import annotations
