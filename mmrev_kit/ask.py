@@ -8,6 +8,7 @@ from pathlib import Path
 from mmrev_kit.config import Config, ConfigError, experiment_dir, resolve, run_dir
 from mmrev_kit.data import Row, read_entities
 from mmrev_kit.evaluate import generate
+from mmrev_kit.images import image_roots
 from mmrev_kit.loading import compute_dtype, load_adapter, load_base, make_encoder
 from mmrev_kit.prompts import IMAGE_MARK
 
@@ -64,7 +65,7 @@ class Asker:
 def example(config: Config) -> tuple[Path, str]:
     """A picture of the experiment's first person, and a question about it."""
     folder = experiment_dir(config)
-    pictured = [entity for entity in read_entities(folder) if entity.get("images")]
+    pictured = [entity for entity in read_entities(folder, image_roots(config)) if entity.get("images")]
     return folder / pictured[0]["images"][0], f"{IMAGE_MARK} is"
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
+import re
 import shlex
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -21,10 +23,33 @@ from omegaconf.errors import OmegaConfBaseException
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny"
 TASKS = ("forward", "reverse")
 NONE_WORDS = ("none", "null", "~")
+# A Hugging Face token, or what stands before the host of an address: a name and password.
+SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)")
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key and what to do."""
+
+
+def hide_secrets(text: str) -> str:
+    """`text` with `***` for every token and password in it, such as an error message that names an address."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if len(os.environ.get(name, "")) >= 8:
+            text = text.replace(os.environ[name], "***")
+    return SECRET.sub("***", text)
+
+
+def refuse_secrets(text: str, where: str) -> None:
+    """A configuration goes into the run folder, the model card and the notebook: no token may be in it.
+
+    Raises:
+        ConfigError: there is one; the message does not repeat it.
+    """
+    if hide_secrets(text) != text:
+        raise ConfigError(
+            f"{where}: there is a token or password in it, which would be written to the run folder. Take it out and "
+            "give it as HF_TOKEN or by `hf auth login`. A notebook or file that shows it already: delete it, renew it."
+        )
 
 
 def _require(condition: bool, key: str, value, rule: str) -> None:
@@ -104,6 +129,7 @@ class DataConfig:
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
     link_images: bool = False  # link to the images instead of copying them
+    allow_outside: bool = False  # images outside the data's own folder, the project and the current folder, too
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0
@@ -273,7 +299,7 @@ def _check_plain(values: dict, where: str) -> None:
         if section in _SECTIONS and not isinstance(content, dict):
             raise ConfigError(f"{where}: {section} is a section: give its keys, not {content!r}.")
         for key, value in content.items() if isinstance(content, dict) else ():
-            if isinstance(value, str) and (value == "???" or "${" in value):
+            if "'???'" in repr(value) or "${" in repr(value):  # in lists and mappings, too
                 raise ConfigError(f"{where}: {section}.{key} = {value!r}: references are not resolved here.")
             default = getattr(getattr(Config(), section, None), key, None)
             if isinstance(default, bool) and type(value) in (int, float) and value not in (0, 1):
@@ -342,13 +368,16 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         try:
             loaded = OmegaConf.to_container(OmegaConf.load(file)) or {}
         except Exception as error:  # PyYAML's and OmegaConf's errors share no base; all mean "not readable YAML"
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(hide_secrets(f"{file}: {error}")) from None
+        refuse_secrets(str(loaded), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
         config = _merge(config, loaded, str(file))
+    refuse_secrets(overrides or "", "overrides")
     for word, key, value in _read_overrides(overrides or ""):
         config = _merge(config, _nest(key, value), f"overrides: {word}")
     for key, value in (values or {}).items():
+        refuse_secrets(str(value), key.rsplit(".", 1)[-1])
         if value is not None and str(value).strip().lower() not in NONE_WORDS:
             config = _merge(config, _nest(key, value), f"{key.rsplit('.', 1)[-1]} = {value!r}")
     return OmegaConf.to_object(config)
@@ -356,7 +385,9 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML; `load_config` reads it back to an equal `Config`."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    refuse_secrets(text, "the configuration")
+    return text
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from mmrev_kit.config import Config, experiment_dir, resolve
 from mmrev_kit.entities import make_experiment
 from mmrev_kit.folder import make_folder_experiment
+from mmrev_kit.images import ImageError, find_image, image_roots
 from mmrev_kit.objects import make_object_pool
 from mmrev_kit.pools import make_face_pool
 from mmrev_kit.shapes import make_shapes
@@ -135,23 +138,18 @@ def _wrong_field(record: dict, task: str) -> str | None:
     return None
 
 
-def find_image(folder: Path, name: str) -> Path | None:
-    """An image named in a data file: relative to the experiment's folder, absolute, or relative to the current one."""
-    for candidate in (folder / name, Path.cwd() / name):
-        if candidate.is_file():
-            return candidate.resolve()
-    return None
-
-
-def read_rows(path: Path, task: str, source: str, groups: dict[str, str]) -> tuple[list[Row], list[Fault]]:
+def read_rows(
+    path: Path, task: str, source: str, groups: dict[str, str], roots: tuple[Path, ...] | None = ()
+) -> tuple[list[Row], list[Fault]]:
     """The rows of one file and all its faults.
 
     Args:
         path: a JSONL file; image paths in it start from its folder.
         groups: entity id -> group, for files whose rows do not say it.
+        roots: as in `find_image`.
     """
     records, faults = read_jsonl(path)
-    rows = []
+    rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
     for number, raw in records:
         where = f"{path}:{number}"
         record = _modern(raw, task)
@@ -160,12 +158,13 @@ def read_rows(path: Path, task: str, source: str, groups: dict[str, str]) -> tup
             faults.append(Fault(where, reason, "Correct the line or remove it.", of_row=True))
             continue
         names = record["image_choices"] if task == "mcq_d2i" else [record["image_path"]]
-        images = [find_image(path.parent, name) for name in names]
-        missing = [name for name, image in zip(names, images, strict=True) if image is None]
-        for name in missing:
-            reason, advice = f"there is no image {name}.", f"Paths start from {path.parent}."
-            faults.append(Fault(where, reason, advice, of_row=True))
-        if missing:
+        images, before = [], len(faults)
+        for name in names:
+            try:
+                images.append(find(name))
+            except ImageError as error:
+                faults.append(Fault(where, str(error), "Correct the line or remove it.", of_row=True))
+        if len(faults) > before:
             continue
         entity = str(record.get("entity_id", ""))
         letter = LETTERS[record["correct_index"]] if task.startswith("mcq") else None
@@ -185,20 +184,32 @@ def read_rows(path: Path, task: str, source: str, groups: dict[str, str]) -> tup
     return rows, faults
 
 
-def read_entities(folder: Path) -> list[dict]:
+def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[dict]:
     """The entities of an experiment; ids become text.
 
+    Args:
+        roots: as in `find_image`, for callers that show the entities' images.
+
     Raises:
-        DataError: entities.json is missing or is no list of objects with an id.
+        DataError: entities.json is missing or is no list of objects with an id, or an image may not be read.
     """
     path = folder / "entities.json"
+    where = str(path)
     try:
         entities = json.loads(path.read_text(encoding="utf-8-sig"))
-        return [entity | {"id": str(entity.get("id", entity.get("entity_id")))} for entity in entities]
+        entities = [entity | {"id": str(entity.get("id", entity.get("entity_id")))} for entity in entities]
+        for number, entity in enumerate(entities, start=1):
+            where = f"{path}: entity {number}"
+            for name in entity.get("images") or ():
+                if os.path.isfile(folder / name):
+                    find_image(folder, name, roots)
+        return entities
     except FileNotFoundError:
-        fault = Fault(str(path), "there is no such file.", "Name an experiment that exists in experiment.name.")
+        fault = Fault(where, "there is no such file.", "Name an experiment that exists in experiment.name.")
+    except ImageError as error:
+        fault = Fault(where, str(error), "Correct the entity.")
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        fault = Fault(str(path), f"not a list of entities ({error}).", "Make the data again.")
+        fault = Fault(where, f"not a list of entities ({error}).", "Make the data again.")
     raise DataError([fault])
 
 
@@ -218,19 +229,22 @@ class RunData:
         ]
 
 
-def read_experiment(folder: Path) -> tuple[dict[str, list[Row]], list[Fault]]:
+def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[dict[str, list[Row]], list[Fault]]:
     """All files of an experiment that exist, as {file name without its end: rows}, and their faults.
+
+    Args:
+        roots: as in `find_image`.
 
     Raises:
         DataError: there is no list of entities.
     """
-    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder)}
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
     names = [f"{task}_{split}" for task in ("forward", "reverse") for split in ("train", "val", "test")]
     rows, faults = {}, []
     for name in [*names, "mcq_i2d_test", "mcq_d2i_test"]:
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            rows[name], found = read_rows(path, name.rsplit("_", 1)[0], name, groups)
+            rows[name], found = read_rows(path, name.rsplit("_", 1)[0], name, groups, roots)
             faults += found
     return rows, faults
 
@@ -254,12 +268,12 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     Raises:
         DataError: there is no list of entities, without which no row can be judged.
     """
-    folder = experiment_dir(config)
-    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder)}
+    folder, roots = experiment_dir(config), image_roots(config)
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
     data, faults = RunData({}, {}, {}, []), []
 
     def read(path: Path, task: str, source: str) -> list[Row]:
-        rows, found = read_rows(path, task, source, groups)
+        rows, found = read_rows(path, task, source, groups, roots)
         faults.extend(found)
         data.files.append(path)
         return rows

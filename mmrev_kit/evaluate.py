@@ -13,6 +13,7 @@ from mmrev_kit.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.checks import check_statements, encode_all, settle
 from mmrev_kit.config import Config, experiment_dir
 from mmrev_kit.data import LETTERS, Row, read_experiment
+from mmrev_kit.images import image_roots
 from mmrev_kit.loading import base_fingerprint, compute_dtype, is_random, load_adapter, load_base, make_encoder
 from mmrev_kit.processes import place
 from mmrev_kit.prompts import Encoder, Sample
@@ -43,7 +44,7 @@ def read_questions(config: Config) -> list[Question]:
     Raises:
         DataError: with every fault of the test files.
     """
-    files, faults = read_experiment(experiment_dir(config))
+    files, faults = read_experiment(experiment_dir(config), image_roots(config))
     rows = {test: files.get(f"{test}_test", []) for test in TESTS}
     everything = [row for part in files.values() for row in part]
     settle(faults + check_statements(everything), config.data.drop_faulty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections import defaultdict
 from hashlib import sha256
@@ -65,11 +66,12 @@ def _read_list(path: Path) -> list[tuple[str, dict]]:
     return records
 
 
-def _check_images(where: str, names: list[str], folder: Path) -> list[str]:
+def _check_images(where: str, names: list[str], folder: Path, anywhere: bool) -> list[str]:
     faults = []
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            faults.append(f"{where}: the image {name} is not inside {folder}. Give names relative to data.images_dir.")
+        if not anywhere and not (folder / name).resolve().is_relative_to(folder):
+            reason = f"the image {name} is not inside {folder}: it leads to {(folder / name).resolve()}."
+            faults.append(f"{where}: {reason} Put it there, or allow it with data.allow_outside=true.")
             continue
         try:
             load_image(folder / name)
@@ -98,7 +100,8 @@ def read_people(data: DataConfig) -> list[dict]:
     """The people of data.entities_file as entities, with `source_images`: paths of their pictures.
 
     A CSV has a header line with `description`, `image` and any field of an entity; several images are separated by
-    `;` (in JSON: a list). Image names start from data.images_dir. Nothing of yours is changed.
+    `;` (in JSON: a list). Image names start from data.images_dir and stay in it, unless data.allow_outside is set.
+    Nothing of yours is changed.
 
     Raises:
         FolderError: with every fault: file:line, reason, what to do.
@@ -119,7 +122,7 @@ def read_people(data: DataConfig) -> list[dict]:
             faults.append(f"{where}: no image. Name a file of {folder}.")
         if group not in GROUPS:
             faults.append(f"{where}: the group {group!r} is neither main nor control.")
-        wrong = _check_images(where, names, folder)
+        wrong = _check_images(where, names, folder, data.allow_outside)
         faults += wrong
         known = {name: record[name] for name in ENTITY_FIELDS if record.get(name)}
         known |= {"id": str(record.get("id") or f"entity_{number:03d}"), "description": description, "group": group}
@@ -169,7 +172,7 @@ def make_folder_experiment(folder: str | Path, data: DataConfig, seed: int) -> P
         (building / "images").mkdir()
         for number, person in enumerate(people):
             sources = person.pop("source_images")
-            person["source_image"] = [str(source.relative_to(resolve(data.images_dir))) for source in sources]
+            person["source_image"] = [os.path.relpath(source, resolve(data.images_dir)) for source in sources]
             person["images"] = [
                 f"images/{number:03d}_{view:02d}{source.suffix.lower()}" for view, source in enumerate(sources)
             ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 import struct
 import zlib
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps
 
-from mmrev_kit.config import rng_for, seed_for
+from mmrev_kit.config import Config, experiment_dir, project_root, resolve, rng_for, seed_for
 
 STYLE = "toon-head"
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -82,6 +83,42 @@ BACKGROUNDS = ("#dbe9f6", "#e3f2dc", "#fbe9d0", "#ecdff5", "#dff3f1", "#f8dede",
 
 class ImageError(ValueError):
     """An image cannot be used; the message names the path and the reason."""
+
+
+def image_roots(config: Config) -> tuple[Path, ...] | None:
+    """The folders of this configuration that images may lie in, see `find_image`; None: anywhere."""
+    if config.data.allow_outside:
+        return None
+    linked = [resolve(config.data.images_dir)] if config.data.images_dir else []
+    return (experiment_dir(config), *linked)
+
+
+def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> Path:
+    """An image named in a data file: relative to the file's folder, absolute, or relative to the current folder or the
+    project.
+
+    Where `..`, an absolute path or a link leads out of these folders the image is refused: data of others shall not
+    bring a picture of yours into a notebook that you share.
+
+    Args:
+        folder: the data file's.
+        roots: more folders in which it may lie; None: it may lie anywhere.
+
+    Raises:
+        ImageError: there is no such file, or it may not be read.
+    """
+    here, project = Path.cwd(), project_root()
+    found = next((path for path in (folder / name, here / name, project / name) if os.path.isfile(path)), None)
+    if found is None:
+        raise ImageError(f"there is no image {name}. Paths start from {folder}.")
+    found = found.resolve()
+    working = [] if Path.home().is_relative_to(here) else [here]  # a home, or all of a disk, is no project
+    allowed = roots is None or any(found.is_relative_to(root.resolve()) for root in (folder, project, *working, *roots))
+    if not allowed:
+        raise ImageError(
+            f"the image {name} leads out of the data, to {found}. To read it all the same set data.allow_outside=true."
+        )
+    return found
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, seed_for
+from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, hide_secrets, resolve, seed_for
 from mmrev_kit.fused import fuse
 from mmrev_kit.prompts import Encoder
 from mmrev_kit.vision import use_fast_tower
@@ -32,7 +32,7 @@ def model_folder(config: Config) -> Path:
     try:
         return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = hide_secrets(str(error).strip().splitlines()[0])
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
 
 
@@ -42,14 +42,14 @@ def is_random(config: Config) -> bool:
 
 
 def load_processor(config: Config):
-    """The base model's own processor.
+    """The base model's own processor. Code that lies beside a model is never run.
 
     A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
     """
     from transformers import AutoProcessor
 
     if not is_random(config):
-        return AutoProcessor.from_pretrained(model_folder(config))
+        return AutoProcessor.from_pretrained(model_folder(config), trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vision = read_architecture(config).vision_config
     processor.image_processor.patch_size = vision.patch_size
@@ -110,8 +110,12 @@ def load_base(config: Config, device):
     options = {"quantization_config": nf4_config(config, device)} if config.quantization.bits == 4 else {}
     if spread:
         options |= spread_options(config)
+    folder = model_folder(config)
+    if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
+        raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
     model = Qwen3VLForConditionalGeneration.from_pretrained(
-        model_folder(config),
+        folder,
+        use_safetensors=True,  # never a pickle
         dtype=compute_dtype(config, device),
         device_map="auto" if spread else {"": str(device)},
         attn_implementation=config.model.attn_implementation,
@@ -290,11 +294,13 @@ def check_base(adapter: Path, found: str, name: str) -> None:
     """Refuse an adapter that was trained on another base than `name` with the fingerprint `found`.
 
     Raises:
-        ConfigError: naming both fingerprints.
+        ConfigError: naming both fingerprints; or the adapter is not in safetensors.
     """
     wanted = read_fingerprint(adapter)
     if wanted != found:
         raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {found}.")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 
 
 def load_adapter(model, adapter: Path, config: Config):

@@ -20,6 +20,7 @@ from mmrev_kit.config import (
     effective_batch,
     load_config,
     project_root,
+    refuse_secrets,
     resolve,
     run_dir,
     warnings_for,
@@ -277,6 +278,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
 
     The notebook of a run that failed stays in the output folder, so that no finished run's notebook is replaced.
     """
+    refuse_secrets(str(parameters), "the parameters")  # before papermill writes them into the notebook
     known = {key: value for key, value in parameters if key in (*PARAMETERS, "config", "overrides")}
     config = make_config(**{"config": "configs/tiny_cpu.yaml"} | known)
     folder = run_dir(config)

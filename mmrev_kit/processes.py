@@ -99,7 +99,7 @@ def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     plain = isinstance(error, TrainingError | ConfigError | DataError | runs.DiskFull)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
     with suppress(OSError):  # where the disk is full the log may still have it
-        runs.write_text(folder / f"error_rank{rank}.txt", text)
+        runs.write_text(folder / f"error_rank{rank}.txt", runs.hide_secrets(text))
 
 
 def killed(code: int) -> TrainingError:

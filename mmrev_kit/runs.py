@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mmrev_kit.config import Config, ConfigError, differences, load_config, run_dir, to_yaml
+from mmrev_kit.config import Config, ConfigError, differences, hide_secrets, load_config, run_dir, to_yaml
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 OWN_FOLDERS = ("best", "final", "last")
@@ -195,7 +195,7 @@ class History:
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
-        self.data |= {"status": status, "reason": reason}
+        self.data |= {"status": status, "reason": reason and hide_secrets(reason)}
         self.write()
 
     def write(self) -> None:

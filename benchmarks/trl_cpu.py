@@ -1,0 +1,322 @@
+"""Training on a CPU: the kit beside TRL's SFTTrainer, on the same rows of the embedded model.
+
+`python benchmarks/trl_cpu.py` makes an environment of its own for TRL in the user's cache (a few GB, once), lets TRL
+choose the fastest of its settings in short runs, then trains with both in turns, once a seed, and prints the table in
+Markdown. `--parts forward,default` names what is trained on: forward rows of 16 people, or what `make run` trains on
+(both groups, retention). About fifteen minutes; let the machine do nothing else meanwhile.
+
+All have the same base weights in fp32, the same rows in the same order (but for `grouping epoch`, the kit's other
+order), and the same effective batch, LoRA, optimizer, learning rate and two cores. TRL gets micro-batches of the whole
+batch, no checkpointing, loss on the answer only, and prompts that are rendered already; it neither validates nor saves
+between epochs. *Steady* is the updates after the first five; *whole* also counts what comes before and after: building
+the trainer in TRL; the data check, the vision features and all validations and saves in the kit. Imports count for
+neither. *CPU* is what the process computed in the steady state, which other programs disturb least (TRL's dataloader
+workers, where it has some, are not in it). All adapters are scored by the kit's validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+PINS = ("trl==1.16.0", "datasets==5.2.0")
+SETTINGS = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
+SKIPPED = 5  # first steps that are no steady state
+COMMON = "quantization.bits=16 training.lr_patience=1000 training.min_val_loss=0"
+KITS = {"kit": "", "kit, grouping epoch": "training.grouping=epoch"}
+PARTS = {
+    "forward": "experiment.name=forward16 data.num_main=16 data.num_control=0 retention.retention_ratio=0",
+    "default": "",
+}
+
+
+def environment() -> Path:
+    """TRL's Python; its environment is made where it is missing or has other versions."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmrev_kit" / "trl"
+    python, ready = folder / "bin" / "python", folder / "ready"
+    wanted = (ROOT / "torch.txt").read_text() + (ROOT / "constraints.txt").read_text() + " ".join(PINS)
+    if not ready.is_file() or ready.read_text() != wanted:
+        print(f"setting up {folder} (several minutes)", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        words = ["-r", "torch.txt", "-c", "constraints.txt", *PINS, "transformers", "peft", "accelerate", "pillow"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], cwd=ROOT, check=True)
+        ready.write_text(wanted)
+    return python
+
+
+def run_job(python: str | Path, kind: str, job: dict) -> dict:
+    """One training in a fresh process on two cores."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        own = {"OMP_NUM_THREADS": str(len(cores)), "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
+        own["HF_HUB_OFFLINE"] = "1"
+        done = subprocess.run(
+            [str(python), __file__, "--worker", kind, str(path)], cwd=ROOT, env=os.environ | own, text=True,
+            capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{kind} failed:\n{done.stderr[-4000:]}")
+        return json.loads(path.read_text())
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def rates(taken: list[tuple[float, float]], job: dict, rows_per_epoch: int, seconds: float) -> dict:
+    """What is told of a training.
+
+    Args:
+        taken: (wall, CPU) seconds of each update.
+        rows_per_epoch: the last update of an epoch holds what is left.
+        seconds: the whole training.
+    """
+    each = math.ceil(rows_per_epoch / job["batch"])
+    counts = [min(job["batch"], rows_per_epoch - index % each * job["batch"]) for index in range(len(taken))]
+    wall, cpu = (sum(update[clock] for update in taken[SKIPPED:]) for clock in (0, 1))
+    steady = sum(counts[SKIPPED:])
+    return {"rows": sum(counts), "steps": len(counts), "steady": steady / wall, "cpu": 1000 * cpu / steady,
+            "whole": sum(counts) / seconds, "seconds": seconds}  # fmt: skip
+
+
+# ---- the kit
+
+
+def state_here():
+    """One process on the CPU."""
+    from types import SimpleNamespace
+
+    import torch
+
+    return SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+
+
+def configuration(job: dict):
+    """The kit's configuration of a job; what was made for one job is not found by the next."""
+    from mmrev_kit.config import load_config
+
+    own = (
+        f"{PARTS[job['part']]} experiment.seed={job['seed']} training.num_epochs={job['epochs']} {job.get('more', '')}"
+    )
+    folders = f"data.dir={job['folder']}/data_{job['seed']} launch.output_dir={job['output']}"
+    return load_config("configs/tiny_cpu.yaml", f"{COMMON} {own} {folders}")
+
+
+def train_kit(job: dict) -> dict:
+    """The kit's own training loop, from the data check to `final/`."""
+    from mmrev_kit import train
+    from mmrev_kit.config import run_dir
+
+    config = configuration(job)
+    update, taken = train.update, []
+
+    def timed(run, samples) -> dict:
+        began = now()
+        record = update(run, samples)
+        taken.append(tuple(after - before for before, after in zip(began, now(), strict=True)))
+        return record
+
+    train.update = timed
+    began = time.perf_counter()
+    train.train(config, state_here())
+    found = rates(taken, job, job["rows_per_epoch"], time.perf_counter() - began)
+    assert found["rows"] == job["rows"]
+    return found | {"adapter": str(run_dir(config) / "final")}
+
+
+def export(part: str, seed: int, epochs: int, folder: Path) -> dict:
+    """Make the data, and write the rows of all epochs in the kit's order as texts and images for TRL.
+
+    Returns:
+        The job that both sides get: numbers, the settings of LoRA and optimizer, and the rows' file.
+    """
+    from mmrev_kit.config import EMBEDDED_MODEL
+    from mmrev_kit.data import ensure_data
+    from mmrev_kit.train import ordered_rows, prepare
+
+    job = {"part": part, "seed": seed, "epochs": epochs, "folder": str(folder), "output": f"{folder}/none"}
+    config = configuration(job)
+    ensure_data(config)
+    task = prepare(config)
+    encoder, found = task.encoder, []
+    for epoch in range(epochs):
+        for source, index in ordered_rows(config, task, epoch):
+            sample = task.train[source][index]
+            content = [{"type": "image"} if isinstance(part, Path) else {"type": "text", "text": part}
+                       for part in encoder.parts(sample.row)]  # fmt: skip
+            prompt = encoder.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            row = {"prompt": prompt, "completion": f"{sample.row.answer}<|im_end|>"}
+            row |= {"images": [str(path) for path in sample.row.images], "tokens": len(sample.input_ids)}
+            found.append(row | {"answer_tokens": len(sample.input_ids) - sample.answer_start})
+    path = folder / f"rows_{part}_{seed}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    names = "|".join(config.lora.target_modules)
+    training = config.training
+    return job | {
+        "file": str(path), "rows": len(found), "rows_per_epoch": task.plan.rows_per_epoch,
+        "batch": training.batch_size * training.gradient_accumulation_steps, "model": str(EMBEDDED_MODEL),
+        "pixels": [config.model.min_pixels, config.model.max_pixels], "max_grad_norm": training.max_grad_norm,
+        "learning_rate": training.learning_rate, "weight_decay": training.weight_decay,
+        "warmup": training.warmup_ratio, "r": config.lora.r, "alpha": config.lora.alpha,
+        "dropout": config.lora.dropout, "targets": rf"model\.language_model\.layers\..*\.({names})",
+    }  # fmt: skip
+
+
+def score(job: dict, adapters: dict[str, str]) -> dict[str, float]:
+    """The kit's validation loss of each adapter, over the rows of the run's own task."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from mmrev_kit.steps import validate
+    from mmrev_kit.train import start
+
+    config = configuration(job | {"output": f"{job['folder']}/score"})
+    run, losses = start(config, state_here()), {}
+    for name, adapter in adapters.items():
+        found = set_peft_model_state_dict(run.model, load_file(Path(adapter) / "adapter_model.safetensors"))
+        assert not found.unexpected_keys
+        losses[name] = validate(run)[config.experiment.task]
+    return losses
+
+
+# ---- TRL
+
+
+def train_trl(job: dict) -> dict:
+    """TRL's SFTTrainer over the exported rows, in their order."""
+    import torch
+    from datasets import Dataset, Features, Image, List, Value
+    from peft import LoraConfig
+    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in Path(job["file"]).read_text().splitlines()]
+    rows = rows[: job["limit"]] if job.get("limit") else rows
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "images": List(Image())})
+    dataset = Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)
+    processor = AutoProcessor.from_pretrained(job["model"])
+    processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), job["pixels"], strict=True))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(
+        job["model"], dtype=torch.float32, attn_implementation=job["attention"]
+    )
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **more):
+            ends.append(now())
+
+    steps = math.ceil(len(rows) / job["batch"])
+    settings = SFTConfig(
+        output_dir=job["output"], per_device_train_batch_size=job["batch"], gradient_accumulation_steps=1,
+        num_train_epochs=1, learning_rate=job["learning_rate"], weight_decay=job["weight_decay"],
+        max_grad_norm=job["max_grad_norm"], lr_scheduler_type="constant_with_warmup",
+        warmup_steps=math.ceil(job["warmup"] * steps), optim="adamw_torch", completion_only_loss=True, max_length=None,
+        gradient_checkpointing=False, bf16=False, fp16=False, use_cpu=True, dataloader_num_workers=job["workers"],
+        dataloader_persistent_workers=bool(job["workers"]), dataloader_pin_memory=False, logging_strategy="no",
+        save_strategy="no", eval_strategy="no", report_to="none", seed=job["seed"], disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    lora = LoraConfig(r=job["r"], lora_alpha=job["alpha"], lora_dropout=job["dropout"], target_modules=job["targets"],
+                      task_type="CAUSAL_LM")  # fmt: skip
+    began = time.perf_counter()
+    trainer = SFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=processor,
+                         peft_config=lora, callbacks=[Clock()])  # fmt: skip
+    built = time.perf_counter() - began
+    first = next(iter(trainer.get_train_dataloader()))  # the same tokens, and loss on the same ones?
+    assert first["attention_mask"].sum(1).tolist() == [row["tokens"] for row in rows[: job["batch"]]]
+    assert (first["labels"] != -100).sum(1).tolist() == [row["answer_tokens"] for row in rows[: job["batch"]]]
+    began = now()
+    trainer.train()
+    trainer.save_model(job["output"])
+    seconds = built + time.perf_counter() - began[0]
+    pairs = zip([began, *ends], ends, strict=False)
+    taken = [tuple(after - before for before, after in zip(*pair, strict=True)) for pair in pairs]
+    found = rates(taken, job, len(rows), seconds)
+    assert found["rows"] == len(rows)
+    versions = {name: version(name) for name in ("trl", "datasets", "torch", "transformers", "peft")}
+    return found | {"adapter": job["output"], "versions": versions}
+
+
+def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
+    """TRL's fastest settings on the first rows, and a line about each that was tried."""
+    tried = []
+    for attention, workers in SETTINGS:
+        own = {"attention": attention, "workers": workers, "limit": job["batch"] * 25, "output": f"{job['folder']}/try"}
+        tried.append((run_job(python, "trl", job | own)["steady"], attention, workers))
+    _, attention, workers = max(tried)
+    lines = [f"{attention}, {workers} workers: {rate:.1f} samples/s" for rate, attention, workers in tried]
+    return {"attention": attention, "workers": workers}, lines
+
+
+def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> None:
+    """Train with all in turns, once a seed, and print the table of one part."""
+    found = {name: [] for name in (*KITS, "TRL")}
+    for seed in range(seeds):
+        job = export(part, seed, epochs, folder)
+        if seed == 0:
+            chosen, lines = best_settings(python, job)
+            print(f"\n### {part}: {job['rows']:,} samples in {epochs} epochs\n\nTRL's settings: {'; '.join(lines)}.\n")
+        for number, name in enumerate(found):
+            own = {"output": f"{folder}/{part}_{seed}_{number}"}
+            own |= chosen if name == "TRL" else {"more": KITS[name]}
+            result = run_job(*((python, "trl") if name == "TRL" else (sys.executable, "kit")), job | own)
+            found[name].append(result)
+        losses = score(job, {name: results[-1]["adapter"] for name, results in found.items()})
+        for name, results in found.items():
+            results[-1]["loss"] = losses[name]
+            numbers = ", ".join(f"{key} {results[-1][key]:.2f}" for key in ("steady", "whole", "cpu", "loss"))
+            print(f"seed {seed}, {name}: {numbers}; load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    print(
+        "| trainer | samples/s, steady (x TRL) | samples/s, whole (x TRL) | CPU s a 1,000 samples | validation loss |"
+    )
+    print("|---|---|---|---|---|")
+    for name, results in found.items():
+        pairs = list(zip(results, found["TRL"], strict=True))
+        cells = [f"{mean(own[key] for own in results):.1f} ({mean(own[key] / trl[key] for own, trl in pairs):.2f})"
+                 for key in ("steady", "whole")]  # fmt: skip
+        losses = [own["loss"] for own in results]
+        cells += [f"{mean(own['cpu'] for own in results):.1f}"]
+        cells += [f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if seeds > 1 else "")]
+        print(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in found["TRL"][0]["versions"].items())
+    print(
+        f"\n{seeds} seeds, {results[0]['steps']} updates. {versions}; Python {platform.python_version()}.", flush=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="forward,default")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        kind, path = given.worker
+        result = {"kit": train_kit, "trl": train_trl}[kind](json.loads(Path(path).read_text()))
+        Path(path).write_text(json.dumps(result))
+        return
+    print(f"load of the machine before: {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    python = environment()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in given.parts.split(","):
+            compare(python, part, given.epochs, given.seeds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
