@@ -232,10 +232,11 @@ class MemoryConfig:
     cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
     micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: the plan's, or by device
     plan: str = "auto"  # on a GPU: checkpointing and micro_tokens are chosen for the card; off: as configured
+    gpu_gib: float | None = None  # act as on a card of so many GiB: planned for, and not exceeded; None: its own
     force: bool = False  # train even where the estimate says that it does not fit
 
     def __post_init__(self):
-        _check_numbers("memory", self, {"micro_tokens": (1, math.inf)})
+        _check_numbers("memory", self, {"micro_tokens": (1, math.inf), "gpu_gib": (0.1, math.inf)})
         _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
 
 

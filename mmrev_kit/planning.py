@@ -266,13 +266,20 @@ def refusal(found: Estimate, card_gib: float, name: str, what: str = "training")
     )
 
 
-def card_memory(device) -> float | None:
-    """GiB of the run's smallest GPU, so that all processes make one plan; None for a CPU: nothing is planned there."""
+def card_memory(config: Config, device) -> float | None:
+    """GiB of the run's smallest GPU, so that all processes make one plan; None for a CPU: nothing is planned there.
+
+    With `memory.gpu_gib` this process takes no more than that from now on.
+    """
     import torch
 
     if device.type != "cuda":
         return None
     total = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+    if config.memory.gpu_gib is not None:
+        cap = min(1.0, config.memory.gpu_gib * 2**30 / total.item())
+        torch.cuda.set_per_process_memory_fraction(cap, device)
+        total *= cap
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MIN)
     return total.item() / 2**30
@@ -297,7 +304,7 @@ def settle_memory(config: Config, windows, samples: list[Sample], image_id: int,
     Raises:
         ConfigError: the run or its evaluation does not fit, and `memory.force` is not set.
     """
-    card, processes = card_memory(state.device), state.num_processes
+    card, processes = card_memory(config, state.device), state.num_processes
     if card is None:
         return config, None
     shapes, heavy = read_sizes(config), heaviest_windows(windows)

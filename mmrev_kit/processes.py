@@ -63,6 +63,8 @@ def process_state():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a process that waits for another one too
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see `launch._run_forked`
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # segments that grow: passes of many sizes leave few gaps
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if on_cpu and several:
         torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
