@@ -28,7 +28,7 @@ from mmrev_kit.config import (
 )
 from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.loading import base_fingerprint, check_base
-from mmrev_kit.preflight import preflight
+from mmrev_kit.preflight import ask_in_fork, preflight, read_cards
 from mmrev_kit.processes import (
     end_processes,
     end_with,
@@ -54,13 +54,11 @@ def count_processes(config: Config) -> int:
     Raises:
         ConfigError: more processes than GPUs on a machine that has GPUs, or several in mode auto.
     """
-    import torch
-
     if config.launch.mode == "auto":
         if (config.launch.num_processes or 1) > 1:
             raise ConfigError("launch.mode = 'auto' spreads one model over all GPUs: set launch.num_processes=1.")
         return 1
-    gpus = torch.cuda.device_count()  # asks the driver; does not initialise CUDA
+    gpus = len(read_cards())  # torch.cuda.device_count may ask CUDA itself, and then this process cannot be forked
     wanted = config.launch.num_processes or max(gpus, 1)
     if gpus and wanted > gpus:
         raise ConfigError(f"launch.num_processes = {wanted}, but this machine has {gpus} GPUs.")
@@ -74,6 +72,8 @@ def why_not_here() -> str | None:
 
     if torch.cuda.is_initialized():
         return "CUDA is initialised in this kernel"
+    if ask_in_fork(torch.cuda._is_in_bad_fork) == "True":
+        return "CUDA has been asked for its devices in this kernel"
     if "bitsandbytes" in sys.modules:
         by = " (peft imports it)" if "peft" in sys.modules else ""
         return f"bitsandbytes has been imported in this kernel{by}"

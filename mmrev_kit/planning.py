@@ -278,7 +278,7 @@ def card_memory(config: Config, device) -> float | None:
     total = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
     if config.memory.gpu_gib is not None:
         cap = min(1.0, config.memory.gpu_gib * 2**30 / total.item())
-        torch.cuda.set_per_process_memory_fraction(cap, device)
+        torch.cuda.set_per_process_memory_fraction(cap)  # of the current device, which is this process's
         total *= cap
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MIN)

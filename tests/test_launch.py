@@ -98,11 +98,11 @@ def test_overwrite_replaces_the_kits_own_files_only(small_config):
 
 
 def test_more_processes_than_gpus_are_refused(small_config, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("mmrev_kit.launch.read_cards", lambda: ["one", "another"])
     assert count_processes(small_config("launch.num_processes=null")) == 2
     with pytest.raises(ConfigError, match=r"num_processes = 3, but this machine has 2 GPUs"):
         count_processes(small_config("launch.num_processes=3"))
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("mmrev_kit.launch.read_cards", lambda: [])
     assert count_processes(small_config("launch.num_processes=3")) == 3
     assert count_processes(small_config("launch.num_processes=null")) == 1
 
@@ -150,3 +150,23 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_anything_starts(
     ):
         launch(small_config(f"launch.output_dir={tmp_path}/taken"))
     assert (tmp_path / "taken").read_text() == "a file, not a folder"
+
+
+def test_a_kernel_that_asked_cuda_for_its_devices_is_not_forked():
+    """After `torch.cuda.is_available()` a forked process cannot use CUDA, though it is not initialised here."""
+    code = """
+import torch
+from mmrev_kit.config import load_config
+from mmrev_kit.launch import count_processes, why_not_here
+from mmrev_kit.preflight import preflight
+
+config = load_config("configs/tiny_cpu.yaml")
+preflight(config)
+count_processes(config)
+assert why_not_here() is None, why_not_here()
+torch._C._cuda_getDeviceCount()
+assert not torch.cuda.is_initialized()
+assert "asked" in why_not_here()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

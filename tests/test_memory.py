@@ -11,38 +11,66 @@ import torch
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
 from mmrev_kit.layers import Pass, Recipe, activations
 from mmrev_kit.loading import add_adapter, load_base, trainable
-from mmrev_kit.memory import estimate, evaluation, lora_tensors, nf4_bytes, optimizer_bytes, weight_rows
+from mmrev_kit.memory import MOMENTS, estimate, evaluation, lora_tensors, nf4_bytes, optimizer_bytes, weight_rows
 from mmrev_kit.planning import from_lengths, passes_of, plan
 from mmrev_kit.sizes import as_shapes, published, read_shapes
 
 CPU, GIB = torch.device("cpu"), 2**30
+ROOT = Path(__file__).parent.parent
 LARGE = "configs/config_qwen3vl32_fp16.yaml"
-# 32B, random NF4 weights, one H100 80 GB, torch 2.11.0: (name, GiB allocated, GiB reserved, sequences, length, logits,
+# 32B, random NF4 weights, one H100 80 GB, torch 2.11.0: (name, GiB allocated, sequences, length, logits,
 # visual tokens, how). The programs kept the residual stream in 16 bit and the vision tower on the card.
 ONE, EIGHT = {}, {"accumulates": False}
 GUIDE = {"upcast": True, "eager": True, "cached": False, "answer_logits": False, "residual": 4}
 FULL = {"cached": False, "answer_logits": False}
 MEASURED = [
-    ("A guide 1 x 8", 23.65, 24.39, 1, 241, None, 196, GUIDE),
-    ("B sdpa, 16-bit head", 19.14, 20.77, 1, 241, None, 196, FULL),
-    ("C answer logits", 19.09, None, 1, 241, 10, 196, {"cached": False}),
-    ("D cached", 19.10, None, 1, 241, 10, 196, ONE),
-    ("E no checkpointing", 23.95, None, 1, 241, 10, 196, {"checkpointing": False}),
-    ("F 8 x 1", 20.86, 22.03, 8, 241, 80, 1568, EIGHT),
-    ("G 2 x 4, no checkpointing", 28.87, None, 2, 241, 20, 392, {"checkpointing": False}),
-    ("H 4 x 2, no checkpointing", 38.71, None, 4, 241, 40, 784, {"checkpointing": False}),
-    ("I 8 x 1, no checkpointing", 58.37, None, 8, 241, 80, 1568, EIGHT | {"checkpointing": False}),
-    ("J 16 x 1", 23.00, 24.39, 16, 241, 160, 3136, EIGHT),
-    ("K 32 x 1", 27.49, 29.69, 32, 241, 320, 6272, EIGHT),
-    ("A with a 16-bit head", 19.16, 20.04, 1, 241, None, 196, FULL | {"eager": True}),
-    ("P careful 8 x 1", 23.03, 25.26, 8, 241, None, 1568, FULL | EIGHT),
-    ("Q 2 images x 8", 19.94, None, 2, 493, 144, 392, ONE | {"masked": True}),
-    ("Q 4 images x 8", 21.05, None, 4, 493, 288, 784, ONE | {"masked": True}),
-    ("Q 8 images x 8", 23.22, 24.89, 8, 493, 576, 1568, EIGHT | {"masked": True}),
-    ("Q 4 images x 15", 22.10, 23.44, 4, 745, 540, 784, EIGHT | {"masked": True}),
-    ("Q 2 images x 8, no checkpointing", 41.11, None, 2, 493, 144, 392, {"checkpointing": False, "masked": True}),
-    ("Q 16 images x 8", 27.95, 30.51, 16, 493, 1152, 3136, EIGHT | {"masked": True}),
+    ("A guide 1 x 8", 23.65, 1, 241, None, 196, GUIDE),
+    ("B sdpa, 16-bit head", 19.14, 1, 241, None, 196, FULL),
+    ("C answer logits", 19.09, 1, 241, 10, 196, {"cached": False}),
+    ("D cached", 19.10, 1, 241, 10, 196, ONE),
+    ("E no checkpointing", 23.95, 1, 241, 10, 196, {"checkpointing": False}),
+    ("F 8 x 1", 20.86, 8, 241, 80, 1568, EIGHT),
+    ("G 2 x 4, no checkpointing", 28.87, 2, 241, 20, 392, {"checkpointing": False}),
+    ("H 4 x 2, no checkpointing", 38.71, 4, 241, 40, 784, {"checkpointing": False}),
+    ("I 8 x 1, no checkpointing", 58.37, 8, 241, 80, 1568, EIGHT | {"checkpointing": False}),
+    ("J 16 x 1", 23.00, 16, 241, 160, 3136, EIGHT),
+    ("K 32 x 1", 27.49, 32, 241, 320, 6272, EIGHT),
+    ("A with a 16-bit head", 19.16, 1, 241, None, 196, FULL | {"eager": True}),
+    ("P careful 8 x 1", 23.03, 8, 241, None, 1568, FULL | EIGHT),
+    ("Q 2 images x 8", 19.94, 2, 493, 144, 392, ONE | {"masked": True}),
+    ("Q 4 images x 8", 21.05, 4, 493, 288, 784, ONE | {"masked": True}),
+    ("Q 8 images x 8", 23.22, 8, 493, 576, 1568, EIGHT | {"masked": True}),
+    ("Q 4 images x 15", 22.10, 4, 745, 540, 784, EIGHT | {"masked": True}),
+    ("Q 2 images x 8, no checkpointing", 41.11, 2, 493, 144, 392, {"checkpointing": False, "masked": True}),
+    ("Q 16 images x 8", 27.95, 16, 493, 1152, 3136, EIGHT | {"masked": True}),
 ]
+
+
+def measured_cells() -> list[list[str]]:
+    """The rows of the table in configs/README.md."""
+    lines = (ROOT / "configs" / "README.md").read_text().splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [cells for cells in found if cells[0].endswith("B")]
+
+
+def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_reserved():
+    cells, config = measured_cells(), load_config(LARGE, "launch.num_processes=1")
+    assert len(cells) > 90
+    for size, micro, checkpointing, logits, vision, rows, _, _, allocated, _, _, reserved, _ in cells:
+        images, packed = int(micro.split()[0]), rows == "packed"
+        answers = images * (8 * 9 if packed else 9)  # packed: 8 rows an image, its 205 tokens shared, 36 of their own
+        one = Pass(images, 496 if packed else 241, answers, 196 * images, masked=packed)
+        recipe = Recipe(
+            checkpointing=checkpointing == "on", cached=vision == "cached", answer_logits=logits == "answers",
+            accumulates=False,
+        )  # fmt: skip
+        moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
+        found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
+        if allocated == "out of memory":
+            assert found.allocated_gib > 80
+        else:
+            assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
+            assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
 
 
 def kept_beside(name: str, config, recipe: Recipe, logits: int | None, visual: int) -> float:
@@ -57,15 +85,13 @@ def kept_beside(name: str, config, recipe: Recipe, logits: int | None, visual: i
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row[0])
 def test_the_total_is_within_1_percent_of_what_was_measured(row):
-    name, allocated, reserved, sequences, length, logits, visual, how = row
+    name, allocated, sequences, length, logits, visual, how = row
     how = {"residual": 2, "fused": False} | how
     masked = how.pop("masked", False)
     config, recipe = load_config(LARGE), Recipe(**how)
     found = estimate(config, "32b", [Pass(sequences, length, logits, visual, masked)], recipe=recipe)
     kept = kept_beside(name, config, recipe, logits, visual)
     assert found.allocated_gib + kept == pytest.approx(allocated, rel=0.01)
-    if reserved:
-        assert found.reserved_gib + kept == pytest.approx(reserved, rel=0.04)
 
 
 def test_the_weights_of_the_32b_are_what_was_measured():
@@ -248,7 +274,7 @@ def test_a_16_bit_32b_does_not_fit_32_gib():
 @pytest.fixture
 def card(monkeypatch):
     """A function that gives the machine a card of so many GiB."""
-    return lambda gib: monkeypatch.setattr("mmrev_kit.planning.card_memory", lambda device: gib)
+    return lambda gib: monkeypatch.setattr("mmrev_kit.planning.card_memory", lambda config, device: gib)
 
 
 def settle(config, state=None):

@@ -1,5 +1,6 @@
 """The same code on a GPU: `pytest tests/gpu` on a machine with one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -94,17 +95,24 @@ def test_packed_rows_have_the_losses_of_padded_ones_and_the_tower_leaves_the_car
         assert (found[packing][1] - found["none"][1]).norm() < 4 * tolerance * found["none"][1].norm()
 
 
+def test_a_run_takes_no_more_than_it_is_told(small_config):
+    config = small_config("quantization.compute_dtype=fp16 memory.gpu_gib=2 training.num_epochs=1")
+    assert launch(config)["status"] == "finished"
+    manifest = json.loads((run_dir(config) / "manifest.json").read_text())
+    assert manifest["memory"]["card_gib"] == pytest.approx(2)
+
+
 def test_looking_at_the_machine_does_not_touch_cuda():
     code = """
 import torch
 from mmrev_kit.config import load_config
-from mmrev_kit.launch import count_processes
+from mmrev_kit.launch import count_processes, why_not_here
 from mmrev_kit.preflight import preflight
 
 config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=null")
 preflight(config)
 assert count_processes(config) >= 1
-assert not torch.cuda.is_initialized()
+assert why_not_here() is None, why_not_here()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -142,6 +150,8 @@ def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tm
     )
     two = launch(small_config(f"{common} launch.num_processes=2 launch.output_dir={tmp_path}/two"))
     assert one["steps_per_epoch"] == two["steps_per_epoch"]
+    skipped = [[step["global_step"] for step in run["steps"] if step.get("skipped")] for run in (one, two)]
+    assert skipped[0] == skipped[1]
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-3)
         assert right["val_loss"] == pytest.approx(left["val_loss"], rel=1e-3)
