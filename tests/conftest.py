@@ -40,3 +40,11 @@ def small_config(small_overrides):
         return load_config("configs/tiny_cpu.yaml", f"{small_overrides} {more}")
 
     return make
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start many processes for a minute are left out unless they are asked for."""
+    if "MMREV_LONG" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes about a minute: run with MMREV_LONG=1 make test"))

@@ -282,6 +282,7 @@ def test_no_process_is_left(faults):
     assert not left
 
 
+@pytest.mark.long
 def test_a_killed_worker_of_a_fresh_python_is_named(small_config):
     """As from a kernel that has imported peft: the workers are the children of another process."""
     config, killed = small_config(f"{TWO} launch.overwrite=true"), []

@@ -216,6 +216,7 @@ def test_forked_workers_end_with_an_interrupt_a_dead_worker_and_a_dead_kernel(la
     wait_for_end({pid, *workers})
 
 
+@pytest.mark.long
 def test_a_fresh_python_and_its_workers_end_with_the_process_that_launched_them(small_overrides, tmp_path):
     folder, code = tmp_path / "outputs" / "small_forward", set_up(f"{small_overrides} {LONG}")
     parent = subprocess.Popen(
@@ -229,6 +230,7 @@ def test_a_fresh_python_and_its_workers_end_with_the_process_that_launched_them(
     assert "in a fresh Python (bitsandbytes" in parent.communicate()[0]
 
 
+@pytest.mark.long
 def test_an_interrupt_from_the_terminal_ends_papermill_and_its_run(small_overrides, tmp_path):
     mark, folder = uuid.uuid4().hex, tmp_path / "outputs" / "small_forward"
     words = f"{small_overrides} {LONG} launch.num_processes=1"

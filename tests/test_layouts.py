@@ -37,6 +37,7 @@ launch(config)
 """
 
 
+@pytest.mark.long
 def test_eight_processes_accumulating_eight_equal_one_accumulating_64(small_config, small_overrides, tmp_path):
     """300 rows: four updates of 64, and one of 44, of which some processes have fewer than others."""
     common = "experiment.task=reverse lora.dropout=0 training.batch_size=1 training.num_epochs=1"
@@ -149,6 +150,7 @@ srun() { for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:2}"; done; }
     assert done.stdout.splitlines() == expected
 
 
+@pytest.mark.long
 def test_two_machines_equal_two_processes_of_one(machines, small_config, small_overrides, tmp_path):
     """Both see the run folder, as on a shared disk. With another configuration both are refused."""
     common = "experiment.task=reverse lora.dropout=0 training.num_epochs=1"
@@ -167,6 +169,7 @@ def test_two_machines_equal_two_processes_of_one(machines, small_config, small_o
         assert status == 1 and "holds a run with another configuration: training.learning_rate (0.002 there" in text
 
 
+@pytest.mark.long
 def test_machines_that_do_not_share_what_they_must_are_refused(machines, small_overrides, tmp_path):
     """Before weights are read: another configuration on the second machine, whose saved state is not there either."""
     words = f"{small_overrides} experiment.task=reverse launch.output_dir={tmp_path}/three"
