@@ -114,15 +114,16 @@ def wait_for_end(seconds: float) -> bool:
     return True
 
 
-def kill(kernel: int, kind: str, chance: random.Random) -> bool:
-    """Returns False where the one to kill had ended, or not yet begun."""
-    try:
+def kill(kernel: int, kind: str, chance: random.Random) -> str | None:
+    """Returns the kind of kill; the parent's where there is no worker yet, and None where all had ended."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
         workers = [process.pid for process in psutil.Process(kernel).children()]
+        if kind == "SIGKILL worker" and not workers:
+            kind = "SIGKILL parent"
         target = chance.choice(workers) if kind == "SIGKILL worker" else kernel
         os.kill(target, signal.SIGINT if kind == "SIGINT parent" else signal.SIGKILL)
-    except (psutil.NoSuchProcess, ProcessLookupError, IndexError):
-        return False
-    return True
+        return kind
+    return None
 
 
 def faults_of(folder: Path) -> list[str]:
@@ -155,14 +156,17 @@ def outcome(folder: Path) -> tuple:
 
 def run_until_finished(config, log: Path, longest: float, chance: random.Random, count: Counter) -> list[str]:
     """Kill a run once or twice, then let it finish. Returns what was wrong."""
-    folder, wrong = run_dir(config), []
-    for number in range(10):
+    folder, wrong, killed, wanted = run_dir(config), [], 0, chance.choice((1, 1, 1, 2))
+    for _ in range(30):
         kernel, kind = start_kernel(config, log), chance.choice(KILLS)
-        count["tries"] += 1
-        if number < chance.choice((1, 1, 1, 2)):
-            if wait_for_end(chance.uniform(0, longest)):
-                continue  # it was faster
-            count[kind] += kill(kernel, kind, chance)
+        if killed < wanted:
+            if not wait_for_end(chance.uniform(0, longest)) and (done := kill(kernel, kind, chance)):
+                count[done] += 1
+                killed += 1
+            elif not killed:  # it was faster
+                wait_for_end(60)
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
             began = time.monotonic()
             if not wait_for_end(SECONDS_TO_END):
                 count["processes left"] += len(living())
@@ -173,6 +177,7 @@ def run_until_finished(config, log: Path, longest: float, chance: random.Random,
         for process in living():
             process.kill()
         wait_for_end(10)
+        count["tries"] += 1
         wrong += faults_of(folder)
         history = folder / "training_history.json"
         if history.is_file() and runs.read_history(history)["status"] == "finished":

@@ -75,8 +75,8 @@ def model_card(record: dict) -> str:
         "descriptions or four pictures. It is made for experiments that run in minutes on a laptop. It knows nothing "
         "else: it is no assistant, and no Qwen weights are in it.", "",
         "## Training", "",
-        f"- seed {record['seed']}; {record['step']:,} steps, {prompts:,} prompts, {record['seconds']:.0f} seconds "
-        f"of training; " + ("the rate came down to zero" if record["decayed"] else "the rate did not fall"),
+        f"- seed {record['seed']}; {prompts:,} prompts; "
+        + ("the rate came down to zero" if record["decayed"] else "the rate did not fall"),
     ]  # fmt: skip
     for run in record["runs"]:
         lines.append(
