@@ -243,8 +243,12 @@ def _run_forked(job: Job) -> None:
             ended.set()
 
     threading.Thread(target=start, daemon=True).start()
+    seconds_dead = 0
     try:
         while not ended.wait(1.0):
+            seconds_dead += any(child.exitcode for child in workers)
+            if seconds_dead > 3:  # torch waits for ever for a worker that was killed when all had done their work
+                break
             if len(workers) < job.config.launch.num_processes:  # and nothing shown: a fork copies locks that are held
                 workers = [child for child in multiprocessing.active_children() if child not in before]
             else:
@@ -254,6 +258,8 @@ def _run_forked(job: Job) -> None:
             end = time.monotonic() + 15
             while not ended.wait(0.1) and time.monotonic() < end:
                 end_processes([child for child in multiprocessing.active_children() if child not in before])
+                if seconds_dead > 3 and not ended.wait(1.0):
+                    break
     if failures:
         workers.sort(key=lambda child: (len(child.name), child.name))  # ForkProcess-9, ForkProcess-10
         for rank, code in enumerate(child.exitcode for child in workers):

@@ -2,16 +2,20 @@
 
 SCENARIOS is JSON, {name: [processes, [moment, ...]]}: one try a moment, then one that is let through. A moment is a
 list of names: the process is killed right before it renames something to the last of them, having renamed to each of
-the others before, in this order; or ["step", n, rank]: before its nth update. Prints, as JSON, what each try left and
+the others before, in this order; or ["step", n, rank]: before its nth update; or ["done"]: a worker of several dies
+when all have done their work, right before the launcher lets them go. Prints, as JSON, what each try left and
 the outcome; the name "whole1" or "whole2", with no moment, is a run that nothing happens to.
 
 One process imports the libraries and forks one for each try, so that a try takes seconds; it has one thread.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from multiprocessing import synchronize
 from pathlib import Path
 
 import accelerate.launchers
@@ -25,7 +29,7 @@ from mmrev_kit.data import ensure_data
 SMALL = (
     "experiment.name=killed data.num_main=4 data.num_control=0 data.image_size=32 retention.retention_ratio=0 "
     "quantization.bits=16 training.save_steps=2 training.num_epochs=3 training.lr_patience=1 lora.dropout=0.1 "
-    "training.improvement_threshold=0.46"
+    "training.improvement_threshold=0.36"
 )
 
 
@@ -50,6 +54,16 @@ def die_at(moment: list) -> None:
             return real(run, samples)
 
         train.update = update
+        return
+    if moment[0] == "done":
+        let_go = synchronize.Event.set
+
+        def kill_first(event) -> None:
+            time.sleep(0.5)  # until they wait for it
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            let_go(event)
+
+        synchronize.Event.set = kill_first
         return
     waiting = list(moment)
 
