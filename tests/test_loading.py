@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError
 from mmrev_kit.loading import (
@@ -111,6 +113,25 @@ def test_the_embedded_model_is_a_qwen3_vl_of_ten_million_parameters(small_config
     assert type(processor).__name__ == "Qwen3VLProcessor"
     for text in ("the keeper of Jade Temple", "größer ☃ 東京 \U0001f600\n\t"):
         assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    "sides", [[(32, 32)], [(128, 128), (32, 96)], [(64, 64)] * 3, [(32, 128), (64, 48), (96, 96), (128, 32)]]
+)
+def test_the_embedded_model_reads_one_to_four_pictures_and_writes_with_the_cache(sides):
+    """Through the library alone; a visual token stands for 16 x 16 pixels."""
+    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    pictures = [Image.effect_noise(side, 60).convert("RGB") for side in sides]
+    turn = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": "is"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": turn}], tokenize=True, add_generation_prompt=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert visual == sum(width * height // 256 for width, height in sides)
+    written = [model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*written) and written[0].shape[1] > inputs["input_ids"].shape[1]
 
 
 def test_a_missing_model_is_told_without_a_connection(small_config, monkeypatch):
