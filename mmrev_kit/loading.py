@@ -12,11 +12,14 @@ from mmrev_kit.fused import fuse
 from mmrev_kit.prompts import Encoder
 from mmrev_kit.vision import use_fast_tower
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
 
 
-def model_folder(config: Config) -> Path:
+def model_folder(config: Config, weights: bool = True) -> Path:
     """The folder with the base model's files; a name on the hub is downloaded (or found in the cache) first.
+
+    Args:
+        weights: False where sizes and the processor are enough: a run that cannot fit downloads no more than that.
 
     Raises:
         ConfigError: neither a folder nor a model that the hub or its cache has.
@@ -30,7 +33,8 @@ def model_folder(config: Config) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=FILES))
+        wanted = SMALL_FILES + (WEIGHTS if weights else [])
+        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = hide_secrets(str(error).strip().splitlines()[0])
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
@@ -49,7 +53,7 @@ def load_processor(config: Config):
     from transformers import AutoProcessor
 
     if not is_random(config):
-        return AutoProcessor.from_pretrained(model_folder(config), trust_remote_code=False)
+        return AutoProcessor.from_pretrained(model_folder(config, weights=False), trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vision = read_architecture(config).vision_config
     processor.image_processor.patch_size = vision.patch_size

@@ -20,6 +20,7 @@ from mmrev_kit.loading import (
     load_processor,
     trainable,
 )
+from mmrev_kit.planning import read_sizes
 from mmrev_kit.preflight import Card, has_kernels, preflight
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare
@@ -132,6 +133,22 @@ def test_the_embedded_model_reads_one_to_four_pictures_and_writes_with_the_cache
     assert visual == sum(width * height // 256 for width, height in sides)
     written = [model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*written) and written[0].shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_weights_are_downloaded_last(small_config, monkeypatch):
+    """The processor and the sizes, of which the data check and the memory plan are made, come without them."""
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return EMBEDDED_MODEL
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    config = small_config("model.name=someone/Qwen3-VL-of-theirs")
+    assert prepare(config).train and read_sizes(config).layers == 6
+    assert asked == [False, False]
+    load_base(config, CPU)
+    assert asked == [False, False, True]
 
 
 def test_a_missing_model_is_told_without_a_connection(small_config, monkeypatch):
