@@ -77,7 +77,7 @@ def base_facts(config) -> dict:
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
     import torch
 
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, item in value.items():
             _flatten(item, f"{path}/{key}" if path else str(key), tensors, plain)
     elif isinstance(value, torch.Tensor):

@@ -72,7 +72,7 @@ def why_not_here() -> str | None:
 
     if torch.cuda.is_initialized():
         return "CUDA is initialised in this kernel"
-    if ask_in_fork(torch.cuda._is_in_bad_fork) == "True":
+    if read_cards() and ask_in_fork(torch.cuda._is_in_bad_fork) == "True":
         return "CUDA has been asked for its devices in this kernel"
     if "bitsandbytes" in sys.modules:
         by = " (peft imports it)" if "peft" in sys.modules else ""

@@ -13,7 +13,7 @@ from mmrev_kit.pools import make_face_pool
 
 SMALL = (
     "experiment.name=small data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 "
-    "training.batch_size=8 training.num_epochs=2"
+    "training.batch_size=8 training.num_epochs=2 lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 )
 
 

@@ -156,10 +156,12 @@ def test_a_kernel_that_asked_cuda_for_its_devices_is_not_forked():
     """After `torch.cuda.is_available()` a forked process cannot use CUDA, though it is not initialised here."""
     code = """
 import torch
+from mmrev_kit import launch
 from mmrev_kit.config import load_config
 from mmrev_kit.launch import count_processes, why_not_here
 from mmrev_kit.preflight import preflight
 
+launch.read_cards = lambda: ["a card"]
 config = load_config("configs/tiny_cpu.yaml")
 preflight(config)
 count_processes(config)
