@@ -1,6 +1,7 @@
 """Small data shared by the tests: 4 + 4 people at 32 pixels, and a pool of 40 others."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as launched runs have it, and before torch is loaded
@@ -11,6 +12,8 @@ from mmrev_kit.config import Config, load_config
 from mmrev_kit.data import ensure_data
 from mmrev_kit.pools import make_face_pool
 
+# A shell's background job ignores interrupts, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = (
     "experiment.name=small data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 "
     "training.batch_size=8 training.num_epochs=2 lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
