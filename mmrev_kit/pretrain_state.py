@@ -66,7 +66,9 @@ def write_model(folder: str | Path, weights: dict, record: dict) -> Path:
 def model_card(record: dict) -> str:
     """The model card: what it is, what it was trained on and by whom that was drawn, how long, and how well it does."""
     faces, things = images.credits(), objects.credits()
-    prompts = sum(run["steps"] * run["prompts_a_step"] for run in record["runs"])
+    total = f"{sum(run['steps'] * run['prompts_a_step'] for run in record['runs']):,} prompts"
+    if len(record["runs"]) > 1:
+        total = f"{record['step']:,} steps, {total}, {record['seconds']:.0f} seconds of training"
     lines = [
         "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
         "# The embedded model of mmrev_kit", "",
@@ -75,7 +77,7 @@ def model_card(record: dict) -> str:
         "descriptions or four pictures. It is made for experiments that run in minutes on a laptop. It knows nothing "
         "else: it is no assistant, and no Qwen weights are in it.", "",
         "## Training", "",
-        f"- seed {record['seed']}; {prompts:,} prompts; "
+        f"- seed {record['seed']}; {total}; "
         + ("the rate came down to zero" if record["decayed"] else "the rate did not fall"),
     ]  # fmt: skip
     for run in record["runs"]:
