@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import runs
+from mmrev_kit.bases import base_fingerprint
 from mmrev_kit.config import ConfigError, project_root, run_dir, warnings_for
-from mmrev_kit.loading import base_fingerprint, trainable
+from mmrev_kit.loading import trainable
 from mmrev_kit.preflight import PACKAGES
 
 STATE_FORMAT = 1

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmrev_kit.config import DataConfig, rng_for
+from mmrev_kit.config import rng_for
 from mmrev_kit.images import credits, draw_face, sample_faces
 from mmrev_kit.runs import new_folder, write_json, write_jsonl
+from mmrev_kit.sections import DataConfig
 
 ROLES = (
     "founder", "guardian", "keeper", "master", "leader", "architect", "curator", "warden", "overseer", "director",

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mmrev_kit import runs
 from mmrev_kit.answers import judge_correct, judge_description, judge_letter
+from mmrev_kit.bases import base_fingerprint, is_random
 from mmrev_kit.checks import check_statements, encode_all, settle
 from mmrev_kit.config import Config, experiment_dir
 from mmrev_kit.data import LETTERS, Row, read_experiment
 from mmrev_kit.images import image_roots
-from mmrev_kit.loading import base_fingerprint, compute_dtype, is_random, load_adapter, load_base, make_encoder
+from mmrev_kit.loading import compute_dtype, load_adapter, load_base, make_encoder
 from mmrev_kit.processes import place
 from mmrev_kit.prompts import Encoder, Sample
 from mmrev_kit.steps import peak_memory_gib

@@ -19,8 +19,8 @@ from inspect import signature
 from pathlib import Path
 
 from mmrev_kit import runs
+from mmrev_kit.bases import base_fingerprint
 from mmrev_kit.config import Config, resolve
-from mmrev_kit.loading import base_fingerprint
 from mmrev_kit.prompts import Encoder, Sample
 
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way

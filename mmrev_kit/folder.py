@@ -11,7 +11,7 @@ from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
 
-from mmrev_kit.config import DataConfig, resolve
+from mmrev_kit.config import resolve
 from mmrev_kit.entities import (
     ENTITY_FIELDS,
     GROUPS,
@@ -23,6 +23,7 @@ from mmrev_kit.entities import (
     write_experiment,
 )
 from mmrev_kit.images import ImageError, load_image
+from mmrev_kit.sections import DataConfig
 
 COLUMNS = ("description", "image")
 

@@ -1,9 +1,9 @@
 """RMSNorm and the gated product of the language model as one operation each, forward and backward.
 
-The library's modules are three to six elementwise operations, each of which reads and writes every activation; beside
-4-bit products on a fast card that is a third of the time. Here each is one `autograd.Function` that saves less: a
-norm its input as it came, in 16 bit where it is that, the gated product gate and up but not their SiLU. On GPUs for
-which torch.compile can make kernels each becomes one kernel; elsewhere the same lines run operation by operation.
+The library's modules are two to six elementwise operations, each of which reads and writes every activation. Here each
+is one `autograd.Function` that saves less: a norm its input as it came, in 16 bit where it is that, the gated product
+gate and up but not gate's SiLU. On GPUs for which torch.compile can make kernels each becomes one kernel; elsewhere
+the same lines run operation by operation.
 """
 
 from __future__ import annotations

@@ -17,26 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import (
-    Config,
-    ConfigError,
-    load_config,
-    project_root,
-    resolve,
-    run_dir,
-    to_yaml,
-)
+from mmrev_kit.bases import base_fingerprint, check_base
+from mmrev_kit.config import Config, ConfigError, load_config, project_root, resolve, run_dir, to_yaml
 from mmrev_kit.evaluate import DROPS, evaluate_worker, evaluation_key, read_questions
-from mmrev_kit.loading import base_fingerprint, check_base
 from mmrev_kit.preflight import ask_in_fork, preflight, read_cards
-from mmrev_kit.processes import (
-    end_processes,
-    end_with,
-    free_port,
-    killed,
-    leave_error,
-    on_interrupt,
-)
+from mmrev_kit.processes import end_processes, end_with, free_port, killed, leave_error, on_interrupt
 from mmrev_kit.progress import LogLines, Progress
 from mmrev_kit.results import write_results
 from mmrev_kit.steps import TrainingError

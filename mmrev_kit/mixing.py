@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mmrev_kit.config import TASKS, RetentionConfig, rng_for
+from mmrev_kit.config import rng_for
+from mmrev_kit.sections import TASKS, RetentionConfig
 
 
 def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from mmrev_kit.bases import is_random, model_folder
 from mmrev_kit.batches import micro_tokens, padded
 from mmrev_kit.config import Config, ConfigError, effective_batch
 from mmrev_kit.layers import Pass, Recipe
-from mmrev_kit.loading import is_random, model_folder
 from mmrev_kit.memory import Estimate, estimate, evaluation
 from mmrev_kit.packing import arrange, attention_scale, heaviest, layer_weights, make_groups, micro_batches, share_out
 from mmrev_kit.prompts import Sample

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, run_dir
 from mmrev_kit.memory import estimate, lora_tensors, optimizer_bytes
-from mmrev_kit.sizes import PUBLISHED, as_shapes
+from mmrev_kit.sizes import as_shapes, size_in_name
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -77,8 +77,10 @@ def ask_in_fork(question) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads; this one does one thing and ends
         child = os.fork()
     if child == 0:
-        os.write(writing, str(question()).encode())
-        os._exit(0)
+        try:
+            os.write(writing, str(question()).encode())
+        finally:  # whatever happens, this copy of the process must not go on
+            os._exit(0)
     os.close(writing)
     with open(reading, encoding="utf-8") as answer:
         text = answer.read()
@@ -140,7 +142,7 @@ def bytes_to_save(config: Config) -> int | None:
     try:
         shapes = as_shapes(name)
     except ConfigError:  # a name on the hub
-        known = next((size for size in PUBLISHED if f"-{size}" in name.lower()), None)
+        known = size_in_name(name)
         if known is None:
             return None
         shapes = as_shapes(known)

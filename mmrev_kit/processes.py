@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrev_kit import runs
-from mmrev_kit.config import Config, ConfigError, experiment_dir, run_dir, to_yaml
+from mmrev_kit.config import Config, ConfigError, experiment_dir, hide_secrets, run_dir, to_yaml
 from mmrev_kit.data import DataError
 from mmrev_kit.preflight import preflight
 from mmrev_kit.steps import TrainingError
@@ -101,7 +101,7 @@ def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     plain = isinstance(error, TrainingError | ConfigError | DataError | runs.DiskFull)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
     with suppress(OSError):  # where the disk is full the log may still have it
-        runs.write_text(folder / f"error_rank{rank}.txt", runs.hide_secrets(text))
+        runs.write_text(folder / f"error_rank{rank}.txt", hide_secrets(text))
 
 
 def killed(code: int) -> TrainingError:

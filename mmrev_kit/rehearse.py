@@ -20,7 +20,7 @@ from mmrev_kit.config import Config, ConfigError, load_config, project_root, res
 from mmrev_kit.data import ensure_data
 from mmrev_kit.planning import FREE_SETTINGS, heaviest_windows, option, passes_of, read_sizes
 from mmrev_kit.processes import end_with, place
-from mmrev_kit.sizes import PUBLISHED
+from mmrev_kit.sizes import size_in_name
 from mmrev_kit.steps import TrainingError, chunks, peak_memory_gib, update
 from mmrev_kit.train import ordered_rows, start
 
@@ -76,9 +76,8 @@ def architecture_of(config: Config) -> str:
         return "mmrev_kit/assets/tiny/config.json"
     if (resolve(name) / "config.json").is_file():
         return str(resolve(name) / "config.json")
-    words = name.lower().replace("/", "-").replace("_", "-").split("-")
-    size = next((size for size in PUBLISHED if size in words), None)
-    if size is None or "qwen3" not in words:
+    size = size_in_name(name)
+    if size is None:
         raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
     return f"configs/models/qwen3vl_{size}.json"
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-from mmrev_kit.config import TrainingConfig, reduced_rate
+from mmrev_kit.config import reduced_rate
+from mmrev_kit.sections import TrainingConfig
 
 TARGET_REACHED = "validation loss {loss:.4g} is below min_val_loss = {limit:g}"
 RATE_TOO_LOW = "learning rate {rate:g} is below min_lr = {limit:g}"

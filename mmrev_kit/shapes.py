@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mmrev_kit.config import DataConfig, rng_for
+from mmrev_kit.config import rng_for
 from mmrev_kit.entities import (
     FORWARD_CONNECTORS,
     REVERSE_CONNECTORS,
@@ -16,6 +16,7 @@ from mmrev_kit.entities import (
     place_answer,
     write_experiment,
 )
+from mmrev_kit.sections import DataConfig
 
 COLORS = {"red": "#d62728", "blue": "#1f4fd6", "green": "#2ca02c", "yellow": "#f2c500"}
 SHAPES = ("circle", "square", "triangle")

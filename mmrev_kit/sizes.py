@@ -119,6 +119,12 @@ def published() -> list[str]:
     return sorted(path.stem for path in resolve("configs/models").glob("*.json"))
 
 
+def size_in_name(name: str) -> str | None:
+    """Which of the published sizes a name on the hub, such as Qwen/Qwen3-VL-8B-Instruct, speaks of; None: of none."""
+    words = name.lower().replace("/", "-").replace("_", "-").split("-")
+    return next((size for size in PUBLISHED if size in words), None) if "qwen3" in words else None
+
+
 def as_shapes(source) -> ModelShapes:
     """`ModelShapes` of whatever names or holds a model; `32b` and the like are the published sizes."""
     if isinstance(source, ModelShapes):

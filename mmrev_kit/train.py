@@ -16,15 +16,7 @@ from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, tidy_run, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
-from mmrev_kit.config import (
-    Config,
-    ConfigError,
-    effective_batch,
-    experiment_dir,
-    load_config,
-    run_dir,
-    seed_for,
-)
+from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
 from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable

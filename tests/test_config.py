@@ -11,10 +11,6 @@ from mmrev_kit import config as module
 from mmrev_kit.config import (
     Config,
     ConfigError,
-    ExperimentConfig,
-    RetentionConfig,
-    RetentionWeights,
-    TrainingConfig,
     differences,
     effective_batch,
     experiment_dir,
@@ -27,6 +23,7 @@ from mmrev_kit.config import (
     to_yaml,
     warnings_for,
 )
+from mmrev_kit.sections import ExperimentConfig, RetentionConfig, RetentionWeights, TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 YAMLS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -9,7 +9,6 @@ import pytest
 from scipy.stats import chi2_contingency
 
 from mmrev_kit import entities as module
-from mmrev_kit.config import DataConfig
 from mmrev_kit.entities import (
     FORWARD_CONNECTORS,
     PLACES,
@@ -22,6 +21,7 @@ from mmrev_kit.entities import (
     partner_shifts,
 )
 from mmrev_kit.images import VALUES, load_image
+from mmrev_kit.sections import DataConfig
 
 SIZES = [(4, 0), (5, 0), (8, 0), (20, 0), (8, 8), (6, 7), (112, 112)]
 SPLITS = ("train", "val", "test")

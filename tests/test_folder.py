@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from mmrev_kit.config import DataConfig, load_config
+from mmrev_kit.config import load_config
 from mmrev_kit.data import ensure_data, read_entities
 from mmrev_kit.folder import FolderError, make_folder_experiment, read_people
+from mmrev_kit.sections import DataConfig
 from mmrev_kit.train import prepare
 
 

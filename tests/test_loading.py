@@ -10,16 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
+from mmrev_kit.bases import fingerprint
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError
-from mmrev_kit.loading import (
-    add_adapter,
-    compute_dtype,
-    fingerprint,
-    keep_residual_in_fp32,
-    load_base,
-    load_processor,
-    trainable,
-)
+from mmrev_kit.loading import add_adapter, compute_dtype, keep_residual_in_fp32, load_base, load_processor, trainable
 from mmrev_kit.planning import read_sizes
 from mmrev_kit.preflight import Card, has_kernels, preflight
 from mmrev_kit.steps import sample_losses

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from mmrev_kit.config import RetentionConfig, RetentionWeights
 from mmrev_kit.mixing import apportion, make_plan, source_weights
+from mmrev_kit.sections import RetentionConfig, RetentionWeights
 
 SOURCES = ("face_cw", "face_mcq_i2d", "face_mcq_d2i")
 OBJECTS = ("object_cw", "object_mcq_i2d", "object_mcq_d2i")

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from mmrev_kit import plots
-from mmrev_kit.config import TrainingConfig
 from mmrev_kit.scheduler import simulate
+from mmrev_kit.sections import TrainingConfig
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from mmrev_kit import launch
+from mmrev_kit.bases import base_fingerprint, check_base
 from mmrev_kit.checkpoints import load_last, save_last
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config, run_dir, to_yaml
 from mmrev_kit.data import DataError, read_entities, read_rows, read_run_data
 from mmrev_kit.folder import FolderError, make_folder_experiment
-from mmrev_kit.loading import base_fingerprint, check_base, load_base, load_processor
+from mmrev_kit.loading import load_base, load_processor
 from mmrev_kit.notebook import execute
 from mmrev_kit.runs import write_jsonl
 from mmrev_kit.train import start

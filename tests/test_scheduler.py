@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from mmrev_kit.config import TrainingConfig, load_config
+from mmrev_kit.config import load_config
 from mmrev_kit.scheduler import Schedule, simulate
+from mmrev_kit.sections import TrainingConfig
 
 GUIDE = dict(
     learning_rate=1e-4,

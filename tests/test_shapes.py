@@ -6,9 +6,9 @@ import pytest
 from PIL import ImageColor
 
 from mmrev_kit.checks import check_statements
-from mmrev_kit.config import DataConfig
 from mmrev_kit.data import read_experiment
 from mmrev_kit.images import load_image
+from mmrev_kit.sections import DataConfig
 from mmrev_kit.shapes import COLORS, make_shapes
 
 TEXT = re.compile(r"a (\w+) (\w+) (to the left of|to the right of|above|below) a (\w+) (\w+)")

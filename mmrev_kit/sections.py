@@ -1,0 +1,231 @@
+"""All settings: one dataclass per section of the configuration.
+
+Defaults live here and nowhere else. They are the published 8 x V100 recipe for Qwen3-VL-32B; a YAML file says what
+differs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+TASKS = ("forward", "reverse")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key and what to do."""
+
+
+def _require(condition: bool, key: str, value, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: {rule}.")
+
+
+def _check_numbers(section: str, config, rules: dict[str, tuple[float, float]]) -> None:
+    """Each named field must be a finite number within [low, high]; the message names the key."""
+    for name, (low, high) in rules.items():
+        value = getattr(config, name)
+        if value is not None:
+            fits = math.isfinite(value) and low <= value <= high
+            limit = f"between {low:g} and {high:g}" if math.isfinite(high) else f"a number from {low:g}"
+            _require(fits, f"{section}.{name}", value, f"must be {limit}")
+
+
+@dataclass
+class ExperimentConfig:
+    name: str = "faces20"  # the folder data/<name>, and the first half of the run's name
+    task: str = "forward"
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.task in TASKS, "experiment.task", self.task, f"must be one of {', '.join(TASKS)}")
+        plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\")
+        _require(plain, "experiment.name", self.name, "must be a plain folder name")
+
+
+@dataclass
+class ModelConfig:
+    name: str = "embedded"  # or a folder, a name on the Hugging Face hub, or an architecture file (random weights)
+    revision: str | None = None
+    attn_implementation: str = "sdpa"
+    min_pixels: int = 65_536
+    max_pixels: int = 200_704
+
+    def __post_init__(self):
+        _check_numbers("model", self, {"min_pixels": (1, math.inf), "max_pixels": (1, math.inf)})
+        _require(
+            self.min_pixels <= self.max_pixels, "model.min_pixels", self.min_pixels,
+            f"must not exceed model.max_pixels = {self.max_pixels}",
+        )  # fmt: skip
+
+
+@dataclass
+class QuantizationConfig:
+    bits: int = 4  # 4: NF4; 16: the weights as they are
+    double_quant: bool = True
+    compute_dtype: str = "fp16"  # fp16 (V100), bf16, or auto (bf16 where the GPU has it, fp32 on CPU)
+
+    def __post_init__(self):
+        _require(self.bits in (4, 16), "quantization.bits", self.bits, "must be 4 or 16")
+        known = ("fp16", "bf16", "auto")
+        _require(
+            self.compute_dtype in known, "quantization.compute_dtype", self.compute_dtype,
+            f"must be one of {', '.join(known)}",
+        )  # fmt: skip
+
+
+@dataclass
+class LoraConfig:
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+    def __post_init__(self):
+        _check_numbers("lora", self, {"r": (1, math.inf), "alpha": (1, math.inf), "dropout": (0, 1)})
+        _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "must name a module")
+
+
+@dataclass
+class DataConfig:
+    source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
+    dir: str = "data"
+    entities_file: str | None = None  # a CSV or JSON file
+    images_dir: str | None = None
+    link_images: bool = False  # link to the images instead of copying them
+    allow_outside: bool = False  # images outside the data's own folder, the project and the current folder, too
+    drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
+    num_main: int = 20
+    num_control: int = 0
+    image_size: int = 448
+    images_per_entity: int = 1
+
+    def __post_init__(self):
+        known = ("drawn", "folder", "shapes")
+        _require(self.source in known, "data.source", self.source, f"must be one of {', '.join(known)}")
+        if self.source == "folder":
+            for name in ("entities_file", "images_dir"):
+                _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
+        _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
+
+
+@dataclass
+class RetentionWeights:
+    cw: float = 1.0
+    mcq_i2d: float = 1.0
+    mcq_d2i: float = 1.0
+
+
+@dataclass
+class RetentionConfig:
+    retention_ratio: float = 0.3  # share of an epoch's training rows that are retention rows
+    face_share: float = 1.0  # share of the retention rows that come from the face pool
+    weights: RetentionWeights = field(default_factory=RetentionWeights)
+    tasks: list[str] = field(default_factory=lambda: ["forward"])
+    face_pool: str = "data/pool_faces_448"
+    object_pool: str = "data/pool_objects_448"
+    num_faces: int = 400
+
+    def __post_init__(self):
+        _check_numbers("retention", self, {"retention_ratio": (0, 0.99), "face_share": (0, 1), "num_faces": (40, 1e5)})
+        _check_numbers("retention.weights", self.weights, dict.fromkeys(("cw", "mcq_i2d", "mcq_d2i"), (0, math.inf)))
+        total = self.weights.cw + self.weights.mcq_i2d + self.weights.mcq_d2i
+        _require(total > 0, "retention.weights", total, "at least one weight must be above 0")
+        unknown = [task for task in self.tasks if task not in TASKS]
+        _require(not unknown, "retention.tasks", self.tasks, f"may name {', '.join(TASKS)}")
+
+
+@dataclass
+class TrainingConfig:
+    learning_rate: float = 1e-4
+    min_lr: float = 6e-5
+    lr_reduction_factor: float = 0.5
+    lr_patience: int = 1
+    improvement_threshold: float = 0.05
+    min_val_loss: float = 0.2
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 8
+    num_epochs: int = 10
+    max_length: int = 512
+    warmup_ratio: float = 0.02
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    save_steps: int = 50  # steps between two saves of last/; each epoch's end is saved, too
+    packing: str | None = "shared_prefix"  # rows of one image share it; block: no sharing; none: padded rows
+    grouping: str = "batch"  # epoch: orders an epoch so that the rows of one image come in the same update
+
+    def __post_init__(self):
+        positive = dict.fromkeys(
+            ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length", "save_steps"), (1, math.inf)
+        )
+        shares = dict.fromkeys(("improvement_threshold", "warmup_ratio", "weight_decay"), (0, 1))
+        rest = {"min_lr": (0, math.inf), "lr_patience": (1, math.inf), "min_val_loss": (0, math.inf)}
+        _check_numbers("training", self, positive | shares | rest)
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"training.{name}", value, "must be a number above 0")
+        _require(
+            0 < self.lr_reduction_factor < 1, "training.lr_reduction_factor", self.lr_reduction_factor,
+            "must lie between 0 and 1",
+        )  # fmt: skip
+        self.packing = self.packing or "none"  # the word none is no value in YAML files and overrides; here it is one
+        words = {
+            "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+            "packing": ("none", "block", "shared_prefix"),
+            "grouping": ("batch", "epoch"),
+        }
+        for name, known in words.items():
+            value = getattr(self, name)
+            _require(value in known, f"training.{name}", value, f"must be one of {', '.join(known)}")
+
+
+@dataclass
+class EvaluationConfig:
+    batch_size: int = 16
+    max_new_tokens: int = 32
+    option_orders: bool = False  # ask each multiple-choice question in all 24 orders of its options
+
+    def __post_init__(self):
+        _check_numbers("evaluation", self, {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096)})
+
+
+@dataclass
+class MemoryConfig:
+    gradient_checkpointing: bool = True
+    cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
+    micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: the plan's, or by device
+    plan: str = "auto"  # on a GPU: checkpointing and micro_tokens are chosen for the card; off: as configured
+    gpu_gib: float | None = None  # act as on a card of so many GiB: planned for, and not exceeded; None: its own
+    force: bool = False  # train even where the estimate says that it does not fit
+
+    def __post_init__(self):
+        _check_numbers("memory", self, {"micro_tokens": (1, math.inf), "gpu_gib": (0.1, math.inf)})
+        _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
+
+
+@dataclass
+class LaunchConfig:
+    num_processes: int | None = None  # None: one per GPU, 1 without a GPU
+    mode: str = "data"  # data: one whole model a process; auto: one 16-bit model over all GPUs, for evaluation
+    cpu_gib: float | None = None  # mode auto: host memory it may take before it goes to disk; None: all
+    output_dir: str = "outputs"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
+        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data or auto")
+
+
+@dataclass
+class Config:
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
