@@ -121,7 +121,8 @@ def result(bench: Bench, name: str, rows: int, seconds: float, tokens: int, logi
     found["reserved GiB"] = torch.cuda.max_memory_reserved() / GIB if bench.cuda else None
     recompute = bench.config.memory.gradient_checkpointing
     for key, again in (("share", recompute), ("share without recomputation", False)):
-        found[key] = work(text, tokens, logits, again) / seconds / bench.rate if bench.rate else None
+        done = work(text, tokens, logits, again, bench.config.lora.target_modules)
+        found[key] = done / seconds / bench.rate if bench.rate else None
     print(json.dumps(found), flush=True)
     return found
 
@@ -253,6 +254,12 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
         ]  # fmt: skip
         if not note:
             found["1"] += [
+                kit_recipe(
+                    bench,
+                    "kit, default grouping of 20 people, 64 rows, one pass",
+                    chunks(shuffled, 64)[:count],
+                    micro_tokens=8192,
+                ),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 8,192 tokens", many, micro_tokens=8192),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 16,384 tokens", many, micro_tokens=16384),
             ]

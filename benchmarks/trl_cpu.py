@@ -17,6 +17,7 @@ workers, where it has some, are not in it). All adapters are scored by the kit's
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,9 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
-SETTINGS = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
+KIT_SPINS = "10000"  # GOMP_SPINCOUNT of the kit's launched runs (launch.SPINS)
+PLACES = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
+SETTINGS = list(itertools.product(PLACES, (None, KIT_SPINS)))  # and whether OpenMP waits as it does by itself
 SKIPPED = 5  # first steps that are no steady state
 COMMON = "quantization.bits=16 training.lr_patience=1000 training.min_val_loss=0"
 KITS = {"kit": "", "kit, grouping epoch": "training.grouping=epoch"}
@@ -61,8 +64,8 @@ def run_job(python: str | Path, kind: str, job: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
-        own = {"OMP_NUM_THREADS": str(len(cores)), "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
-        own["HF_HUB_OFFLINE"] = "1"
+        own = {"OMP_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        own |= {"GOMP_SPINCOUNT": job["spins"]} if job.get("spins") else {}
         done = subprocess.run(
             [str(python), __file__, "--worker", kind, str(path)], cwd=ROOT, env=os.environ | own, text=True,
             capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -255,12 +258,13 @@ def train_trl(job: dict) -> dict:
 def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
     """TRL's fastest settings on the first rows, and a line about each that was tried."""
     tried = []
-    for attention, workers in SETTINGS:
-        own = {"attention": attention, "workers": workers, "limit": job["batch"] * 25, "output": f"{job['folder']}/try"}
-        tried.append((run_job(python, "trl", job | own)["steady"], attention, workers))
-    _, attention, workers = max(tried)
-    lines = [f"{attention}, {workers} workers: {rate:.1f} samples/s" for rate, attention, workers in tried]
-    return {"attention": attention, "workers": workers}, lines
+    for (attention, workers), spins in SETTINGS:
+        own = {"attention": attention, "workers": workers, "spins": spins}
+        limit = {"limit": job["batch"] * 25, "output": f"{job['folder']}/try"}
+        tried.append((run_job(python, "trl", job | own | limit)["steady"], own))
+    how = {None: "", KIT_SPINS: ", threads that wait as the kit's"}
+    lines = [f"{own['attention']}, {own['workers']} workers{how[own['spins']]}: {rate:.1f}" for rate, own in tried]
+    return max(tried, key=lambda pair: pair[0])[1], lines
 
 
 def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> None:
@@ -270,10 +274,11 @@ def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> N
         job = export(part, seed, epochs, folder)
         if seed == 0:
             chosen, lines = best_settings(python, job)
-            print(f"\n### {part}: {job['rows']:,} samples in {epochs} epochs\n\nTRL's settings: {'; '.join(lines)}.\n")
+            print(f"\n### {part}: {job['rows']:,} samples in {epochs} epochs\n")
+            print(f"TRL's settings, samples/s: {'; '.join(lines)}.\n")
         for number, name in enumerate(found):
             own = {"output": f"{folder}/{part}_{seed}_{number}"}
-            own |= chosen if name == "TRL" else {"more": KITS[name]}
+            own |= chosen if name == "TRL" else {"more": KITS[name], "spins": KIT_SPINS}
             result = run_job(*((python, "trl") if name == "TRL" else (sys.executable, "kit")), job | own)
             found[name].append(result)
         losses = score(job, {name: results[-1]["adapter"] for name, results in found.items()})

@@ -30,7 +30,7 @@ from mmrev_kit.train import worker
 REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
 # How long a thread of a CPU run waits busily for the others. By default they burn the time that a core shared with
 # other work would give to the late one: training beside two busy programs was ten times slower.
-SPINS = "1000"
+SPINS = "10000"
 
 
 def count_processes(config: Config) -> int:

@@ -54,8 +54,8 @@ class Recipe:
             outputs are fp32, too.
         accumulates: whether gradients of an earlier pass are there.
         eager: attention that keeps its scores.
-        fused: norms and the gated product save what `fused` saves, not what the library's modules do.
-        four: 4-bit linear layers; PEFT's adapter of others casts its input to fp32 first, so that none is shared.
+        fused: norms, the gated product and LoRA save what `fused` saves, not what the libraries' modules do.
+        four: 4-bit linear layers; PEFT's own adapter of others casts its input to fp32 first, so that none is shared.
     """
 
     width: int = 2
@@ -74,8 +74,9 @@ class Recipe:
         """The kit's own way with a configuration, on a GPU."""
         memory = config.memory
         eager = config.model.attn_implementation == "eager"
-        four = config.quantization.bits == 4
-        return cls(checkpointing=memory.gradient_checkpointing, cached=memory.cache_features, eager=eager, four=four)
+        four, width = config.quantization.bits == 4, 4 if config.quantization.compute_dtype == "fp32" else 2
+        checkpointing, cached = memory.gradient_checkpointing, memory.cache_features
+        return cls(width=width, checkpointing=checkpointing, cached=cached, eager=eager, four=four)
 
     @property
     def rest_width(self) -> int:
@@ -124,16 +125,16 @@ class Activations:
 def lora_saved(inputs: int, names: list[str], lora, recipe: Recipe, shared: bool) -> list[float]:
     """Per token, for LoRA layers that read the same `inputs` numbers.
 
-    With dropout each saves its mask (1 B a number), its input (w) and the r numbers in between (w); without, they
-    share one input, which may be saved already (`shared`).
+    Each saves the r numbers in between (w) and with dropout its mask (1 B a number). The input (w) is saved once, and
+    may be saved already (`shared`); PEFT's own layers save one each where dropout made it another one.
     """
     found = []
     for _ in [name for name in names if name in lora.target_modules]:
         if lora.dropout > 0:
-            found += [inputs, recipe.width * inputs]
-        elif not shared:
+            found.append(inputs)
+        if not shared or (lora.dropout > 0 and not recipe.fused):
             found.append(recipe.width * inputs)
-            shared = recipe.four
+            shared = recipe.fused or recipe.four
         found.append(recipe.width * lora.r)
     return found
 
@@ -157,7 +158,8 @@ def activations(shapes, lora, recipe: Recipe, one: Pass) -> Activations:
     norms = [4 * h, 4, 4 * h, 4, width * q, 4 * shapes.heads, width * k, 4 * shapes.kv_heads]  # inputs, 1/rms
     attention = attention_saved(shapes, recipe, one)
     attention += lora_saved(h, ["q_proj", "k_proj", "v_proj"], lora, recipe, shared=False)
-    attention += lora_saved(q, ["o_proj"], lora, recipe, shared=recipe.four and not recipe.eager)
+    own = (recipe.fused or recipe.four) and not recipe.eager
+    attention += lora_saved(q, ["o_proj"], lora, recipe, shared=own)
     mlp = [recipe.out * f] * (2 if recipe.fused else 3)  # gate, up, and without fusion gate's SiLU
     mlp += lora_saved(h, ["gate_proj", "up_proj"], lora, recipe, shared=False)
     mlp += lora_saved(f, ["down_proj"], lora, recipe, shared=False)

@@ -44,7 +44,7 @@ def compute_dtype(config: Config, device):
         if torch.device(device).type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def load_base(config: Config, device):
@@ -222,6 +222,7 @@ def add_adapter(model, config: Config):
     )
     peft_model = get_peft_model(model, adapter)
     peft_model.peft_config["default"].base_model_name_or_path = config.model.name
+    fuse(model)
     if config.memory.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return peft_model
@@ -236,7 +237,9 @@ def load_adapter(model, adapter: Path, config: Config):
     from peft import PeftModel
 
     check_base(adapter, base_fingerprint(config), config.model.name)
-    return PeftModel.from_pretrained(model, adapter)
+    peft_model = PeftModel.from_pretrained(model, adapter)
+    fuse(model)
+    return peft_model
 
 
 def trainable(model) -> list:

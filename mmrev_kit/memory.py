@@ -183,7 +183,7 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
         return []
     if recipe.accumulates or moment == "optimizer step":
         rows.append(Row("gradients", 4 * count, "4 B a trainable number", word))
-    if recipe.width < 4 and moment != "optimizer step":
+    if recipe.width < 4 and not recipe.fused and moment != "optimizer step":
         copies = 1 if recipe.checkpointing else shapes.layers
         size = recipe.width * count * copies / shapes.layers
         rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once and keeps it for backward", word))

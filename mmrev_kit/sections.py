@@ -63,11 +63,11 @@ class ModelConfig:
 class QuantizationConfig:
     bits: int = 4  # 4: NF4; 16: the weights as they are
     double_quant: bool = True
-    compute_dtype: str = "fp16"  # fp16 (V100), bf16, or auto (bf16 where the GPU has it, fp32 on CPU)
+    compute_dtype: str = "fp16"  # fp16 (V100), bf16, fp32 (slow), or auto (bf16 where the GPU has it, fp32 on CPU)
 
     def __post_init__(self):
         _require(self.bits in (4, 16), "quantization.bits", self.bits, "must be 4 or 16")
-        known = ("fp16", "bf16", "auto")
+        known = ("fp16", "bf16", "fp32", "auto")
         _require(
             self.compute_dtype in known, "quantization.compute_dtype", self.compute_dtype,
             f"must be one of {', '.join(known)}",

@@ -395,7 +395,7 @@ def test_a_missing_file_is_refused_by_name():
         ("model.min_pixels", 0),
         ("model.min_pixels", 200_705),  # above max_pixels
         ("quantization.bits", 8),
-        ("quantization.compute_dtype", "fp32"),
+        ("quantization.compute_dtype", "fp8"),
         ("lora.r", 0),
         ("lora.alpha", 0),
         ("lora.dropout", 1.1),

@@ -92,7 +92,7 @@ def test_an_unknown_projection_is_refused(small_config):
 
 
 def test_compute_dtype(small_config):
-    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float32}
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.float32}
     for name, dtype in names.items():
         assert compute_dtype(small_config(f"quantization.compute_dtype={name}"), CPU) == dtype
 

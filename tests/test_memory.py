@@ -125,9 +125,6 @@ def tiny_config(tmp_path: Path, layers: int, more: str = ""):
 
 def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: int = 64) -> int:
     """Bytes that autograd saves for a pass through the layers, parameters apart, storage by storage."""
-    monkeypatch.setattr(  # on a GPU dropout keeps a mask of a byte a number; the CPU's keeps numbers
-        torch.nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
-    )
     peft_model = add_adapter(load_base(config, CPU), config).train()
     model = peft_model.get_base_model()
     language = model.model.language_model
@@ -172,8 +169,7 @@ def test_a_layer_saves_what_autograd_saves(tmp_path, monkeypatch, masked, bits, 
     shapes = read_shapes(two.model.name)
     recipe = Recipe(checkpointing=False, eager=attention == "eager", four=bits == 4)
     found = activations(shapes, two.lora, recipe, Pass(3, 64, 3, 0, masked))
-    copies = 2 * sum(lora_tensors(shapes, two.lora.r, two.lora.target_modules)) / shapes.layers
-    assert found.saved + copies == pytest.approx(measured, rel=0.001)
+    assert found.saved == pytest.approx(measured, rel=0.001)
 
 
 def test_checkpointing_keeps_the_input_of_every_layer(tmp_path, monkeypatch):

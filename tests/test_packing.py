@@ -11,6 +11,7 @@ import torch
 
 from mmrev_kit import batches, packing, steps
 from mmrev_kit.batches import Batcher, make_layout, obstacle, padded
+from mmrev_kit.fused import fuse, unfuse
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.packing import Group, Layout, attention_mask, gather_images, make_group, make_groups, row_positions
 from mmrev_kit.steps import accumulate, sample_losses
@@ -337,4 +338,24 @@ def test_the_work_of_a_token_by_hand():
     forward = 2 * 2 * layer * 10
     head = 2 * 4 * 11 * 3
     assert steps.work(text, 10, 3, recompute=False) == 2 * (forward + head)
-    assert steps.work(text, 10, 3, recompute=True) == 3 * forward + 2 * head
+    down = 2 * 2 * (4 * 5) * 10
+    assert steps.work(text, 10, 3, recompute=True) == 3 * forward - down + 2 * head
+    assert steps.work(text, 10, 3, recompute=True, adapted=["up_proj", "down_proj"]) == 3 * forward + 2 * head
+
+
+@pytest.mark.parametrize(("adapted", "downs"), [("q_proj", 1), ("down_proj", 2)])
+@pytest.mark.parametrize("change", [fuse, unfuse])
+def test_checkpointing_recomputes_what_the_work_counts(small_config, adapted, downs, change):
+    config = small_config(f"memory.gradient_checkpointing=true lora.target_modules=[{adapted}]")
+    model, calls = add_adapter(load_base(config, CPU), config).train(), Counter()
+    change(model.get_base_model())
+    for name, module in model.named_modules():
+        if ".language_model." in name and name.endswith(("_proj", "base_layer")) and not hasattr(module, "lora_A"):
+            kind = next(part for part in name.split(".") if part.endswith("_proj"))
+            module.register_forward_hook(lambda *_, kind=kind: calls.update([kind]))
+    task = prepare(config)
+    samples = [sample for rows in task.train.values() for sample in rows[:2]]
+    steps.sample_losses(model, task.encoder.collate(samples), CPU, torch.float32).sum().backward()
+    layers = model.config.text_config.num_hidden_layers
+    twice = {f"{name}_proj": 2 * layers for name in ("q", "k", "v", "o", "gate", "up")}
+    assert calls == twice | {"down_proj": downs * layers}

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmrev_kit import fused
 from mmrev_kit.config import run_dir
 from mmrev_kit.launch import evaluate, launch
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
@@ -48,6 +50,39 @@ def test_losses_and_gradients_equal_those_of_the_cpu(small_config, bits, dtype, 
     found = losses_and_gradient(config, GPU)
     assert (found[0] - expected[0]).abs().max() < tolerance * expected[0].abs().max()
     assert (found[1] - expected[1]).norm() < 4 * tolerance * expected[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_compute_what_the_lines_say(dtype):
+    """Enough rows that kernels are made, and other numbers of rows afterwards."""
+    for count in (300, 1000, 4097):
+        queries, keys = (torch.randn(count, heads, 128, device=GPU, dtype=dtype) for heads in (8, 2))
+        weights = [1 + 0.2 * torch.randn(128, device=GPU, dtype=dtype) for _ in range(2)]
+        angles = 6 * torch.rand(count, 64, device=GPU).repeat(1, 2)
+        forward = queries, keys, *weights, 1e-6, angles.cos(), angles.sin()
+        *_, query_scale, key_scale = fused.rotated_forward(*forward)
+        backward = (torch.randn_like(queries), torch.randn_like(keys), queries, keys, query_scale, key_scale, *weights)
+        wide = [torch.randn(count, 960, device=GPU, dtype=dtype) for _ in range(3)]
+        rows = torch.randn(count, 640, device=GPU)
+        weight = torch.ones(640, device=GPU, dtype=dtype)
+        scale = fused.norm_forward(rows, weight, 1e-6, dtype)[1]
+        for function, arguments in (
+            (fused.rotated_forward, forward),
+            (fused.rotated_backward, (*backward, *forward[-2:])),
+            (fused.norm_forward, (rows, weight, 1e-6, dtype)),
+            (fused.norm_backward, (torch.randn_like(rows).to(dtype), rows, scale, weight)),
+            (fused.gated_forward, wide[:2]),
+            (fused.gated_backward, wide),
+        ):
+            expected, found = (as_list(call(*arguments)) for call in (function, partial(fused.run, function)))
+            for left, right in zip(expected, found, strict=True):
+                assert left.dtype == right.dtype
+                close = 1e-5 if left.dtype == torch.float32 else 0.01 if dtype == torch.float16 else 0.04
+                assert (right.float() - left.float()).abs().max() <= close * left.float().abs().max()
+
+
+def as_list(found) -> list:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
 
 
 RUNS = (
@@ -139,19 +174,16 @@ def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_conf
 
 
 @TWO
-def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path):
-    """Two processes through NCCL against one. A small rate: 16-bit rounding grows with every step of Adam."""
-    common = "lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype=fp16 "
-    common += "training.learning_rate=2e-4 training.min_lr=1e-5"
-    one = launch(
-        small_config(
-            f"{common} launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
-        )
-    )
-    two = launch(small_config(f"{common} launch.num_processes=2 launch.output_dir={tmp_path}/two"))
+@pytest.mark.parametrize(("dtype", "close"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 1e-3)])
+def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path, dtype, close):
+    """Two processes through NCCL against one."""
+    common = f"lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype={dtype}"
+    one = f"launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
+    two = f"launch.num_processes=2 launch.output_dir={tmp_path}/two"
+    one, two = (launch(small_config(f"{common} {own}")) for own in (one, two))
     assert one["steps_per_epoch"] == two["steps_per_epoch"]
     skipped = [[step["global_step"] for step in run["steps"] if step.get("skipped")] for run in (one, two)]
     assert skipped[0] == skipped[1]
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
-        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=1e-3)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=1e-3)
+        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=close)
+        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close, abs=close * 1e-2)
