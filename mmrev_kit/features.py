@@ -58,9 +58,14 @@ def as_model_input(features: list, device) -> dict:
     import torch
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-    joined = torch.cat(features, dim=1)
-    if device.type == "cuda":  # through pinned memory, so that the GPU need not wait for the copy
-        joined = joined.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":  # through pinned memory, which PyTorch keeps for the next time: nothing waits for it
+        parts, _, width = features[0].shape
+        pinned = torch.empty(
+            parts, sum(part.shape[1] for part in features), width, dtype=features[0].dtype, pin_memory=True
+        )
+        joined = torch.cat(features, dim=1, out=pinned).to(device, non_blocking=True)
+    else:
+        joined = torch.cat(features, dim=1)
     layers = [[part] for part in joined[1:]]
     return {"image": BaseModelOutputWithDeepstackFeatures(pooler_output=[joined[0]], deepstack_features=layers)}
 

@@ -80,20 +80,37 @@ def gated_backward(gradient, gate, up):
     return of_gate, torch.nn.functional.silu(gate).mul_(gradient)
 
 
-def kept(shape, p: float, device):
-    """Which numbers dropout keeps: a boolean tensor, and the factor 1 / (1 - p) for those.
+def kept(shape, p: float):
+    """Which numbers dropout keeps on a CPU, and the factor 1 / (1 - p) for those.
 
-    On a CPU a draw of 64 bits decides four numbers (torch's own draws each alone, a sixth of the embedded model's
-    training time), so that p is taken in steps of 2^-16.
+    A draw of 64 bits decides four numbers (torch draws for each alone, a sixth of the embedded model's training time),
+    so that p is taken in steps of 2^-16.
     """
     import torch
 
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p), 1 / (1 - p)
     dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-shape.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[: shape.numel()].view(shape)
     return lanes >= dropped - 2**15, 2**16 / (2**16 - dropped)
+
+
+def masked(values, mask, factor: float):
+    """values x mask x factor."""
+    import torch
+
+    if values.device.type == "cpu":
+        return (values * mask).mul_(factor)
+    return torch.ops.aten.native_dropout_backward(values, mask, factor)  # one kernel
+
+
+def drop(rows, p: float):
+    """Dropout: its output, its mask, and the factor of what is kept."""
+    import torch
+
+    if rows.device.type == "cpu":
+        mask, factor = kept(rows.shape, p)
+        return masked(rows, mask, factor), mask, factor
+    return *torch.native_dropout(rows, p, True), 1 / (1 - p)
 
 
 def can_compile(device) -> bool:
@@ -168,30 +185,28 @@ def functions():
             return *run(rotated_backward, *gradients, *ctx.saved_tensors), None, None, None, None, None
 
     class Lora(torch.autograd.Function):
-        """x W' + s (x m A') B', with m the mask of dropout, whose 1 / (1 - p) is part of s; W gets no gradient."""
+        """layer(x) + s drop(x) A' B'; the layer's weight gets no gradient."""
 
         @staticmethod
         def forward(ctx, rows, down, up, layer, scaling, p):
-            mask, more = kept(rows.shape, p, rows.device) if p > 0 else (None, 1.0)
-            low = (rows if mask is None else rows * mask) @ down.t().to(rows.dtype)
-            ctx.layer, ctx.scaling = layer, scaling * more
+            dropped, mask, factor = drop(rows, p) if p > 0 else (rows, None, 1.0)
+            low = dropped @ down.t().to(rows.dtype)
+            ctx.layer, ctx.scaling, ctx.factor = layer, scaling, factor
             ctx.save_for_backward(rows, mask, low, down, up)
-            return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=ctx.scaling)
+            return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=scaling)
 
         @staticmethod
         def backward(ctx, gradient):
             rows, mask, low, down, up = ctx.saved_tensors
             of_low = (gradient @ up.to(gradient.dtype)).mul_(ctx.scaling)
             of_up = (gradient.t() @ low).to(up.dtype).mul_(ctx.scaling)
-            of_down = (of_low.t() @ (rows if mask is None else rows * mask)).to(down.dtype)
-            of_rows = None
+            dropped = rows if mask is None else masked(rows, mask, ctx.factor)
+            of_down, of_rows = (of_low.t() @ dropped).to(down.dtype), None
             if ctx.needs_input_grad[0]:
+                del dropped
                 of_rows = gradient @ weight_of(ctx.layer, gradient.dtype)
-                through = down.to(gradient.dtype)
-                if mask is None:
-                    of_rows.addmm_(of_low, through)
-                else:
-                    of_rows.addcmul_(of_low @ through, mask)
+                of_dropped = of_low @ down.to(gradient.dtype)
+                of_rows += of_dropped if mask is None else masked(of_dropped, mask, ctx.factor)
             return of_rows, of_down, of_up, None, None, None
 
     return Norm, Gated, Rotated, Lora

@@ -83,6 +83,12 @@ class Recipe:
         return 4 if self.upcast else self.width
 
     @property
+    def tower_out(self) -> int:
+        """Bytes of a number that the vision tower puts out: norms under autocast, and 4-bit layers after them, are
+        in fp32."""
+        return 4 if self.four else self.width
+
+    @property
     def out(self) -> int:
         """Bytes of a number that a linear layer of the decoder puts out."""
         return 4 if self.upcast else self.width
@@ -207,7 +213,7 @@ def vision_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
     if recipe.cached:
         patches = max(patches, VISION_PATCHES)
     h, w = shapes.v_hidden, recipe.width
-    out = 4 if recipe.four else w
+    out = recipe.tower_out
     held = (4 + w) * shapes.v_patch_values + w * h + (1 + shapes.v_deepstack) * out * shapes.hidden / shapes.v_merge
     each = held + max((4 * out + 16) * h, 4 * h + 2 * out * shapes.v_inter)
     return patches * each, f"{each:,.0f} B a patch x {patches:,}"

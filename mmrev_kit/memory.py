@@ -196,12 +196,14 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
 def moving_rows(shapes: ModelShapes, config: Config, recipe: Recipe, one: Pass, moment: str) -> list[Row]:
     """What comes and goes with a pass, at one moment of it."""
     found, word = activations(shapes, config.lora, recipe, one), "memory.micro_tokens"
-    features = one.visual * (1 + shapes.v_deepstack) * recipe.width * shapes.hidden if recipe.cached else 0
+    each = (1 + shapes.v_deepstack) * shapes.hidden * (recipe.width if recipe.cached else recipe.tower_out)
+    states = 0 if recipe.cached else recipe.tower_out * shapes.v_merge * shapes.v_hidden
+    features = one.visual * (each + states) if recipe.cached or moment != "vision tower" else 0
     pixels = 0 if recipe.cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
     inputs = one.tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
     rows = [
-        Row("vision features", features, f"{1 + shapes.v_deepstack} x {recipe.width} B x {shapes.hidden} x "
-            f"{one.visual:,} visual tokens", "memory.micro_tokens"),
+        Row("vision features", features, f"{each + states:,.0f} B x {one.visual:,} visual tokens: "
+            f"{1 + shapes.v_deepstack} x hidden{', and the last states of the tower' if states else ''}", word),
         Row("inputs", inputs, "ids, positions, the mask (1 B a pair of tokens); pixels without the cache", word),
     ]  # fmt: skip
     if recipe.checkpointing:

@@ -28,9 +28,10 @@ ROOT = Path(__file__).parent.parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def losses_and_gradient(config, device):
+def losses_and_gradient(config, device, change=fused.fuse):
     torch.manual_seed(seed_for(0, "adapter"))
     model = add_adapter(load_base(config, CPU if device == CPU else GPU), config).train()
+    change(model.get_base_model())
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable(model):
         parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(device)
@@ -42,14 +43,16 @@ def losses_and_gradient(config, device):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 0.01), ("bf16", 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 0.01), ("bf16", 0.05)])
 def test_losses_and_gradients_equal_those_of_the_cpu(small_config, bits, dtype, tolerance):
+    """The gradient in 16 bit is as far from fp32 as the libraries' own modules bring it, and no further."""
     config = small_config(f"lora.dropout=0 quantization.bits={bits}")
     expected = losses_and_gradient(config, CPU)
     config.quantization.compute_dtype = dtype
-    found = losses_and_gradient(config, GPU)
+    found, stock = (losses_and_gradient(config, GPU, change) for change in (fused.fuse, fused.unfuse))
     assert (found[0] - expected[0]).abs().max() < tolerance * expected[0].abs().max()
-    assert (found[1] - expected[1]).norm() < 4 * tolerance * expected[1].norm()
+    error, own = ((gradient - expected[1]).norm() / expected[1].norm() for _, gradient in (found, stock))
+    assert error < max(1.25 * own, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
