@@ -55,7 +55,7 @@ def measured_cells() -> list[list[str]]:
 
 def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_reserved():
     cells, config = measured_cells(), load_config(LARGE, "launch.num_processes=1")
-    assert len(cells) > 90
+    assert len(cells) > 170
     for size, micro, checkpointing, logits, vision, rows, _, _, allocated, _, _, reserved, _ in cells:
         images, packed = int(micro.split()[0]), rows == "packed"
         answers = images * (8 * 9 if packed else 9)  # packed: 8 rows an image, its 205 tokens shared, 36 of their own
@@ -67,7 +67,7 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
         found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
         if allocated == "out of memory":
-            assert found.allocated_gib > 80
+            assert found.reserved_gib > 79.2  # the card's
         else:
             assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
