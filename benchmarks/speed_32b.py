@@ -244,7 +244,7 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
     """The kit's recipes of part 1 and part 2."""
     shuffled = list(forward)
     rng_for(0, "order").shuffle(shuffled)
-    count, found = (4 if bench.cuda else 2), {"1": [], "2": []}
+    count, found = (8 if bench.cuda else 2), {"1": [], "2": []}
     if "1" in parts:
         four, many = forward_windows(forward, 4, 15, count), forward_windows(forward, 16, 15, 2)
         found["1"] = [

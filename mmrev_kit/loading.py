@@ -111,7 +111,7 @@ def finish_base(model):
     """What every base needs, wherever its weights come from: frozen, unpacked on CPU, elementwise steps fused, summed
     in fp32, and a vision tower that takes images together."""
     model.requires_grad_(False)
-    model.config.use_cache = False
+    model.config.use_cache = model.config.text_config.use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)
     fuse(model)
     keep_residual_in_fp32(model)

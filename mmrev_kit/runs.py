@@ -132,6 +132,7 @@ def new_folder(target: str | Path, size: int | None = None):
             yield temporary
             os.chmod(temporary, 0o755)
             for file in temporary.iterdir():
+                os.chmod(file, 0o644)  # safetensors lets nobody else read its files
                 _sync(file)
             if target.exists():
                 remove_folder(old)

@@ -171,11 +171,13 @@ def steps(folder: Path) -> int:
 def wait_for_end(pids) -> None:
     """Of all of these processes, within 10 s; a zombie has ended."""
 
-    def running() -> list[int]:
-        stats = [Path(f"/proc/{pid}/stat") for pid in pids]
-        return [stat for stat in stats if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
-    wait_for(lambda: not running(), 10, "end of all processes")
+    wait_for(lambda: not any(map(runs, pids)), 10, "end of all processes")
 
 
 def test_forked_workers_end_with_an_interrupt_a_dead_worker_and_a_dead_kernel(lab, small_overrides, tmp_path):

@@ -146,6 +146,14 @@ def test_new_folder_takes_its_place_at_the_end(tmp_path):
     assert names(target) == ["a.txt"]
 
 
+def test_others_may_read_what_a_run_saves(tmp_path):
+    with new_folder(tmp_path / "last") as folder:
+        (folder / "adapter.safetensors").write_bytes(b"1")
+        (folder / "adapter.safetensors").chmod(0o600)  # as safetensors writes its files
+    for path in (tmp_path / "last", tmp_path / "last" / "adapter.safetensors"):
+        assert path.stat().st_mode & 0o044 == 0o044
+
+
 def test_new_folder_replaces_the_old_one_as_a_whole(tmp_path):
     target = tmp_path / "best"
     target.mkdir()
