@@ -311,7 +311,7 @@ def fused_class(module):
         return None
     if kind is mlp and module.config.hidden_act != "silu":
         return None
-    if kind is attention and not (frozen(module.q_norm) and frozen(module.k_norm)):
+    if kind is attention and (module.attention_dropout or not (frozen(module.q_norm) and frozen(module.k_norm))):
         return None
     return classes().get(kind)
 

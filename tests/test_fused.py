@@ -100,6 +100,14 @@ def test_attention_is_the_librarys(dtype, close, masked):
         assert (ours - expected).abs().max() <= close * expected.abs().max()
 
 
+def test_attention_with_dropout_stays_the_librarys():
+    config = AutoConfig.from_pretrained(EMBEDDED_MODEL).text_config
+    own = Qwen3VLTextAttention(config, 0).requires_grad_(False)
+    assert fused_class(own) is classes()[Qwen3VLTextAttention]
+    own.attention_dropout = 0.1
+    assert fused_class(own) is None
+
+
 def test_attention_with_a_cache_is_the_librarys():
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(EMBEDDED_MODEL).text_config

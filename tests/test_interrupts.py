@@ -133,7 +133,7 @@ def lab(tmp_path_factory):
 
 
 LONG = "training.num_epochs=3 training.save_steps=1 training.batch_size=4 launch.num_processes=2"
-STUCK = """
+PROGRAM = """
 import sys, time, signal
 from pathlib import Path
 from mmrev_kit import launch
@@ -143,15 +143,21 @@ from mmrev_kit.processes import place
 def stuck(folder):
     with place(folder) as state:
         (folder / f"{state.process_index}").touch()
+BODY
+
+folder = Path(sys.argv[1])
+config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=2")
+launch._run_forked(launch.Job(config, folder, "log", stuck, (folder,), lambda: None))
+"""
+STUCK = """
         if state.process_index == 1:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             time.sleep(600)
         import torch
         torch.distributed.all_reduce(torch.zeros(1))
-
-folder = Path(sys.argv[1])
-config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=2")
-launch._run_forked(launch.Job(config, folder, "log", stuck, (folder,), lambda: None))
+"""
+DONE = """
+    time.sleep(600)
 """
 
 
@@ -254,10 +260,13 @@ def test_an_interrupt_from_the_terminal_ends_papermill_and_its_run(small_overrid
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_workers_that_wait_for_each_other_end_too(tmp_path, sign):
+@pytest.mark.parametrize("body", [STUCK, DONE], ids=["waiting for each other", "all work done"])
+def test_workers_end_whatever_they_do(tmp_path, sign, body):
+    """An interrupt after `place` ends a worker without a result, for which torch's launcher waits for ever."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [sys.executable, "-c", PROGRAM.replace("BODY", body), str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), 120, "start")
     time.sleep(0.5)  # until the first one waits for the second
     run = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
