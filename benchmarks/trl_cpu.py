@@ -32,9 +32,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
-KIT_SPINS = "10000"  # GOMP_SPINCOUNT of the kit's launched runs (launch.SPINS)
 PLACES = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
-SETTINGS = list(itertools.product(PLACES, (None, KIT_SPINS)))  # and whether OpenMP waits as it does by itself
 SKIPPED = 5  # first steps that are no steady state
 COMMON = "quantization.bits=16 training.lr_patience=1000 training.min_val_loss=0"
 KITS = {"kit": "", "kit, grouping epoch": "training.grouping=epoch"}
@@ -257,18 +255,22 @@ def train_trl(job: dict) -> dict:
 
 def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
     """TRL's fastest settings on the first rows, and a line about each that was tried."""
+    from mmrev_kit.launch import SPINS
+
     tried = []
-    for (attention, workers), spins in SETTINGS:
+    for (attention, workers), spins in itertools.product(PLACES, (None, SPINS)):  # None: as OpenMP waits by itself
         own = {"attention": attention, "workers": workers, "spins": spins}
         limit = {"limit": job["batch"] * 25, "output": f"{job['folder']}/try"}
         tried.append((run_job(python, "trl", job | own | limit)["steady"], own))
-    how = {None: "", KIT_SPINS: ", threads that wait as the kit's"}
+    how = {None: "", SPINS: ", threads that wait as the kit's"}
     lines = [f"{own['attention']}, {own['workers']} workers{how[own['spins']]}: {rate:.1f}" for rate, own in tried]
     return max(tried, key=lambda pair: pair[0])[1], lines
 
 
 def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> None:
     """Train with all in turns, once a seed, and print the table of one part."""
+    from mmrev_kit.launch import SPINS
+
     found = {name: [] for name in (*KITS, "TRL")}
     for seed in range(seeds):
         job = export(part, seed, epochs, folder)
@@ -278,7 +280,7 @@ def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> N
             print(f"TRL's settings, samples/s: {'; '.join(lines)}.\n")
         for number, name in enumerate(found):
             own = {"output": f"{folder}/{part}_{seed}_{number}"}
-            own |= chosen if name == "TRL" else {"more": KITS[name], "spins": KIT_SPINS}
+            own |= chosen if name == "TRL" else {"more": KITS[name], "spins": SPINS}
             result = run_job(*((python, "trl") if name == "TRL" else (sys.executable, "kit")), job | own)
             found[name].append(result)
         losses = score(job, {name: results[-1]["adapter"] for name, results in found.items()})

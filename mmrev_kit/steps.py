@@ -15,6 +15,7 @@ from functools import partial
 from mmrev_kit.batches import Batch, from_labels
 from mmrev_kit.config import seed_for
 from mmrev_kit.features import core_model
+from mmrev_kit.fused import fuse, unfuse
 from mmrev_kit.loading import trainable
 from mmrev_kit.prompts import Sample
 from mmrev_kit.speed import work
@@ -204,22 +205,39 @@ def find_fault(run, samples: list[Sample]) -> str | None:
     for batch in run.batcher.batches(samples, state.process_index, state.num_processes):
         if fault := broken_image(run, batch.samples):
             return fault
-        met, hooks = {}, []
-        for name, module in run.model.named_modules():
-            hooks.append(module.register_forward_hook(partial(_watch, met, name.removeprefix("base_model.model."))))
-        try:
-            losses = sample_losses(run.model, batch, state.device, run.dtype)
-            if run.model.training and "forward" not in met:
-                (scale * losses.sum() / len(samples)).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        met, losses = _look(run, batch, scale / len(samples))
+        if "forward" in met:  # the libraries' own modules name the part of a joined one
+            unfuse(core_model(run.model))
+            try:
+                finer, _ = _look(run, batch, None)
+            finally:
+                fuse(core_model(run.model))
+            met = finer if "forward" in finer else met
         if met or not is_finite(losses):
             rows = [sample.row.where for sample, loss in zip(batch.samples, losses, strict=True) if not is_finite(loss)]
             return _advice(run, batch, met, rows or [sample.row.where for sample in batch.samples])
     broken = (name for name, p in run.model.named_parameters() if p.grad is not None and not is_finite(p.grad))
     name = next(broken, None)
     return name and f"The gradient of {name} is not finite. Lower training.learning_rate."
+
+
+def _look(run, batch: Batch, factor: float | None):
+    """One pass with every layer watched; with a `factor` on the losses' sum, in training, the backward pass too.
+
+    Returns:
+        What `_watch` met, and the losses.
+    """
+    met, hooks = {}, []
+    for name, module in run.model.named_modules():
+        hooks.append(module.register_forward_hook(partial(_watch, met, name.removeprefix("base_model.model."))))
+    try:
+        losses = sample_losses(run.model, batch, run.state.device, run.dtype)
+        if factor is not None and run.model.training and "forward" not in met:
+            (factor * losses.sum()).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return met, losses
 
 
 def _watch(met: dict[str, str], name: str, module, arguments, output) -> None:

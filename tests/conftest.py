@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # several programs at once; before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launched runs have it, and before torch is loaded
 
 import pytest
 

@@ -78,7 +78,7 @@ def test_an_overflow_that_only_the_adapter_has_is_told_apart(small_config, state
     run = start(small_config(FP16), state)
     layer(run).self_attn.o_proj.lora_B.default.weight.data.fill_(1e5)
     text = explain(run, run.task.train["forward"][:4])
-    assert "model.language_model.layers.3.self_attn.o_proj (fp16" in text
+    assert "model.language_model.layers.3.self_attn.o_proj.lora_B.default (fp16" in text
     assert "The base model alone does not have it: lower training.learning_rate or lora.alpha" in text
 
 

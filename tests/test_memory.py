@@ -11,7 +11,16 @@ import torch
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
 from mmrev_kit.layers import Pass, Recipe, activations
 from mmrev_kit.loading import add_adapter, load_base, trainable
-from mmrev_kit.memory import MOMENTS, estimate, evaluation, lora_tensors, nf4_bytes, optimizer_bytes, weight_rows
+from mmrev_kit.memory import (
+    CONTEXT_GIB,
+    MOMENTS,
+    estimate,
+    evaluation,
+    lora_tensors,
+    nf4_bytes,
+    optimizer_bytes,
+    weight_rows,
+)
 from mmrev_kit.planning import from_lengths, passes_of, plan
 from mmrev_kit.sizes import as_shapes, published, read_shapes
 
@@ -67,7 +76,7 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
         found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
         if allocated == "out of memory":
-            assert found.reserved_gib > 79.2  # the card's
+            assert found.allocated_gib + CONTEXT_GIB > 79.18  # the card's: no order of allocations makes it fit
         else:
             assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)

@@ -125,7 +125,6 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert page.count("data:image/png") >= 2 + 16  # two figures, and right or wrong answers with their pictures
 
 
-@pytest.mark.long
 def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
     executed = tmp_path / "reproduce.ipynb"
     words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]

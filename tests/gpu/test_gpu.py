@@ -43,7 +43,7 @@ def losses_and_gradient(config, device, change=fused.fuse):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 0.01), ("bf16", 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 0.01), ("bf16", 0.05)])
 def test_losses_and_gradients_equal_those_of_the_cpu(small_config, bits, dtype, tolerance):
     """The gradient in 16 bit is as far from fp32 as the libraries' own modules bring it, and no further."""
     config = small_config(f"lora.dropout=0 quantization.bits={bits}")
@@ -52,7 +52,8 @@ def test_losses_and_gradients_equal_those_of_the_cpu(small_config, bits, dtype, 
     found, stock = (losses_and_gradient(config, GPU, change) for change in (fused.fuse, fused.unfuse))
     assert (found[0] - expected[0]).abs().max() < tolerance * expected[0].abs().max()
     error, own = ((gradient - expected[1]).norm() / expected[1].norm() for _, gradient in (found, stock))
-    assert error < max(1.25 * own, tolerance)
+    assert error < 4 * tolerance
+    assert error < max(1.25 * own, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -179,8 +180,9 @@ def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_conf
 @TWO
 @pytest.mark.parametrize(("dtype", "close"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 1e-3)])
 def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path, dtype, close):
-    """Two processes through NCCL against one; losses below 1 are compared as they are."""
-    common = f"lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype={dtype}"
+    """Two processes through NCCL against one. A small rate: 16-bit rounding grows with every step of Adam."""
+    common = f"lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype={dtype} "
+    common += "training.learning_rate=2e-4 training.min_lr=1e-5"
     one = f"launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
     two = f"launch.num_processes=2 launch.output_dir={tmp_path}/two"
     one, two = (launch(small_config(f"{common} {own}")) for own in (one, two))
@@ -188,5 +190,5 @@ def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tm
     skipped = [[step["global_step"] for step in run["steps"] if step.get("skipped")] for run in (one, two)]
     assert skipped[0] == skipped[1]
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
-        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=close, abs=close)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close, abs=close)
+        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=close)
+        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close)
