@@ -245,28 +245,27 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
     shuffled = list(forward)
     rng_for(0, "order").shuffle(shuffled)
     count, found = (8 if bench.cuda else 2), {"1": [], "2": []}
+    four, alone = forward_windows(forward, 4, 15, count), chunks(shuffled, 64)[:count]
+    groupings = {"batch": chunks(mixed, 64)[:count], "epoch": chunks(by_image(bench, mixed), 64)[:count]}
+    if not note:  # kernels are made, and read for each shape of product, when they are first needed
+        first = [window for windows in (four, alone, *groupings.values()) for window in windows[:3]]
+        for tokens in (4096, 8192):
+            kit_recipe(bench, "first updates, not in the table", first, micro_tokens=tokens)
     if "1" in parts:
-        four, many = forward_windows(forward, 4, 15, count), forward_windows(forward, 16, 15, 2)
+        name = "kit, default grouping of 20 people, 64 rows"
         found["1"] = [
             kit_recipe(bench, f"kit, 4 images x 15 rows{note}", four, micro_tokens=4096),
-            kit_recipe(bench, f"kit, default grouping of 20 people, 64 rows{note}", chunks(shuffled, 64)[:count],
-                       micro_tokens=4096),
-        ]  # fmt: skip
+            kit_recipe(bench, f"{name}{note}", alone, micro_tokens=4096),
+        ]
         if not note:
+            many = forward_windows(forward, 16, 15, 2)
             found["1"] += [
-                kit_recipe(
-                    bench,
-                    "kit, default grouping of 20 people, 64 rows, one pass",
-                    chunks(shuffled, 64)[:count],
-                    micro_tokens=8192,
-                ),
+                kit_recipe(bench, f"{name}, one pass", alone, micro_tokens=8192),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 8,192 tokens", many, micro_tokens=8192),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 16,384 tokens", many, micro_tokens=16384),
             ]
     if "2" in parts:
-        together = by_image(bench, mixed)
-        for name, rows in (("batch", mixed), ("epoch", together)):
-            windows = chunks(rows, 64)[:count]
+        for name, windows in groupings.items():
             for tokens in (4096,) if note else (4096, 8192):
                 label = f"kit, grouping {name}, passes of {tokens:,} tokens{note}"
                 found["2"].append(kit_recipe(bench, label, windows, micro_tokens=tokens))

@@ -3,7 +3,7 @@
 RMSNorm, the gated product, RMSNorm with rotary positions, and a linear layer with LoRA are two to twelve operations in
 the libraries' modules, each of which reads and writes every activation and is started by the host. Here each is one
 `autograd.Function` that saves less: a norm its input as it came, in 16 bit where it is that; the gated product gate
-and up but not gate's SiLU; LoRA its input, which q, k and v share, and the mask of its dropout in a byte a number. On
+and up but not gate's SiLU; LoRA its input, which q, k and v share, and the mask of its dropout. On
 GPUs for which torch.compile can make kernels the elementwise ones become one kernel each; elsewhere the same lines run
 operation by operation.
 """
@@ -80,37 +80,39 @@ def gated_backward(gradient, gate, up):
     return of_gate, torch.nn.functional.silu(gate).mul_(gradient)
 
 
-def kept(shape, p: float):
-    """Which numbers dropout keeps on a CPU, and the factor 1 / (1 - p) for those.
+def kept(shape, p: float, dtype):
+    """Which numbers dropout keeps on a CPU, as 0 and 1, and the factor 1 / (1 - p) for those.
 
     A draw of 64 bits decides four numbers (torch draws for each alone, a sixth of the embedded model's training time),
-    so that p is taken in steps of 2^-16.
+    so that p is taken in steps of 2^-16. Booleans would be turned into numbers again at every use, which takes longer
+    than the product.
     """
     import torch
 
     dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-shape.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[: shape.numel()].view(shape)
-    return lanes >= dropped - 2**15, 2**16 / (2**16 - dropped)
+    mask = torch.ge(lanes, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
+    return mask, 2**16 / (2**16 - dropped)
 
 
 def masked(values, mask, factor: float):
-    """values x mask x factor."""
+    """values x mask x factor; on a CPU the factor is left to others, see `drop`."""
     import torch
 
     if values.device.type == "cpu":
-        return (values * mask).mul_(factor)
+        return values * mask
     return torch.ops.aten.native_dropout_backward(values, mask, factor)  # one kernel
 
 
 def drop(rows, p: float):
-    """Dropout: its output, its mask, and the factor of what is kept."""
+    """Dropout: its output, its mask, the factor that both passes apply, and the one that is left to apply."""
     import torch
 
     if rows.device.type == "cpu":
-        mask, factor = kept(rows.shape, p)
-        return masked(rows, mask, factor), mask, factor
-    return *torch.native_dropout(rows, p, True), 1 / (1 - p)
+        mask, factor = kept(rows.shape, p, rows.dtype)
+        return rows * mask, mask, 1.0, factor
+    return *torch.native_dropout(rows, p, True), 1 / (1 - p), 1.0
 
 
 def can_compile(device) -> bool:
@@ -189,7 +191,8 @@ def functions():
 
         @staticmethod
         def forward(ctx, rows, down, up, layer, scaling, p):
-            dropped, mask, factor = drop(rows, p) if p > 0 else (rows, None, 1.0)
+            dropped, mask, factor, left = drop(rows, p) if p > 0 else (rows, None, 1.0, 1.0)
+            scaling *= left  # on a CPU the factor goes where the numbers are few
             low = dropped @ down.t().to(rows.dtype)
             ctx.layer, ctx.scaling, ctx.factor = layer, scaling, factor
             ctx.save_for_backward(rows, mask, low, down, up)
@@ -241,6 +244,17 @@ def classes() -> dict:
             gate, up = self.gate_proj(x), self.up_proj(x)
             return self.down_proj(gated_function.apply(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
 
+    class FusedLayer(stock.Qwen3VLTextDecoderLayer):
+        def forward(self, hidden_states, wanted=None, **more):
+            """With `wanted`, (sequences, length) booleans, the last layer returns those tokens alone, (1, n, h): its
+            MLP is not computed for the others, which nothing looks at."""
+            own = self.self_attn
+            if wanted is None or own.layer_idx < own.config.num_hidden_layers - 1:
+                return super().forward(hidden_states, **more)
+            attended, _ = own(hidden_states=self.input_layernorm(hidden_states), **more)
+            summed = (hidden_states + attended)[wanted][None]
+            return summed + self.mlp(self.post_attention_layernorm(summed))
+
     class FusedAttention(stock.Qwen3VLTextAttention):
         def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, **more):
             shape = hidden_states.shape[:-1]
@@ -265,6 +279,7 @@ def classes() -> dict:
         stock.Qwen3VLTextRMSNorm: FusedNorm,
         stock.Qwen3VLTextMLP: FusedMLP,
         stock.Qwen3VLTextAttention: FusedAttention,
+        stock.Qwen3VLTextDecoderLayer: FusedLayer,
     }
 
 
@@ -306,7 +321,7 @@ def fused_class(module):
     if kind.__module__.startswith("peft.tuners.lora") and kind.__name__ in ("Linear", "Linear4bit"):
         base = module.get_base_layer()
         return lora_class(kind) if frozen(base) and base.bias is None else None
-    norm, mlp, attention = classes()
+    norm, mlp, attention, _ = classes()
     if kind is norm and not frozen(module):
         return None
     if kind is mlp and module.config.hidden_act != "silu":
@@ -324,6 +339,14 @@ def fuse(model) -> None:
     """
     for module in model.model.language_model.modules():
         module.__class__ = fused_class(module) or type(module)
+
+
+def takes_wanted(model) -> bool:
+    """Whether this Qwen3-VL is to be given `wanted`: its last decoder layer is fused, adds no vision features, and is
+    on a CPU. On a GPU that would spare the 32B 1 % of its work, and memory is estimated without it."""
+    layers = model.model.language_model.layers
+    fused = type(layers[-1]).__module__ == __name__ and model.device.type == "cpu"
+    return fused and len(layers) > len(model.config.vision_config.deepstack_visual_indexes)
 
 
 def unfuse(model) -> None:

@@ -297,7 +297,7 @@ def settle_memory(config: Config, windows, samples: list[Sample], image_id: int,
 
     Args:
         windows: the rows of every update.
-        samples: every row of training and validation.
+        samples: every row of training and validation, and the longest of the tests.
 
     Returns:
         The configuration to go on with, and a `Plan`; on a CPU the configuration as it is and None, and None too where

@@ -15,8 +15,7 @@ from functools import partial
 from mmrev_kit.batches import Batch, from_labels
 from mmrev_kit.config import seed_for
 from mmrev_kit.features import core_model
-from mmrev_kit.fused import fuse, unfuse
-from mmrev_kit.loading import trainable
+from mmrev_kit.fused import fuse, takes_wanted, unfuse
 from mmrev_kit.prompts import Sample
 from mmrev_kit.speed import work
 
@@ -52,8 +51,11 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
     counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
     if (counts == 0).any():
         raise TrainingError("A sample has no answer token left to learn from. Run the data check.")
+    inputs = dict(batch.inputs)
+    if takes_wanted(core_model(model)):
+        inputs["wanted"] = inputs.pop("logits_to_keep")
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(**batch.inputs).logits
+        logits = model(**inputs).logits.flatten(0, -2)
     if batch.predictor is not None:
         logits = logits[batch.predictor]
     losses = torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
@@ -74,7 +76,7 @@ def _sum_gradients(run) -> None:
     """Add up the gradients of all processes; a process that had no row in this window adds zeros."""
     import torch
 
-    parameters = trainable(run.model)
+    parameters = run.parameters
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -89,7 +91,8 @@ def _sum_gradients(run) -> None:
 def accumulate(run, samples: list[Sample]) -> float:
     """Backward through one effective batch; afterwards `.grad` holds the gradient of its mean loss on every rank.
 
-    `run.computed` is set to the tokens and logits computed for it by all processes.
+    `run.computed` is set to the tokens and logits computed for it by all processes, `run.peaks` to each process's peak
+    memory so far, in GiB.
 
     Returns:
         The mean loss over `samples`.
@@ -102,7 +105,10 @@ def accumulate(run, samples: list[Sample]) -> float:
         tokens, logits = tokens + batch.tokens, logits + len(batch.target)
     _sum_gradients(run)
     total = sum(part.double().sum().item() for part in losses)
-    loss, tokens, logits, run.stops = _sum_over_processes(run, [total, tokens, logits, float(run.interrupted)])
+    peaks = [0.0] * run.state.num_processes
+    peaks[run.state.process_index] = peak_memory_gib(run.state.device)
+    sums = _sum_over_processes(run, [total, tokens, logits, float(run.interrupted), *peaks])
+    loss, tokens, logits, run.stops, *run.peaks = sums
     run.computed = int(tokens), int(logits)
     return loss / len(samples)
 
@@ -125,7 +131,7 @@ def update(run, samples: list[Sample]) -> dict:
         group["lr"] = rate
     loss = accumulate(run, samples)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trainable(run.model), run.config.training.max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.training.max_grad_norm).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite or run.scaler.is_enabled():
         run.scaler.step(run.optimizer)
@@ -135,7 +141,9 @@ def update(run, samples: list[Sample]) -> dict:
     run.progress["global_step"] += 1
     record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}
     record |= speed(run, len(samples), time.perf_counter() - began)
-    record["peak_memory_gib"] = peak_memory_gib(run.state.device)
+    record["peak_memory_gib"] = max(run.peaks)
+    if run.state.num_processes > 1:
+        record["peak_memory_gib_by_process"] = run.peaks
     return record if finite else record | {"skipped": True}
 
 

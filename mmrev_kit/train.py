@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, tidy_run, write_manifest
 from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
 from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
-from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.data import DataError, RunData, longest_tests, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
@@ -95,10 +96,16 @@ class Run:
     memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
     matrix_rate: float | None = None  # operations a second of one card's matrix products
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
+    peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
     skipped: int = 0
     interrupted: bool = False  # an interrupt has arrived in this process
     stops: bool = False  # all processes know of it, and stop together
+
+    @cached_property
+    def parameters(self) -> list:
+        """What is trained; looked up once, which takes as long as a small update."""
+        return trainable(self.model)
 
     @property
     def batch(self) -> int:
@@ -116,7 +123,7 @@ def make_optimizer(config: Config, parameters: list, device):
     training = config.training
     options = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, fused=device.type == "cpu" or None, **options)
     import bitsandbytes
 
     paged = training.optimizer == "paged_adamw_8bit"
@@ -150,12 +157,13 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
 
 
 def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
-    """See `planning.settle_memory`; the rows are those of every update."""
+    """See `planning.settle_memory`; the rows are those of every update, and the longest that an evaluation asks."""
     windows = []
     for epoch in range(task.plan.epochs):
         rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
         windows += chunks(rows, effective_batch(config, state.num_processes))
-    return settle_memory(config, windows, used_samples(task), task.encoder.image_id, state)
+    asked = [sample for sample in encode_all(longest_tests(config), task.encoder, quiet=True)[0] if sample is not None]
+    return settle_memory(config, windows, used_samples(task) + asked, task.encoder.image_id, state)
 
 
 def start(config: Config, state) -> Run:

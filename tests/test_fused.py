@@ -149,7 +149,7 @@ def test_a_lora_layer_is_pefts_with_the_same_mask(four, dropout, monkeypatch):
     own.__class__ = fused_class(own)
     assert type(own).__mro__[1] is type(stock) and type(stock).__name__ == ("Linear4bit" if four else "Linear")
     mask = torch.rand(2, 7, 24) > dropout
-    monkeypatch.setattr(fused, "kept", lambda shape, p: (mask.view(shape), 1 / (1 - p)))
+    monkeypatch.setattr(fused, "kept", lambda shape, p, dtype: (mask.view(shape).to(dtype), 1 / (1 - p)))
     if dropout:
         stock.lora_dropout["default"].forward = lambda x: x * mask / (1 - dropout)
     gradient, found = torch.randn(2, 7, 40), []
@@ -203,7 +203,7 @@ def test_a_lora_layer_leaves_to_peft_what_it_does_not_do():
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_keeps_each_number_with_its_probability(p):
     torch.manual_seed(3)
-    mask, factor = kept(torch.Size((1001, 401)), p)
+    mask, factor = kept(torch.Size((1001, 401)), p, torch.float32)
     assert mask.shape == (1001, 401) and factor == pytest.approx(1 / (1 - p), rel=2e-4)
     parts = [mask.flatten()[lane::4].float() for lane in range(4)]  # the four numbers of a draw
     for part in parts:
@@ -211,7 +211,7 @@ def test_dropout_keeps_each_number_with_its_probability(p):
     together = torch.corrcoef(torch.stack([part[: len(parts[3])] for part in parts]))
     assert (together - torch.eye(4)).abs().max() < 5 / len(parts[3]) ** 0.5
     torch.manual_seed(3)
-    assert torch.equal(kept(torch.Size((1001, 401)), p)[0], mask)
+    assert torch.equal(kept(torch.Size((1001, 401)), p, torch.float32)[0], mask)
 
 
 @pytest.mark.parametrize("more", ["", "quantization.bits=16 memory.gradient_checkpointing=true"])

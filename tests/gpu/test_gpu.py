@@ -29,8 +29,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def losses_and_gradient(config, device, change=fused.fuse):
+    """The base is quantized on the CPU in either case: a GPU rounds a few of NF4's constants otherwise, so that its
+    weights are other ones."""
     torch.manual_seed(seed_for(0, "adapter"))
-    model = add_adapter(load_base(config, CPU if device == CPU else GPU), config).train()
+    model = add_adapter(load_base(config, CPU).to(device), config).train()
     change(model.get_base_model())
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable(model):
