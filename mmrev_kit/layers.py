@@ -204,24 +204,35 @@ def logits_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
 
 
 def vision_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
-    """The tower, which keeps nothing for a backward pass: pixels, features, and a block's widest place.
+    """The tower, which keeps nothing for a backward pass: pixels, DeepStack's features, and a block's widest place.
 
-    A block's norms are in fp32 under autocast, and so is what 4-bit layers make of them. Attention holds queries, keys
-    and values, the rotated queries, and the keys' rotation in four steps of 4 B; the MLP its input and two times `f`.
+    A block's norms are in fp32 under autocast, and so is what 4-bit layers make of them. Attention holds its input,
+    queries, keys and values, the rotated queries, and the keys' rotation in four steps of 4 B; the MLP the block's
+    input and its own, the norm's output and two times `f`.
     """
     patches = one.visual * shapes.v_merge
     if recipe.cached:
         patches = max(patches, VISION_PATCHES)
-    h, w = shapes.v_hidden, recipe.width
-    out = recipe.tower_out
-    held = (4 + w) * shapes.v_patch_values + w * h + (1 + shapes.v_deepstack) * out * shapes.hidden / shapes.v_merge
-    each = held + max((4 * out + 16) * h, 4 * h + 2 * out * shapes.v_inter)
-    return patches * each, f"{each:,.0f} B a patch x {patches:,}"
+    return patches * tower_patch(shapes, recipe), f"{tower_patch(shapes, recipe):,.0f} B a patch x {patches:,}"
 
 
-def attention_state(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
-    """Keys and values of all layers, twice (those of the answer may still be there when the options are scored), and
-    one layer's states without gradients."""
-    cache = 4 * recipe.width * shapes.key * shapes.layers
-    layer = 2 * recipe.residual * shapes.hidden + 4 * shapes.query * 3 + 3 * recipe.width * shapes.inter
-    return (cache + layer) * one.tokens, f"({cache:,} B of keys and values + {layer:,.0f} B) a token x {one.tokens:,}"
+def tower_patch(shapes, recipe: Recipe) -> float:
+    """Bytes a patch, see `vision_bytes`."""
+    h, w, out = shapes.v_hidden, recipe.width, recipe.tower_out
+    held = (4 + w) * shapes.v_patch_values + shapes.v_deepstack * out * shapes.hidden / shapes.v_merge
+    return held + max((5 * out + 16) * h, (2 * out + 4) * h + 2 * out * shapes.v_inter)
+
+
+def prefill_bytes(shapes, recipe: Recipe, one: Pass) -> tuple[float, str]:
+    """The first pass over prompts at its peak, in the last layer's MLP, without gradients.
+
+    Keys and values of all layers; gate, up, their product, the norm's output and the MLP's; the residual stream at
+    three places. Of the images: pixels, the tower's last states, its features (DeepStack's twice: as they come and as
+    they are added) and the tokens made of them in fp32.
+    """
+    h, w, out = shapes.hidden, recipe.width, recipe.tower_out
+    token = 2 * w * shapes.key * shapes.layers + w * (3 * shapes.inter + 2 * h) + 3 * recipe.residual * h
+    features = out * h * (1 + 2 * shapes.v_deepstack) + 4 * h
+    visual = features + shapes.v_merge * (out * shapes.v_hidden + 4 * shapes.v_patch_values)
+    size = token * one.tokens + visual * one.visual
+    return size, f"{token:,.0f} B x {one.tokens:,} tokens + {visual:,.0f} B x {one.visual:,} visual tokens"

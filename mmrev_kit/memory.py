@@ -11,10 +11,10 @@ All sizes are in bytes until the table, which is in GiB.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmrev_kit.config import Config, ConfigError
-from mmrev_kit.layers import Pass, Recipe, activations, attention_state, largest_linear, logits_bytes, vision_bytes
+from mmrev_kit.layers import Pass, Recipe, activations, largest_linear, logits_bytes, prefill_bytes, vision_bytes
 from mmrev_kit.sizes import ModelShapes, as_shapes, visual_tokens
 
 GIB = 2**30
@@ -289,11 +289,6 @@ def _rows(shapes, config, recipe, one, processes, moment) -> list[Row]:
     if moment == "vision tower":
         size, how = vision_bytes(shapes, recipe, one)
         rows.append(Row("vision activations", size, how, "model.max_pixels"))
-    if moment == "evaluation":
-        size, how = attention_state(shapes, recipe, one)
-        rows.append(Row("keys, values and states", size, how, "evaluation.batch_size"))
-        size, how = logits_bytes(shapes, recipe, one)
-        rows.append(Row("logits", size, how, "evaluation.batch_size"))
     return [row for row in rows if row.size > 0]
 
 
@@ -310,15 +305,34 @@ def largest_pass(config: Config, shapes: ModelShapes) -> Pass:
     return Pass(rows, length, rows * 32, visual * rows, masked=True)
 
 
-def evaluation(config: Config, model_config, length: int, visual: int, options: int = 9) -> Estimate:
-    """Memory of an evaluation's pass: `evaluation.batch_size` prompts of `length` tokens, with their cache."""
-    shapes, size = as_shapes(model_config), config.evaluation.batch_size
-    recipe = Recipe.of(config)
-    one = Pass(size, length + config.evaluation.max_new_tokens, size * options, visual * size, masked=True)
+def evaluation(config: Config, model_config, length: int, visual: int, option: int = 9) -> Estimate:
+    """Memory of an evaluation's batch of `evaluation.batch_size` prompts.
+
+    Args:
+        length, visual: tokens and visual tokens of the longest prompt.
+        option: tokens of the longest option.
+    """
+    shapes, size, word = as_shapes(model_config), config.evaluation.batch_size, "evaluation.batch_size"
+    recipe = replace(Recipe.of(config), cached=False)
+    one = Pass(size, length, size * option, visual * size, masked=True)
     static = _static(shapes, config, recipe, 1, "evaluation")
-    tower = Row("vision activations", *vision_bytes(shapes, recipe, one), "evaluation.batch_size")
-    found = {"evaluation": _rows(shapes, config, recipe, one, 1, "evaluation"), "vision tower": [*static, tower]}
+    weight = largest_linear(shapes, recipe) if recipe.four else 0
+    cache = 2 * recipe.width * shapes.key * shapes.layers
+    tokens = size * (length + max(option, config.evaluation.max_new_tokens))
+    logits, how = logits_bytes(shapes, recipe, one)
+    moving = {
+        "vision tower": [Row("vision activations", *vision_bytes(shapes, recipe, one), word)],
+        "prompts": [
+            Row("keys, values and states", *prefill_bytes(shapes, recipe, one), word),
+            Row("16-bit weight", weight, "one weight at a time is turned to 16 bit for its product", ""),
+        ],
+        "options": [
+            Row("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
+            Row("logits", logits, how, word),
+        ],
+    }
+    found = {moment: [row for row in static + rows if row.size > 0] for moment, rows in moving.items()}
     moments = {moment: sum(row.gib for row in rows) for moment, rows in found.items()}
     moment = max(moments, key=moments.get)
-    logits = logits_bytes(shapes, recipe, one)[0] / GIB
-    return Estimate(found[moment], moment, moments, sum(row.gib for row in static), CONTEXT_GIB, one, logits)
+    still = sum(row.gib for row in static)
+    return Estimate(found[moment], moment, moments, still, CONTEXT_GIB, one, logits / GIB)

@@ -311,7 +311,8 @@ def settle_memory(config: Config, windows, samples: list[Sample], image_id: int,
         return config, None
     shapes, heavy = read_sizes(config), heaviest_windows(windows)
     longest = max(samples, key=lambda sample: len(sample.input_ids))
-    tested = evaluation(config, shapes, len(longest.input_ids), longest.image_tokens)
+    option = max(map(answers, ([sample] for sample in samples)))
+    tested = evaluation(config, shapes, len(longest.input_ids), longest.image_tokens, option)
     made: dict[int, list[list[Pass]]] = {}
 
     def work(limit: int) -> list[list[Pass]]:

@@ -83,17 +83,21 @@ def _rotate(states, cos, sin):
     return (values * cos + torch.cat((-right, left), dim=-1) * sin).to(states.dtype)
 
 
-def tower_block(block, hidden, cos, sin):
-    """One layer on (images, patches, hidden), all patches of an image attending to each other."""
+def attend(attention, hidden, cos, sin):
+    """Attention on (images, patches, hidden), all patches of an image attending to each other."""
     from torch.nn.functional import scaled_dot_product_attention
 
     images, patches, _ = hidden.shape
-    attention = block.attn
-    states = attention.qkv(block.norm1(hidden)).view(images, patches, 3, attention.num_heads, -1)
+    states = attention.qkv(hidden).view(images, patches, 3, attention.num_heads, -1)
     query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     mixed = scaled_dot_product_attention(query, key, value, scale=attention.scaling)
-    hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(images, patches, -1))
+    return attention.proj(mixed.transpose(1, 2).reshape(images, patches, -1))
+
+
+def tower_block(block, hidden, cos, sin):
+    """One layer on (images, patches, hidden). Nothing of attention is held any more when the MLP runs."""
+    hidden = hidden + attend(block.attn, block.norm1(hidden), cos, sin)
     return hidden + block.mlp(block.norm2(hidden))
 
 

@@ -70,6 +70,8 @@ print("bitsandbytes here:", "bitsandbytes" in sys.modules)
             manifest = json.loads((folder / str(number) / "small_reverse" / "manifest.json").read_text())
             assert manifest["num_processes"] == 2 and manifest["effective_batch"] == 16
             assert len(history["steps"]) == 19  # 300 rows in updates of 16
+            peaks = history["steps"][-1]["peak_memory_gib_by_process"]
+            assert len(peaks) == 2 and 0.1 < min(peaks) and max(peaks) == history["steps"][-1]["peak_memory_gib"]
             found[name, number] = [step["loss"] for step in history["steps"]]
     assert "bitsandbytes here: False" in found["clean"] and "fresh Python" not in found["clean"]
     assert "in a fresh Python (bitsandbytes has been imported in this kernel (peft imports it))" in found["peft"]

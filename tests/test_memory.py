@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmrev_kit import fused
 from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
-from mmrev_kit.layers import Pass, Recipe, activations
+from mmrev_kit.layers import Pass, Recipe, activations, tower_patch
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.memory import (
-    CONTEXT_GIB,
     MOMENTS,
     estimate,
     evaluation,
@@ -64,7 +64,7 @@ def measured_cells() -> list[list[str]]:
 
 def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_reserved():
     cells, config = measured_cells(), load_config(LARGE, "launch.num_processes=1")
-    assert len(cells) > 170
+    assert len(cells) == 192 and sum("out of memory" in row for row in cells) == 6
     for size, micro, checkpointing, logits, vision, rows, _, _, allocated, _, _, reserved, _ in cells:
         images, packed = int(micro.split()[0]), rows == "packed"
         answers = images * (8 * 9 if packed else 9)  # packed: 8 rows an image, its 205 tokens shared, 36 of their own
@@ -75,9 +75,8 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         )  # fmt: skip
         moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
         found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
-        if allocated == "out of memory":
-            assert found.allocated_gib + CONTEXT_GIB > 79.18  # the card's: no order of allocations makes it fit
-        else:
+        assert (found.device_gib > 79.18) == (allocated == "out of memory")  # the card's
+        if allocated != "out of memory":
             assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
 
@@ -132,6 +131,10 @@ def tiny_config(tmp_path: Path, layers: int, more: str = ""):
     return load_config("configs/tiny_cpu.yaml", f"model.name={file} quantization.compute_dtype=bf16 {more}")
 
 
+def drop_on_a_gpu(rows, p: float):
+    return *torch.native_dropout(rows, p, True), 1 / (1 - p), 1.0
+
+
 def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: int = 64) -> int:
     """Bytes that autograd saves for a pass through the layers, parameters apart, storage by storage."""
     peft_model = add_adapter(load_base(config, CPU), config).train()
@@ -156,6 +159,7 @@ def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: i
         monkeypatch.context() as patch,  # ends first, or autocast would find itself on and stay on
     ):
         patch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # PEFT asks for the GPU's
+        patch.setattr(fused, "drop", drop_on_a_gpu)
         language(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
     return sum(found.values())
 
@@ -316,6 +320,21 @@ def test_evaluation_counts_too(small_config, card):
         settle(small_config(f"{name}=512"))
 
 
+def test_an_evaluations_prompts_are_those_of_its_tests(small_config, card):
+    """Forward rows have one image; D2I asks with four, whatever is trained on."""
+    card(80.0)
+    from mmrev_kit.train import prepare
+
+    pixels = "model.min_pixels=65536 model.max_pixels=65536"
+    config = small_config(f"model.name=configs/models/qwen3vl_32b.json retention.retention_ratio=0 {pixels}")
+    trained = [sample for part in prepare(config).train.values() for sample in part]
+    asked, size = settle(config)[1].evaluation.pass_, config.evaluation.batch_size
+    assert {len(sample.row.images) for sample in trained} == {1}
+    assert asked.visual == 4 * size * max(sample.image_tokens for sample in trained)
+    assert asked.length > asked.visual / size
+    assert asked.logits == size * max(len(sample.input_ids) - sample.answer_start for sample in trained)
+
+
 def test_the_costliest_pass_counts_and_is_the_batchers_own(small_config):
     """19 small rows and one with four large images: the plan's passes are those that the batcher makes."""
     from mmrev_kit.batches import Batcher
@@ -341,18 +360,39 @@ def test_the_costliest_pass_counts_and_is_the_batchers_own(small_config):
         assert estimate(config, "32b", planned).allocated_gib > alone.allocated_gib
 
 
-def test_an_evaluation_of_the_2b_is_near_what_was_measured():
-    """105 prompts of up to 850 tokens, batches of 16, bf16, one H100; the estimate is 4 and 8 % above."""
-    for bits, measured in ((4, 5.71), (16, 7.78)):
-        config = load_config(None, f"quantization.bits={bits} evaluation.batch_size=16")
-        assert evaluation(config, "2b", 850, 784).allocated_gib == pytest.approx(measured, rel=0.09)
+@pytest.mark.parametrize(
+    ("size", "bits", "length", "visual", "option", "measured"),
+    [
+        ("8b", 4, 832, 784, 2, 11.685),
+        ("8b", 4, 210, 196, 12, 7.482),
+        ("8b", 4, 226, 196, 2, 7.551),
+        ("32b", 4, 832, 784, 2, 27.088),
+        ("2b", 16, 832, 784, 2, 7.118),
+        ("2b", 16, 210, 196, 12, 4.780),
+        ("2b", 16, 226, 196, 2, 4.824),
+    ],
+)
+def test_an_evaluation_takes_what_was_measured(size, bits, length, visual, option, measured):
+    """GiB allocated on an H100: 16 prompts of D2I, forward or CW, answered and their options scored, fp16, no adapter;
+    the estimate counts one."""
+    config = load_config(None, f"quantization.bits={bits} quantization.compute_dtype=fp16 evaluation.batch_size=16")
+    found = evaluation(config, size, length, visual, option)
+    assert found.moment == "prompts" and found.allocated_gib == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(("size", "bits", "measured"), [("2b", 4, 60_571), ("8b", 4, 69_911), ("2b", 16, 36_999)])
+def test_the_tower_takes_what_was_measured(size, bits, measured):
+    """Bytes a patch in a block's MLP, from a trace of what an H100 had allocated, less what attention held meanwhile
+    and holds no more. In 16 bit the estimate is that of attention, which is wider."""
+    found = tower_patch(as_shapes(size), Recipe(four=bits == 4))
+    assert found == pytest.approx(measured, rel=0.06) and found > 0.995 * measured
 
 
 def test_the_tower_counts_in_the_pass_where_features_are_not_kept():
-    config, one = load_config(LARGE), Pass(2, 900, 18, 1600)
+    config, one = load_config(LARGE), Pass(4, 900, 36, 3200)
     kept, again = (estimate(config, "2b", [one], recipe=Recipe(cached=cached)) for cached in (True, False))
     assert "vision tower" not in {row.name for row in kept.rows} and "vision tower" in {row.name for row in again.rows}
-    twice = estimate(config, "2b", [Pass(2, 1700, 18, 3200)], recipe=Recipe(cached=False))
+    twice = estimate(config, "2b", [Pass(4, 1700, 36, 6400)], recipe=Recipe(cached=False))
     assert twice.moments["vision tower"] > again.moments["vision tower"] > 1
 
 
