@@ -3,9 +3,9 @@
 RMSNorm, the gated product, RMSNorm with rotary positions, and a linear layer with LoRA are two to twelve operations in
 the libraries' modules, each of which reads and writes every activation and is started by the host. Here each is one
 `autograd.Function` that saves less: a norm its input as it came, in 16 bit where it is that; the gated product gate
-and up but not gate's SiLU; LoRA its input, which q, k and v share, and the mask of its dropout. On
-GPUs for which torch.compile can make kernels the elementwise ones become one kernel each; elsewhere the same lines run
-operation by operation.
+and up but not gate's SiLU; LoRA its input, which q, k and v share, and the mask of its dropout. On GPUs for which
+torch.compile can make kernels the elementwise ones become one kernel each; elsewhere the same lines run operation by
+operation.
 """
 
 from __future__ import annotations
@@ -96,23 +96,27 @@ def kept(shape, p: float, dtype):
     return mask, 2**16 / (2**16 - dropped)
 
 
-def masked(values, mask, factor: float):
-    """values x mask x factor; on a CPU the factor is left to others, see `drop`."""
-    import torch
-
-    if values.device.type == "cpu":
-        return values * mask
-    return torch.ops.aten.native_dropout_backward(values, mask, factor)  # one kernel
-
-
 def drop(rows, p: float):
-    """Dropout: its output, its mask, the factor that both passes apply, and the one that is left to apply."""
+    """Dropout.
+
+    Returns:
+        Its output, its mask, the factor with which `redrop` makes the output from `rows` again (None: the output is
+        kept instead, as on a CPU, where time counts and not memory), and the factor that is left to apply: on a CPU
+        it goes where the numbers are few.
+    """
     import torch
 
     if rows.device.type == "cpu":
         mask, factor = kept(rows.shape, p, rows.dtype)
-        return rows * mask, mask, 1.0, factor
+        return rows * mask, mask, None, factor
     return *torch.native_dropout(rows, p, True), 1 / (1 - p), 1.0
+
+
+def redrop(values, mask, factor: float):
+    """values x mask x factor, in one kernel."""
+    import torch
+
+    return torch.ops.aten.native_dropout_backward(values, mask, factor)
 
 
 def can_compile(device) -> bool:
@@ -191,25 +195,29 @@ def functions():
 
         @staticmethod
         def forward(ctx, rows, down, up, layer, scaling, p):
-            dropped, mask, factor, left = drop(rows, p) if p > 0 else (rows, None, 1.0, 1.0)
-            scaling *= left  # on a CPU the factor goes where the numbers are few
+            dropped, mask, factor, left = drop(rows, p) if p > 0 else (rows, None, None, 1.0)
             low = dropped @ down.t().to(rows.dtype)
-            ctx.layer, ctx.scaling, ctx.factor = layer, scaling, factor
-            ctx.save_for_backward(rows, mask, low, down, up)
-            return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=scaling)
+            ctx.layer, ctx.scaling, ctx.factor = layer, scaling * left, factor
+            ctx.save_for_backward(dropped if factor is None else rows, mask, low, down, up)
+            return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=ctx.scaling)
 
         @staticmethod
         def backward(ctx, gradient):
             rows, mask, low, down, up = ctx.saved_tensors
             of_low = (gradient @ up.to(gradient.dtype)).mul_(ctx.scaling)
             of_up = (gradient.t() @ low).to(up.dtype).mul_(ctx.scaling)
-            dropped = rows if mask is None else masked(rows, mask, ctx.factor)
+            dropped = rows if ctx.factor is None else redrop(rows, mask, ctx.factor)
             of_down, of_rows = (of_low.t() @ dropped).to(down.dtype), None
             if ctx.needs_input_grad[0]:
                 del dropped
                 of_rows = gradient @ weight_of(ctx.layer, gradient.dtype)
                 of_dropped = of_low @ down.to(gradient.dtype)
-                of_rows += of_dropped if mask is None else masked(of_dropped, mask, ctx.factor)
+                if mask is None:
+                    of_rows += of_dropped
+                elif ctx.factor is None:
+                    of_rows.addcmul_(of_dropped, mask)
+                else:
+                    of_rows += redrop(of_dropped, mask, ctx.factor)
             return of_rows, of_down, of_up, None, None, None
 
     return Norm, Gated, Rotated, Lora

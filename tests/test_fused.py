@@ -142,14 +142,18 @@ def lora_layer(four: bool, dropout: float):
 
 
 @pytest.mark.parametrize("four", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_a_lora_layer_is_pefts_with_the_same_mask(four, dropout, monkeypatch):
+@pytest.mark.parametrize(("dropout", "kind"), [(0.0, "cpu"), (0.25, "cpu"), (0.25, "cuda")])
+def test_a_lora_layer_is_pefts_with_the_same_mask(four, dropout, kind, monkeypatch):
+    """With kind cuda by the lines that GPUs take: native dropout's mask, and no product kept."""
     stock = lora_layer(four, dropout).train()
     own = deepcopy(stock)
     own.__class__ = fused_class(own)
     assert type(own).__mro__[1] is type(stock) and type(stock).__name__ == ("Linear4bit" if four else "Linear")
     mask = torch.rand(2, 7, 24) > dropout
     monkeypatch.setattr(fused, "kept", lambda shape, p, dtype: (mask.view(shape).to(dtype), 1 / (1 - p)))
+    if kind == "cuda":
+        flat, factor = mask.view(-1, 24), 1 / (1 - dropout)
+        monkeypatch.setattr(fused, "drop", lambda rows, p: (rows * flat * factor, flat, factor, 1.0))
     if dropout:
         stock.lora_dropout["default"].forward = lambda x: x * mask / (1 - dropout)
     gradient, found = torch.randn(2, 7, 40), []
