@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from mmrev_kit import fused
 from mmrev_kit.config import EMBEDDED_MODEL
-from mmrev_kit.fused import can_compile, classes, fuse, fused_class, kept, unfuse
+from mmrev_kit.fused import can_compile, classes, fuse, fused_class, kept, takes_wanted, unfuse
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare
@@ -236,6 +236,29 @@ def test_a_model_learns_the_same(small_config, more):
         model.zero_grad()
     assert (found[0][0] - found[1][0]).abs().max() < 1e-6 * found[0][0].abs().max()
     assert (found[0][1] - found[1][1]).norm() < 1e-6 * found[0][1].norm()
+
+
+def test_the_last_mlp_sees_only_what_predicts_an_answer(small_config):
+    """One row's losses are those that it has with every other token's MLP, as a test above shows for its gradient."""
+    config = small_config()
+    model = load_base(config, CPU)
+    task, seen = prepare(config), []
+    batch = task.encoder.collate([sample for rows in task.train.values() for sample in rows[:3]])
+    for place in (-2, -1):
+        model.model.language_model.layers[place].mlp.register_forward_hook(lambda m, given, out: seen.append(out.shape))
+    losses = []
+    for change in (fuse, unfuse):
+        change(model)
+        assert takes_wanted(model) == (change is fuse)
+        with torch.no_grad():
+            losses.append(sample_losses(model, batch, CPU, torch.float32))
+    answers = int((batch["labels"] != -100).sum())
+    every = (*batch["input_ids"].shape, 256)
+    assert seen == [every, (1, answers, 256), every, every] and answers < every[0] * every[1] / 2
+    assert (losses[0] - losses[1]).abs().max() < 1e-6 * losses[1].abs().max()
+    fuse(model)
+    model.config.vision_config.deepstack_visual_indexes = list(range(6))
+    assert not takes_wanted(model)  # DeepStack adds to every token of each of its layers
 
 
 def test_only_frozen_modules_of_the_librarys_own_forward_are_fused(small_config):
