@@ -104,7 +104,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> list:
-        """What is trained; looked up once, which takes as long as a small update."""
+        """What is trained; looked up once: to walk through the whole model takes milliseconds."""
         return trainable(self.model)
 
     @property
