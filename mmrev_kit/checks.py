@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mmrev_kit.data import LETTERS, DataError, Fault, Row
-from mmrev_kit.images import ImageError, load_image
+from mmrev_kit.config import Config, experiment_dir
+from mmrev_kit.data import LETTERS, DataError, Fault, Row, read_experiment
+from mmrev_kit.images import ImageError, image_roots, load_image
 from mmrev_kit.prompts import Encoder, PromptError, Sample
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -112,6 +113,18 @@ def encode_all(rows: list[Row], encoder: Encoder, quiet: bool = False) -> tuple[
                 faults.append(Fault(row.where, error.reason, error.advice, of_row=True))
         samples.append(sample)
     return samples, faults
+
+
+def longest_prompts(config: Config, encoder: Encoder) -> list[Sample]:
+    """Of each test that the experiment has, the row with most images and, among those, most text; rows with a fault are
+    left out."""
+    files, _ = read_experiment(experiment_dir(config), image_roots(config))
+
+    def size(row: Row) -> tuple[int, int]:
+        return len(row.images), sum(map(len, [row.description or "", row.connector, *row.choices]))
+
+    rows = [max(part, key=size) for name, part in files.items() if name.endswith("_test") and part]
+    return [sample for sample in encode_all(rows, encoder, quiet=True)[0] if sample is not None]
 
 
 def settle(faults: list[Fault], drop: bool) -> None:

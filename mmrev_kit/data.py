@@ -249,16 +249,6 @@ def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[
     return rows, faults
 
 
-def longest_tests(config: Config) -> list[Row]:
-    """Of each test that the experiment has, the row with most images and, among those, most text."""
-    rows, _ = read_experiment(experiment_dir(config), image_roots(config))
-
-    def size(row: Row) -> tuple[int, int]:
-        return len(row.images), sum(map(len, [row.description or "", row.connector, *row.choices]))
-
-    return [max(part, key=size) for name, part in rows.items() if name.endswith("_test") and part]
-
-
 def uses_retention(config: Config) -> bool:
     """Whether this run's task is mixed with retention rows."""
     return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0

@@ -16,9 +16,9 @@ from typing import Any
 from mmrev_kit import runs
 from mmrev_kit.batches import Batcher, make_layout, obstacle
 from mmrev_kit.checkpoints import load_last, save_adapter, save_last, tidy_run, write_manifest
-from mmrev_kit.checks import check_entities, check_statements, encode_all, settle
+from mmrev_kit.checks import check_entities, check_statements, encode_all, longest_prompts, settle
 from mmrev_kit.config import Config, ConfigError, effective_batch, experiment_dir, load_config, run_dir, seed_for
-from mmrev_kit.data import DataError, RunData, longest_tests, read_entities, read_run_data, uses_retention
+from mmrev_kit.data import DataError, RunData, read_entities, read_run_data, uses_retention
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
 from mmrev_kit.mixing import Plan, make_plan
@@ -162,8 +162,8 @@ def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan |
     for epoch in range(task.plan.epochs):
         rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
         windows += chunks(rows, effective_batch(config, state.num_processes))
-    asked = [sample for sample in encode_all(longest_tests(config), task.encoder, quiet=True)[0] if sample is not None]
-    return settle_memory(config, windows, used_samples(task) + asked, task.encoder.image_id, state)
+    samples = used_samples(task) + longest_prompts(config, task.encoder)
+    return settle_memory(config, windows, samples, task.encoder.image_id, state)
 
 
 def start(config: Config, state) -> Run:

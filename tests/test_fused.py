@@ -13,9 +13,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLTextRotaryEmbedding,
 )
 
+from mmrev_kit import dropout as dropout_module
 from mmrev_kit import fused
 from mmrev_kit.config import EMBEDDED_MODEL
-from mmrev_kit.fused import can_compile, classes, fuse, fused_class, kept, takes_wanted, unfuse
+from mmrev_kit.fused import can_compile, classes, fuse, fused_class, takes_wanted, unfuse
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.steps import sample_losses
 from mmrev_kit.train import prepare
@@ -150,7 +151,7 @@ def test_a_lora_layer_is_pefts_with_the_same_mask(four, dropout, kind, monkeypat
     own.__class__ = fused_class(own)
     assert type(own).__mro__[1] is type(stock) and type(stock).__name__ == ("Linear4bit" if four else "Linear")
     mask = torch.rand(2, 7, 24) > dropout
-    monkeypatch.setattr(fused, "kept", lambda shape, p, dtype: (mask.view(shape).to(dtype), 1 / (1 - p)))
+    monkeypatch.setattr(dropout_module, "kept", lambda shape, p, dtype: (mask.view(shape).to(dtype), 1 / (1 - p)))
     if kind == "cuda":
         flat, factor = mask.view(-1, 24), 1 / (1 - dropout)
         monkeypatch.setattr(fused, "drop", lambda rows, p: (rows * flat * factor, flat, factor, 1.0))
@@ -207,7 +208,7 @@ def test_a_lora_layer_leaves_to_peft_what_it_does_not_do():
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_keeps_each_number_with_its_probability(p):
     torch.manual_seed(3)
-    mask, factor = kept(torch.Size((1001, 401)), p, torch.float32)
+    mask, factor = dropout_module.kept(torch.Size((1001, 401)), p, torch.float32)
     assert mask.shape == (1001, 401) and factor == pytest.approx(1 / (1 - p), rel=2e-4)
     parts = [mask.flatten()[lane::4].float() for lane in range(4)]  # the four numbers of a draw
     for part in parts:
@@ -215,7 +216,7 @@ def test_dropout_keeps_each_number_with_its_probability(p):
     together = torch.corrcoef(torch.stack([part[: len(parts[3])] for part in parts]))
     assert (together - torch.eye(4)).abs().max() < 5 / len(parts[3]) ** 0.5
     torch.manual_seed(3)
-    assert torch.equal(kept(torch.Size((1001, 401)), p, torch.float32)[0], mask)
+    assert torch.equal(dropout_module.kept(torch.Size((1001, 401)), p, torch.float32)[0], mask)
 
 
 @pytest.mark.parametrize("more", ["", "quantization.bits=16 memory.gradient_checkpointing=true"])

@@ -75,8 +75,11 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         )  # fmt: skip
         moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
         found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
-        assert (found.device_gib > 79.18) == (allocated == "out of memory")  # the card's
-        if allocated != "out of memory":
+        if allocated == "out of memory":
+            assert found.reserved_gib > 79.2  # the card's
+            assert found.allocated_gib + 0.76 > 79.18  # with the context of the rehearsal: in no order does it fit
+        else:
+            assert found.device_gib < 79.18
             assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
 
