@@ -15,6 +15,7 @@ import shutil
 from functools import cache
 
 from mmrev_kit.dropout import drop, redrop
+from mmrev_kit.head import head_class
 
 MIN_ROWS = 256  # below, as in generation token by token, a kernel is not worth the call through torch.compile
 
@@ -302,13 +303,17 @@ def fused_class(module):
 
 
 def fuse(model) -> None:
-    """Give the frozen norms, MLPs, attention and LoRA layers of a Qwen3-VL language model their fused forward pass.
+    """Give the frozen norms, MLPs, attention, LoRA layers and head of a Qwen3-VL their fused forward pass.
 
     Modules of another class, with another activation, or with a forward of their own (as accelerate's hooks for a
     model spread over devices set one) stay as they are.
     """
     for module in model.model.language_model.modules():
         module.__class__ = fused_class(module) or type(module)
+    head = model.lm_head
+    plain = type(head).__name__ == "Linear" and head.bias is None and "forward" not in vars(head)
+    if plain and not head.weight.requires_grad:
+        head.__class__ = head_class()
 
 
 def takes_wanted(model) -> bool:
@@ -324,3 +329,5 @@ def unfuse(model) -> None:
     for module in model.model.language_model.modules():
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__mro__[1]
+    if isinstance(model.lm_head, head_class()):
+        model.lm_head.__class__ = head_class().__mro__[1]

@@ -25,7 +25,7 @@ MOMENTS = ("last layer", "loss", "optimizer step", "vision tower")
 WORKSPACE = 2 * 32 * MIB  # cuBLAS: one workspace a thread that multiplies, forward and backward
 CONTEXT_GIB, NCCL_GIB = 0.5, 0.4  # of a process on a card, outside PyTorch's allocator
 # What the allocator holds beyond what is in use, with segments that grow; fitted to the cells of configs/README.md.
-SLACK_STATIC, SLACK_MOVING, SLACK_LOGITS = 0.02, 0.04, 0.18
+SLACK_STATIC, SLACK_MOVING = 0.02, 0.04
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class Estimate:
         moment: which moment that is.
         moments: {moment: GiB allocated}.
         context_gib: what the process takes on the card outside PyTorch's allocator.
-        logits_gib: of the costliest pass; the allocator keeps part of their blocks, whatever the moment.
     """
 
     rows: list[Row]
@@ -59,7 +58,6 @@ class Estimate:
     static_gib: float
     context_gib: float
     pass_: Pass
-    logits_gib: float
 
     @property
     def allocated_gib(self) -> float:
@@ -73,7 +71,7 @@ class Estimate:
     @property
     def slack_gib(self) -> float:
         moving = self.allocated_gib - self.static_gib
-        return SLACK_STATIC * self.static_gib + SLACK_MOVING * moving + SLACK_LOGITS * self.logits_gib
+        return SLACK_STATIC * self.static_gib + SLACK_MOVING * moving
 
     @property
     def device_gib(self) -> float:
@@ -92,8 +90,7 @@ class Estimate:
         import pandas
 
         lines = [(row.name, row.gib, row.formula, row.setting) for row in self.rows]
-        rate = f"{SLACK_STATIC:.0%} of what stays, {SLACK_MOVING:.0%} of what comes and goes, "
-        rate += f"{SLACK_LOGITS:.0%} of the logits"
+        rate = f"{SLACK_STATIC:.0%} of what stays, {SLACK_MOVING:.0%} of what comes and goes"
         lines += [
             ("= allocated", self.allocated_gib, f"the sum, at the peak: {self.moment}", ""),
             ("allocator slack", self.slack_gib, rate, ""),
@@ -272,8 +269,7 @@ def estimate(
     moment = max(peaks[best], key=peaks[best].get)
     rows = _rows(shapes, config, recipe, best, processes, moment)
     static = sum(row.gib for row in _static(shapes, config, recipe, processes, moment))
-    logits = logits_bytes(shapes, recipe, best)[0] / GIB
-    return Estimate(rows, moment, peaks[best], static, context, best, logits)
+    return Estimate(rows, moment, peaks[best], static, context, best)
 
 
 def _static(shapes, config, recipe, processes, moment) -> list[Row]:
@@ -335,4 +331,4 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
     moments = {moment: sum(row.gib for row in rows) for moment, rows in found.items()}
     moment = max(moments, key=moments.get)
     still = sum(row.gib for row in static)
-    return Estimate(found[moment], moment, moments, still, CONTEXT_GIB, one, logits / GIB)
+    return Estimate(found[moment], moment, moments, still, CONTEXT_GIB, one)

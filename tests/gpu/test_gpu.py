@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from mmrev_kit import fused
-from mmrev_kit.config import run_dir
+from mmrev_kit.config import load_config, run_dir
+from mmrev_kit.data import ensure_data
+from mmrev_kit.head import head_class
 from mmrev_kit.launch import evaluate, launch
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
 from mmrev_kit.preflight import preflight
@@ -97,6 +99,21 @@ def test_kernels_compute_what_the_lines_say(dtype):
                 assert left.dtype == right.dtype
                 close = 1e-5 if left.dtype == torch.float32 else 0.01 if dtype == torch.float16 else 0.04
                 assert (right.float() - left.float()).abs().max() <= close * left.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_are_summed_and_kept_in_fp32(dtype):
+    head = head_class()(640, 4000, bias=False).requires_grad_(False).to(GPU, dtype)
+    rows = torch.randn(300, 640, device=GPU, dtype=dtype, requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        logits = head(rows)
+    exact = rows.detach().double() @ head.weight.double().t()
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-5 * exact.abs().max()
+    gradient = torch.randn_like(logits)
+    logits.backward(gradient)
+    expected = gradient.to(dtype).double() @ head.weight.double()
+    assert (rows.grad - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def as_list(found) -> list:
@@ -193,16 +210,24 @@ def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_conf
 
 @TWO
 @pytest.mark.parametrize(("dtype", "close"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 1e-3)])
-def test_two_gpus_train_as_one_does_at_the_same_effective_batch(small_config, tmp_path, dtype, close):
-    """Two processes through NCCL against one. A small rate: 16-bit rounding grows with every step of Adam."""
-    common = f"lora.dropout=0 training.batch_size=4 training.num_epochs=2 quantization.compute_dtype={dtype} "
-    common += "training.learning_rate=2e-4 training.min_lr=1e-5"
-    one = f"launch.num_processes=1 training.gradient_accumulation_steps=2 launch.output_dir={tmp_path}/one"
-    two = f"launch.num_processes=2 launch.output_dir={tmp_path}/two"
-    one, two = (launch(small_config(f"{common} {own}")) for own in (one, two))
+def test_two_gpus_train_as_one_does_at_the_same_effective_batch(tmp_path, dtype, close):
+    """Two processes through NCCL against one: the embedded model's default experiment, with the effective batch and
+    the rates of the published recipe.
+
+    16-bit rounding differs with what a pass holds, and grows with every step of Adam. Of retention, at 1e-5 nats a
+    token, it is 1e-8: `abs`.
+    """
+    common = f"quantization.compute_dtype={dtype} lora.dropout=0 training.batch_size=1 training.num_epochs=2 "
+    common += f"training.learning_rate=1e-4 training.min_lr=6e-5 data.dir={tmp_path}/data "
+    common += f"retention.face_pool={tmp_path}/faces retention.object_pool={tmp_path}/objects "
+    one = f"launch.num_processes=1 training.gradient_accumulation_steps=64 launch.output_dir={tmp_path}/one"
+    two = f"launch.num_processes=2 training.gradient_accumulation_steps=32 launch.output_dir={tmp_path}/two"
+    ensure_data(load_config("configs/tiny_cpu.yaml", common))
+    one, two = (launch(load_config("configs/tiny_cpu.yaml", common + own)) for own in (one, two))
     assert one["steps_per_epoch"] == two["steps_per_epoch"]
     skipped = [[step["global_step"] for step in run["steps"] if step.get("skipped")] for run in (one, two)]
     assert skipped[0] == skipped[1]
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
+        print([f"{name} {loss - right['val_loss'][name]:.1e} of {loss:.1e}" for name, loss in left["val_loss"].items()])
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=close)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close)
+        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close, abs=0.001 * close)
