@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 ORDER = (
     "sections config runs images entities folder pools objects shapes data prompts checks mixing scheduler answers "
-    "stats verdict results plots sizes layers memory gallery preflight vision dropout fused bases loading checkpoints "
-    "packing features batches planning speed steps processes train rehearse tiny pretrain_text pretrain_images "
-    "pretrain_data pretrain_plan pretrain_model pretrain_accuracy pretrain_state pretrain_steps evaluate ask "
-    "progress budget launch reproduce notebook pretrain"
+    "stats verdict results plots sizes layers memory gallery preflight vision dropout head fused bases loading "
+    "checkpoints packing features batches planning speed steps processes train rehearse tiny pretrain_text "
+    "pretrain_images pretrain_data pretrain_plan pretrain_model pretrain_accuracy pretrain_state pretrain_steps "
+    "evaluate ask progress budget launch reproduce notebook pretrain"
 ).split()
 CHECK = """
 import sys, torch

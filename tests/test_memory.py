@@ -13,6 +13,7 @@ from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config
 from mmrev_kit.layers import Pass, Recipe, activations, tower_patch
 from mmrev_kit.loading import add_adapter, load_base, trainable
 from mmrev_kit.memory import (
+    CONTEXT_GIB,
     MOMENTS,
     estimate,
     evaluation,
@@ -77,7 +78,7 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
         if allocated == "out of memory":
             assert found.reserved_gib > 79.2  # the card's
-            assert found.allocated_gib + 0.76 > 79.18  # with the context of the rehearsal: in no order does it fit
+            assert found.allocated_gib + CONTEXT_GIB > 79.18  # in no order does it fit
         else:
             assert found.device_gib < 79.18
             assert found.allocated_gib == pytest.approx(float(allocated), rel=0.05)
