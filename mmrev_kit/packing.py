@@ -65,6 +65,11 @@ def layer_weights(text_config) -> int:
     return text_config.hidden_size * (heads * text_config.head_dim + 3 * text_config.intermediate_size)
 
 
+def computed(sample: Sample) -> int:
+    """Tokens of a row that the model is given: its last one predicts nothing, and nothing looks at it."""
+    return len(sample.input_ids) - 1
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows that share their first `prefix` tokens; `tokens` are those that are computed for them."""
@@ -77,11 +82,11 @@ class Group:
 def make_group(samples: Sequence[Sample]) -> Group:
     """The rows as one group, with everything shared that they have in common before their answers."""
     if len(samples) == 1:
-        return Group(tuple(samples), 0, len(samples[0].input_ids))
+        return Group(tuple(samples), 0, computed(samples[0]))
     low, high = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
     shared = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
     prefix = min(shared, *(sample.answer_start for sample in samples))
-    return Group(tuple(samples), prefix, prefix + sum(len(sample.input_ids) - prefix for sample in samples))
+    return Group(tuple(samples), prefix, prefix + sum(computed(sample) - prefix for sample in samples))
 
 
 def image_key(sample: Sample, image_id: int) -> Hashable | None:
@@ -243,9 +248,10 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
             fork = end + group.prefix  # the prefix is written with the first suffix
             for part, sample in enumerate(group.samples, start=1):
                 first = group.prefix if part > 1 else 0
-                begin, end = end, end + len(sample.input_ids) - first
-                ids[row, begin:end] = sample.input_ids[first:]
-                positions[:, row, begin:end] = row_positions(sample, encoder.grids(sample), encoder.image_id)[:, first:]
+                begin, end = end, end + computed(sample) - first
+                ids[row, begin:end] = sample.input_ids[first:-1]
+                placed = row_positions(sample, encoder.grids(sample), encoder.image_id)
+                positions[:, row, begin:end] = placed[:, first:-1]
                 group_of[row, begin:end] = number
                 segment_of[row, begin:end] = part
                 own = max(begin, fork)  # where the suffix begins
@@ -253,9 +259,9 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
                 if part == 1:  # the images of a shared prefix, or of a row alone
                     images += [(path, sample.max_pixels) for path in sample.row.images]
                 answer = own + sample.answer_start - group.prefix
-                places += [row * length + (place - 1 if place > own else fork - 1) for place in range(answer, end)]
+                places += [row * length + (place - 1 if place > own else fork - 1) for place in range(answer, end + 1)]
                 targets += sample.input_ids[sample.answer_start :]
-                owners += [len(samples)] * (end - answer)
+                owners += [len(samples)] * (end + 1 - answer)
                 samples.append(sample)
     wanted = numpy.zeros(ids.size, dtype=bool)
     wanted[places] = True

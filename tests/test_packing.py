@@ -107,15 +107,18 @@ def test_losses_and_gradient_are_those_of_each_row_alone(model_and_task, mode):
 
 
 def test_rows_that_branch_at_their_answers_share_the_token_that_predicts_them(model_and_task):
-    """One prompt, four answers (and one row twice): the prefix's last token predicts five first tokens."""
+    """One prompt, five answers (and one row twice): the prefix's last token predicts six first tokens.
+
+    No row's last token is computed, so that an answer of one token adds none to the prefix.
+    """
     model, task = model_and_task
     first = task.train["forward"][0]
     prompt = first.input_ids[: first.answer_start]
-    answers = [first.input_ids[first.answer_start :], (40, 41, 2), (40, 42, 2), (50, 2)]
+    answers = [first.input_ids[first.answer_start :], (40, 41, 2), (40, 42, 2), (50, 2), (2,)]
     samples = [replace(first, input_ids=prompt + answer) for answer in answers] + [first]
     group = make_group(samples)
     assert group.prefix == first.answer_start
-    assert group.tokens == len(prompt) + sum(map(len, answers)) + len(answers[0])
+    assert group.tokens == len(prompt) + 2 * (len(answers[0]) - 1) + 2 + 2 + 1
     expected, _ = alone(model, task, samples)
     [(batch, order)] = pack_with_order(task, samples, "shared_prefix")
     found = sample_losses(model, batch, CPU, torch.float32).tolist()
@@ -210,7 +213,7 @@ def test_shares_are_the_same_samples_whatever_the_processes(model_and_task):
 
 def test_a_large_group_is_halved_where_that_helps():
     def group(count: int) -> Group:
-        samples = [SimpleNamespace(input_ids=(*range(10), 100 + n, 0), answer_start=11) for n in range(count)]
+        samples = [SimpleNamespace(input_ids=(*range(10), 100 + n, 0, 1), answer_start=11) for n in range(count)]
         return make_group(samples)
 
     assert group(8).prefix == 10 and group(8).tokens == 10 + 8 * 2
