@@ -2,13 +2,13 @@
 
 A `Group` is one prefix and its suffixes: rows with the same image up to the last token that all of them share, and
 then each row's own rest. A row that shares nothing is a group of its own. Groups stand one after the other in a
-sequence. A boolean mask lets a token see its own group's prefix and its own suffix up to itself, and nothing else;
-every suffix keeps the positions that it has in its row; the prefix's last token predicts the first token of every
-suffix. So each row's loss is the one that it has alone, whatever stands beside it, and the gradient of a batch is
-the sum over its rows.
+sequence, after its root: the tokens with which all prompts begin. A boolean mask lets a token see the root, its own
+group's prefix and its own suffix up to itself, and nothing else; every suffix keeps the positions that it has in its
+row; the prefix's last token predicts the first token of every suffix. So each row's loss is the one that it has alone,
+whatever stands beside it, and the gradient of a batch is the sum over its rows.
 
-What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix share its mask, as
-they would if the prefix were one row. The mean over masks is the same, the draw is another one (as it is for another
+What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix or a root share its
+mask, as they would if it were one row. The mean over masks is the same, the draw is another one (as it is for another
 micro-batch or another number of processes).
 
 `grouping: batch` shares prefixes among the rows that an update holds anyway: an update's gradient is unchanged.
@@ -29,7 +29,7 @@ from mmrev_kit.prompts import Encoder, Sample
 
 MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
 MAX_PADDING = 0.1  # padding per token of a pass at most; with none, the embedded model takes a third longer on a CPU
-PAD = -1
+PAD, ROOT = -1, -2  # instead of a group's number
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,29 @@ def computed(sample: Sample) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share their first `prefix` tokens; `tokens` are those that are computed for them."""
+    """Rows that share their first `prefix` tokens; of these, a sequence's groups share the first `root`.
+
+    `tokens` are those that are computed for the group, the root's not counted.
+    """
 
     samples: tuple[Sample, ...]
     prefix: int
     tokens: int
+    root: int = 0
 
 
-def make_group(samples: Sequence[Sample]) -> Group:
-    """The rows as one group, with everything shared that they have in common before their answers."""
-    if len(samples) == 1:
-        return Group(tuple(samples), 0, computed(samples[0]))
+def common(samples: Sequence[Sample]) -> int:
+    """How many first tokens rows have in common, as far as the shortest prompt goes."""
     low, high = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
-    shared = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
-    prefix = min(shared, *(sample.answer_start for sample in samples))
-    return Group(tuple(samples), prefix, prefix + sum(computed(sample) - prefix for sample in samples))
+    same = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    return min(same, *(sample.answer_start for sample in samples))
+
+
+def make_group(samples: Sequence[Sample], root: int = 0) -> Group:
+    """The rows as one group, with everything shared that they have in common before their answers."""
+    prefix = common(samples) if len(samples) > 1 else root
+    tokens = prefix - root + sum(computed(sample) - prefix for sample in samples)
+    return Group(tuple(samples), prefix, tokens, root)
 
 
 def image_key(sample: Sample, image_id: int) -> Hashable | None:
@@ -101,18 +109,23 @@ def image_key(sample: Sample, image_id: int) -> Hashable | None:
 
 
 def make_groups(samples: Sequence[Sample], packing: str, image_id: int) -> list[Group]:
-    """The rows as groups, in the order of their first rows; only `shared_prefix` puts several rows into one."""
+    """The rows as groups, in the order of their first rows; only `shared_prefix` puts several rows into one, and lets
+    all groups share how their prompts begin: the first tokens of the chat, up to the first image."""
+    root = 0
+    if packing == "shared_prefix" and samples:
+        root = min(common(samples), min(sample.answer_start for sample in samples) - 1)
+        root = next((place for place in range(root) if samples[0].input_ids[place] == image_id), root)
     found: dict[Hashable, list[Sample]] = {}
     for place, sample in enumerate(samples):
         key = image_key(sample, image_id) if packing == "shared_prefix" else None
         found.setdefault(place if key is None else key, []).append(sample)
-    return [make_group(part) for part in found.values()]
+    return [make_group(part, root) for part in found.values()]
 
 
 def halve(group: Group) -> list[Group]:
     """A group as two, each with a prefix of its own."""
     middle = len(group.samples) // 2
-    return [make_group(group.samples[:middle]), make_group(group.samples[middle:])]
+    return [make_group(part, group.root) for part in (group.samples[:middle], group.samples[middle:])]
 
 
 def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
@@ -127,8 +140,8 @@ def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
 
 
 def heaviest(dealt: list[list[Group]]) -> int:
-    """Tokens of the fullest bin."""
-    return max(sum(group.tokens for group in part) for part in dealt)
+    """Tokens of the fullest bin, with its root."""
+    return max((sum(group.tokens for group in part) + part[0].root for part in dealt if part), default=0)
 
 
 def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
@@ -162,7 +175,7 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
     passes = max(1, -(-sum(group.tokens for group in fitting) // limit))
     while passes < len(fitting):
         dealt = balance(fitting, passes)
-        if heaviest(dealt) <= max(limit, max(group.tokens for group in fitting)):
+        if heaviest(dealt) <= max(limit, max(group.tokens + group.root for group in fitting)):
             return dealt
         passes += 1
     return [[group] for group in fitting]
@@ -175,12 +188,12 @@ def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[G
     keep to `MAX_PADDING`; one sequence has no padding.
     """
     counts = sorted({*range(1, min(len(groups), 12) + 1), *(len(groups) * k // 8 or 1 for k in range(1, 9))})
-    room = (1 + MAX_PADDING) * sum(group.tokens for group in groups)
+    tokens = sum(group.tokens for group in groups)
 
     def cost(rows: list[list[Group]]) -> tuple[bool, float]:
         longest = heaviest(rows)
-        length = -(-longest // multiple) * multiple
-        return len(rows) * longest > room, len(rows) * length * (1 + length / scale)
+        length, room = -(-longest // multiple) * multiple, tokens + len(rows) * groups[0].root
+        return len(rows) * longest > (1 + MAX_PADDING) * room, len(rows) * length * (1 + length / scale)
 
     return min((balance(groups, count) for count in counts), key=cost)
 
@@ -216,7 +229,7 @@ class Packed:
         images: (path, pixel limit) in the order of the image tokens.
         positions: (3, sequences, length).
         group, segment: which group a token belongs to, and which part of it: 0 the prefix, 1 and on the suffixes;
-            both are -1 on padding.
+            both are -1 on padding. The root's group is -2, its part 0.
         wanted: where logits are needed.
         predictor, target, owner: (answer tokens,): which of the wanted logits predicts it, the token, whose it is.
     """
@@ -243,11 +256,14 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
     group_of, segment_of = numpy.full_like(ids, PAD), numpy.full_like(ids, PAD)
     samples, images, places, targets, owners = [], [], [], [], []
     for row, groups in enumerate(rows):
-        end = 0
+        end = root = groups[0].root
+        ids[row, :root] = groups[0].samples[0].input_ids[:root]
+        positions[:, row, :root] = numpy.arange(root)
+        group_of[row, :root], segment_of[row, :root] = ROOT, 0
         for number, group in enumerate(groups):
-            fork = end + group.prefix  # the prefix is written with the first suffix
+            fork = end + group.prefix - root  # the prefix is written with the first suffix
             for part, sample in enumerate(group.samples, start=1):
-                first = group.prefix if part > 1 else 0
+                first = group.prefix if part > 1 else root
                 begin, end = end, end + computed(sample) - first
                 ids[row, begin:end] = sample.input_ids[first:-1]
                 placed = row_positions(sample, encoder.grids(sample), encoder.image_id)
@@ -278,7 +294,7 @@ def attention_mask(group, segment):
     Args:
         group, segment: as in `Packed`, tensors of shape (sequences, length).
     """
-    same = group[:, :, None] == group[:, None, :]
+    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == ROOT)
     seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     return (same & seen).tril()[:, None]
 
