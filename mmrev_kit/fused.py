@@ -311,7 +311,7 @@ def fuse(model) -> None:
     for module in model.model.language_model.modules():
         module.__class__ = fused_class(module) or type(module)
     head = model.lm_head
-    plain = type(head).__name__ == "Linear" and head.bias is None and "forward" not in vars(head)
+    plain = type(head) is head_class().__base__ and head.bias is None and "forward" not in vars(head)
     if plain and not head.weight.requires_grad:
         head.__class__ = head_class()
 
@@ -330,4 +330,4 @@ def unfuse(model) -> None:
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__mro__[1]
     if isinstance(model.lm_head, head_class()):
-        model.lm_head.__class__ = head_class().__mro__[1]
+        model.lm_head.__class__ = head_class().__base__

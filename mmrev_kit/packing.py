@@ -113,7 +113,8 @@ def make_groups(samples: Sequence[Sample], packing: str, image_id: int) -> list[
     all groups share how their prompts begin: the first tokens of the chat, up to the first image."""
     root = 0
     if packing == "shared_prefix" and samples:
-        root = min(common(samples), min(sample.answer_start for sample in samples) - 1)
+        before = min(sample.answer_start for sample in samples) - 1  # what predicts an answer is the group's own
+        root = min(common(samples), before)
         root = next((place for place in range(root) if samples[0].input_ids[place] == image_id), root)
     found: dict[Hashable, list[Sample]] = {}
     for place, sample in enumerate(samples):
@@ -141,7 +142,7 @@ def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
 
 def heaviest(dealt: list[list[Group]]) -> int:
     """Tokens of the fullest bin, with its root."""
-    return max((sum(group.tokens for group in part) + part[0].root for part in dealt if part), default=0)
+    return max(sum(group.tokens for group in part) + part[0].root for part in dealt if part)
 
 
 def share_out(groups: list[Group], processes: int) -> list[list[Group]]:

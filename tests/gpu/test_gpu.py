@@ -214,8 +214,8 @@ def test_two_gpus_train_as_one_does_at_the_same_effective_batch(tmp_path, dtype,
     """Two processes through NCCL against one: the embedded model's default experiment, with the effective batch and
     the rates of the published recipe.
 
-    16-bit rounding differs with what a pass holds, and grows with every step of Adam. Of retention, at 1e-5 nats a
-    token, it is 1e-8: `abs`.
+    16-bit rounding differs with what a pass holds, and grows with every step of Adam. Known to fall short: retention
+    in bf16, whose losses of 1e-5 nats differed by 4e-3 of their size (8e-8 nats).
     """
     common = f"quantization.compute_dtype={dtype} lora.dropout=0 training.batch_size=1 training.num_epochs=2 "
     common += f"training.learning_rate=1e-4 training.min_lr=6e-5 data.dir={tmp_path}/data "
@@ -227,7 +227,15 @@ def test_two_gpus_train_as_one_does_at_the_same_effective_batch(tmp_path, dtype,
     assert one["steps_per_epoch"] == two["steps_per_epoch"]
     skipped = [[step["global_step"] for step in run["steps"] if step.get("skipped")] for run in (one, two)]
     assert skipped[0] == skipped[1]
+    taught, missed = ("forward", "reverse"), []
     for left, right in zip(one["epochs"], two["epochs"], strict=True):
         print([f"{name} {loss - right['val_loss'][name]:.1e} of {loss:.1e}" for name, loss in left["val_loss"].items()])
         assert right["train_loss"] == pytest.approx(left["train_loss"], rel=close)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=close, abs=0.001 * close)
+        equal = {
+            name: right["val_loss"][name] == pytest.approx(loss, rel=close) for name, loss in left["val_loss"].items()
+        }
+        assert all(equal[name] for name in taught)
+        missed += [name for name, same in equal.items() if not same]
+    if missed and dtype == "bf16":
+        pytest.xfail(f"bf16: {', '.join(missed)} of retention")
+    assert not missed
