@@ -2,16 +2,19 @@
 
 `python benchmarks/trl_cpu.py` makes an environment of its own for TRL in the user's cache (a few GB, once), lets TRL
 choose the fastest of its settings in short runs, then trains with both in turns, once a seed, and prints the table in
-Markdown. `--parts forward,default` names what is trained on: forward rows of 16 people, or what `make run` trains on
-(both groups, retention). About fifteen minutes; let the machine do nothing else meanwhile.
+Markdown. `--parts` names what is trained on: `recipe`, forward rows of 20 people in updates of 64, as the recipe of the
+32B has them and `speed_32b.py` measures them; `laptop`, those of 16 people in updates of 16, as the embedded model's
+configuration has them; `default`, what `make run` trains on (both groups, retention). About half an hour; let the
+machine do nothing else meanwhile.
 
 All have the same base weights in fp32, the same rows in the same order (but for `grouping epoch`, the kit's other
-order), and the same effective batch, LoRA, optimizer, learning rate and two cores. TRL gets micro-batches of the whole
-batch, no checkpointing, loss on the answer only, and prompts that are rendered already; it neither validates nor saves
-between epochs. *Steady* is the updates after the first five; *whole* also counts what comes before and after: building
-the trainer in TRL; the data check, the vision features and all validations and saves in the kit. Imports count for
-neither. *CPU* is what the process computed in the steady state, which other programs disturb least (TRL's dataloader
-workers, where it has some, are not in it). All adapters are scored by the kit's validation.
+order), and the same effective batch, LoRA, optimizer, learning rate and two cores. Where an epoch is no multiple of the
+batch, its last update is smaller in the kit, while TRL fills it with rows of the next epoch. TRL gets no checkpointing,
+loss on the answer only, and prompts that are rendered already; it neither validates nor saves between epochs. *Steady*
+is the updates after the first five; *whole* also counts what comes before and after: building the trainer in TRL; the
+data check, the vision features and all validations and saves in the kit. Imports count for neither. *CPU* is what the
+process computed in the steady state, which other programs disturb least (TRL's dataloader workers, where it has some,
+are not in it). All adapters are scored by the kit's validation.
 """
 
 from __future__ import annotations
@@ -33,12 +36,16 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
 PLACES = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
+MICRO = 16  # rows of a pass that TRL may also choose where an update has more
+TRIED = 12  # updates of each of TRL's settings
 SKIPPED = 5  # first steps that are no steady state
 COMMON = "quantization.bits=16 training.lr_patience=1000 training.min_val_loss=0"
 KITS = {"kit": "", "kit, grouping epoch": "training.grouping=epoch"}
-PARTS = {
-    "forward": "experiment.name=forward16 data.num_main=16 data.num_control=0 retention.retention_ratio=0",
-    "default": "",
+FORWARD = "data.num_control=0 retention.retention_ratio=0"
+PARTS = {  # configuration, epochs
+    "recipe": (f"{FORWARD} experiment.name=rows20 data.num_main=20 training.batch_size=64", 12),
+    "laptop": (f"{FORWARD} experiment.name=rows16 data.num_main=16", 6),
+    "default": ("", 6),
 }
 
 
@@ -109,9 +116,8 @@ def configuration(job: dict):
     """The kit's configuration of a job; what was made for one job is not found by the next."""
     from mmrev_kit.config import load_config
 
-    own = (
-        f"{PARTS[job['part']]} experiment.seed={job['seed']} training.num_epochs={job['epochs']} {job.get('more', '')}"
-    )
+    own = f"{PARTS[job['part']][0]} {job.get('more', '')} experiment.seed={job['seed']}"
+    own += f" training.num_epochs={job['epochs']}"
     folders = f"data.dir={job['folder']}/data_{job['seed']} launch.output_dir={job['output']}"
     return load_config("configs/tiny_cpu.yaml", f"{COMMON} {own} {folders}")
 
@@ -138,7 +144,7 @@ def train_kit(job: dict) -> dict:
     return found | {"adapter": str(run_dir(config) / "final")}
 
 
-def export(part: str, seed: int, epochs: int, folder: Path) -> dict:
+def export(part: str, seed: int, folder: Path) -> dict:
     """Make the data, and write the rows of all epochs in the kit's order as texts and images for TRL.
 
     Returns:
@@ -148,6 +154,7 @@ def export(part: str, seed: int, epochs: int, folder: Path) -> dict:
     from mmrev_kit.data import ensure_data
     from mmrev_kit.train import ordered_rows, prepare
 
+    epochs = PARTS[part][1]
     job = {"part": part, "seed": seed, "epochs": epochs, "folder": str(folder), "output": f"{folder}/none"}
     config = configuration(job)
     ensure_data(config)
@@ -223,7 +230,8 @@ def train_trl(job: dict) -> dict:
 
     steps = math.ceil(len(rows) / job["batch"])
     settings = SFTConfig(
-        output_dir=job["output"], per_device_train_batch_size=job["batch"], gradient_accumulation_steps=1,
+        output_dir=job["output"], per_device_train_batch_size=job["micro"],
+        gradient_accumulation_steps=job["batch"] // job["micro"],
         num_train_epochs=1, learning_rate=job["learning_rate"], weight_decay=job["weight_decay"],
         max_grad_norm=job["max_grad_norm"], lr_scheduler_type="constant_with_warmup",
         warmup_steps=math.ceil(job["warmup"] * steps), optim="adamw_torch", completion_only_loss=True, max_length=None,
@@ -239,8 +247,8 @@ def train_trl(job: dict) -> dict:
                          peft_config=lora, callbacks=[Clock()])  # fmt: skip
     built = time.perf_counter() - began
     first = next(iter(trainer.get_train_dataloader()))  # the same tokens, and loss on the same ones?
-    assert first["attention_mask"].sum(1).tolist() == [row["tokens"] for row in rows[: job["batch"]]]
-    assert (first["labels"] != -100).sum(1).tolist() == [row["answer_tokens"] for row in rows[: job["batch"]]]
+    assert first["attention_mask"].sum(1).tolist() == [row["tokens"] for row in rows[: job["micro"]]]
+    assert (first["labels"] != -100).sum(1).tolist() == [row["answer_tokens"] for row in rows[: job["micro"]]]
     began = now()
     trainer.train()
     trainer.save_model(job["output"])
@@ -257,26 +265,28 @@ def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
     """TRL's fastest settings on the first rows, and a line about each that was tried."""
     from mmrev_kit.launch import SPINS
 
-    tried = []
-    for (attention, workers), spins in itertools.product(PLACES, (None, SPINS)):  # None: as OpenMP waits by itself
-        own = {"attention": attention, "workers": workers, "spins": spins}
-        limit = {"limit": job["batch"] * 25, "output": f"{job['folder']}/try"}
+    tried, batch = [], job["batch"]
+    limit = {"limit": batch * (SKIPPED + TRIED), "output": f"{job['folder']}/try"}
+    micros = (batch, MICRO) if batch > MICRO else (batch,)
+    for (attention, workers), spins, micro in itertools.product(PLACES, (None, SPINS), micros):
+        own = {"attention": attention, "workers": workers, "spins": spins, "micro": micro}
         tried.append((run_job(python, "trl", job | own | limit)["steady"], own))
-    how = {None: "", SPINS: ", threads that wait as the kit's"}
-    lines = [f"{own['attention']}, {own['workers']} workers{how[own['spins']]}: {rate:.1f}" for rate, own in tried]
+    how = {None: "", SPINS: ", threads that wait as the kit's"}  # None: as OpenMP waits by itself
+    lines = [f"{own['attention']}, {own['workers']} workers, {own['micro']} rows{how[own['spins']]}: {rate:.1f}"
+             for rate, own in tried]  # fmt: skip
     return max(tried, key=lambda pair: pair[0])[1], lines
 
 
-def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> None:
+def compare(python: Path, part: str, seeds: int, folder: Path) -> None:
     """Train with all in turns, once a seed, and print the table of one part."""
     from mmrev_kit.launch import SPINS
 
     found = {name: [] for name in (*KITS, "TRL")}
     for seed in range(seeds):
-        job = export(part, seed, epochs, folder)
+        job = export(part, seed, folder)
         if seed == 0:
             chosen, lines = best_settings(python, job)
-            print(f"\n### {part}: {job['rows']:,} samples in {epochs} epochs\n")
+            print(f"\n### {part}: {job['rows']:,} samples in {job['epochs']} epochs, {job['batch']} an update\n")
             print(f"TRL's settings, samples/s: {'; '.join(lines)}.\n")
         for number, name in enumerate(found):
             own = {"output": f"{folder}/{part}_{seed}_{number}"}
@@ -301,15 +311,13 @@ def compare(python: Path, part: str, epochs: int, seeds: int, folder: Path) -> N
         cells += [f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if seeds > 1 else "")]
         print(f"| {name} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {number}" for name, number in found["TRL"][0]["versions"].items())
-    print(
-        f"\n{seeds} seeds, {results[0]['steps']} updates. {versions}; Python {platform.python_version()}.", flush=True
-    )
+    updates = f"{found['kit'][0]['steps']} updates, {found['TRL'][0]['steps']} of TRL"
+    print(f"\n{seeds} seeds, {updates}. {versions}; Python {platform.python_version()}.", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="forward,default")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -322,7 +330,7 @@ def main() -> None:
     python = environment()
     with tempfile.TemporaryDirectory() as folder:
         for part in given.parts.split(","):
-            compare(python, part, given.epochs, given.seeds, Path(folder))
+            compare(python, part, given.seeds, Path(folder))
 
 
 if __name__ == "__main__":
