@@ -7,6 +7,8 @@ table of each part in Markdown:
 2. the rows of a whole experiment of 20 people with 30 % retention, at the config's pixel limits;
 3. the kit's recipes of both once more under a cap of 31 GiB, which is what a V100 of 32 GB offers.
 
+In passes of so many tokens, every layer is recomputed; *as planned* is what a run does on this card by itself.
+
 The recipes: *guide*: embedding, head and norms in fp32 as PEFT's k-bit preparation leaves them, eager attention,
 checkpointing, all logits, the vision tower in every pass, 1 row at a time. *careful*: SDPA, 16-bit embedding and
 head, checkpointing, all logits, the vision tower in every pass, 8 rows at a time. *kit*: its own code.
@@ -35,8 +37,9 @@ from mmrev_kit.data import Row, ensure_data
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.fused import fuse, unfuse
 from mmrev_kit.images import draw_face, sample_faces
-from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
+from mmrev_kit.loading import add_adapter, compute_dtype, load_base, set_recomputed, trainable
 from mmrev_kit.packing import gather_images, image_key
+from mmrev_kit.planning import passes_of, plan, read_sizes
 from mmrev_kit.prompts import Sample
 from mmrev_kit.speed import matrix_rate, work
 from mmrev_kit.steps import chunks, peak_memory_gib, update
@@ -57,6 +60,7 @@ class Bench:
     encoder: object
     rate: float | None
     deadline: float
+    gib: float = 0.0
     features: object = None
     rows: list | None = None
 
@@ -113,14 +117,15 @@ def clean(bench: Bench) -> None:
         torch.cuda.synchronize()
 
 
-def result(bench: Bench, name: str, rows: int, seconds: float, tokens: int, logits: int, updates: int) -> dict:
-    """One line of the table."""
+def result(
+    bench: Bench, name: str, rows: int, seconds: float, tokens: int, logits: int, updates: int, recompute: float = 1.0
+) -> dict:
+    """One line of the table; `recompute` is the share of the layers that are recomputed."""
     text, found = bench.core.config.text_config, {"recipe": name, "samples/s": rows / seconds}
     found |= {"updates": updates, "seconds": seconds, "tokens/s": tokens / seconds}
     found["peak GiB"] = peak_memory_gib(bench.state.device)
     found["reserved GiB"] = torch.cuda.max_memory_reserved() / GIB if bench.cuda else None
-    recompute = bench.config.memory.gradient_checkpointing
-    for key, again in (("share", recompute), ("share without recomputation", False)):
+    for key, again in (("share", recompute), ("share without recomputation", 0.0)):
         done = work(text, tokens, logits, again, bench.config.lora.target_modules)
         found[key] = done / seconds / bench.rate if bench.rate else None
     print(json.dumps(found), flush=True)
@@ -197,6 +202,8 @@ def kit_recipe(bench: Bench, name: str, windows: list[list[Sample]], **options) 
         print(f"{name}: no time left", flush=True)
         return None
     config = replace(bench.config, memory=replace(bench.config.memory, **options))
+    layers = bench.core.config.text_config.num_hidden_layers
+    set_recomputed(bench.core, config)
     parameters = trainable(bench.model)
     layout = make_layout(config, bench.model, bench.state.device)
     run = Run(
@@ -226,7 +233,20 @@ def kit_recipe(bench: Bench, name: str, windows: list[list[Sample]], **options) 
         print(json.dumps({"recipe": name, "out of memory": True}), flush=True)
         return None
     seconds, rows = time.perf_counter() - began, sum(map(len, windows[1:]))
-    return result(bench, name, rows, seconds, tokens, logits, len(windows) - 1)
+    again = config.memory.recomputed(layers) / layers
+    return result(bench, name, rows, seconds, tokens, logits, len(windows) - 1, again)
+
+
+def planned(bench: Bench, windows: list[list[Sample]]) -> tuple[dict, str]:
+    """What a run would choose for this card, or for the cap that it is under; and that in words."""
+    shapes, image_id = read_sizes(bench.config), bench.encoder.image_id
+    found = plan(
+        bench.config, bench.gib, 1, shapes, lambda limit: passes_of(windows, bench.config, shapes, image_id, 1, limit)
+    )
+    memory = found.apply(bench.config).memory
+    settings = {name: getattr(memory, name) for name in ("micro_tokens", "gradient_checkpointing", "kept_layers")}
+    kept = shapes.layers - memory.recomputed(shapes.layers)
+    return settings, f"as planned: passes of {memory.micro_tokens:,} tokens, {kept} of {shapes.layers} layers kept"
 
 
 def by_image(bench: Bench, samples: list[Sample]) -> list[Sample]:
@@ -244,7 +264,7 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
     """The kit's recipes of part 1 and part 2."""
     shuffled = list(forward)
     rng_for(0, "order").shuffle(shuffled)
-    count, found = (8 if bench.cuda else 2), {"1": [], "2": []}
+    count, found = (7 if bench.cuda else 2), {"1": [], "2": []}
     four, alone = forward_windows(forward, 4, 15, count), chunks(shuffled, 64)[:count]
     groupings = {"batch": chunks(mixed, 64)[:count], "epoch": chunks(by_image(bench, mixed), 64)[:count]}
     if not note:  # kernels are made, and read for each shape of product, when they are first needed
@@ -269,6 +289,9 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
             for tokens in (4096,) if note else (4096, 8192):
                 label = f"kit, grouping {name}, passes of {tokens:,} tokens{note}"
                 found["2"].append(kit_recipe(bench, label, windows, micro_tokens=tokens))
+            if bench.cuda:
+                options, words = planned(bench, windows)
+                found["2"].append(kit_recipe(bench, f"kit, grouping {name}, {words}{note}", windows, **options))
     return {part: [line for line in lines if line] for part, lines in found.items()}
 
 
@@ -330,6 +353,7 @@ def main() -> None:
     for part, samples in (("1", shuffled), ("2", bench.rows)):
         if part in parts:
             lines[part] += others(bench, samples, 4 if given.cuda else 1)
+    bench.gib = torch.cuda.get_device_properties(0).total_memory / GIB if given.cuda else 0.0
     bench.features = build_features(
         bench.config, bench.model, bench.encoder, forward + bench.rows, bench.dtype, bench.state
     )
@@ -338,8 +362,8 @@ def main() -> None:
         lines[part] += found
     if "3" in parts:
         if given.cuda:
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(given.cap_gib * GIB / total)
+            torch.cuda.set_per_process_memory_fraction(given.cap_gib / bench.gib)
+            bench.gib = given.cap_gib
         capped = kit_recipes(bench, forward, bench.rows, parts, f", under {given.cap_gib:g} GiB")
         for part, found in capped.items():
             lines[part] += found

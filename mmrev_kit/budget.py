@@ -116,10 +116,11 @@ def budget(config: Config, model: str, card: str, micro_batch: int = 8, **settin
     answer = min(9, length)
     row = length, answer, min(visual_tokens(shapes, config.model.max_pixels), length - answer)
     work, limit = from_lengths([row] * micro_batch, config, update=micro_batch), length * micro_batch
+    kept = config.memory.kept_layers
     ways = {
-        "as set": (checkpointing, True),
-        "without checkpointing" if checkpointing else "with checkpointing": (not checkpointing, True),
-        "without cached features": (checkpointing, False),
+        "as set": (checkpointing, True, kept),
+        "without checkpointing" if checkpointing else "with checkpointing": (not checkpointing, True, kept),
+        "without cached features": (checkpointing, False, kept),
     }
     found = {name: option(config, shapes, work, processes, limit, *way).estimate for name, way in ways.items()}
     whole = plan(config, room, processes, shapes, from_lengths([row] * training_rows(config), config))

@@ -50,6 +50,7 @@ class Recipe:
     Attributes:
         width: bytes of the compute dtype.
         residual: bytes of a number of the residual stream: 4 in the kit; 2 in a 16-bit model as it is loaded.
+        kept: with checkpointing, the last layers that keep what they computed.
         upcast: embedding, head and norms in fp32, as PEFT's k-bit preparation leaves them, so that every layer's
             outputs are fp32, too.
         accumulates: whether gradients of an earlier pass are there.
@@ -61,6 +62,7 @@ class Recipe:
     width: int = 2
     residual: int = 4
     checkpointing: bool = True
+    kept: int = 0
     cached: bool = True
     answer_logits: bool = True
     upcast: bool = False
@@ -75,8 +77,14 @@ class Recipe:
         memory = config.memory
         eager = config.model.attn_implementation == "eager"
         four, width = config.quantization.bits == 4, 4 if config.quantization.compute_dtype == "fp32" else 2
-        checkpointing, cached = memory.gradient_checkpointing, memory.cache_features
-        return cls(width=width, checkpointing=checkpointing, cached=cached, eager=eager, four=four)
+        return cls(
+            width=width, checkpointing=memory.gradient_checkpointing, kept=memory.kept_layers,
+            cached=memory.cache_features, eager=eager, four=four,
+        )  # fmt: skip
+
+    def recomputed(self, layers: int) -> int:
+        """How many of `layers` are computed again in the backward pass."""
+        return max(0, layers - self.kept) if self.checkpointing else 0
 
     @property
     def rest_width(self) -> int:

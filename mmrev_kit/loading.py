@@ -225,7 +225,15 @@ def add_adapter(model, config: Config):
     fuse(model)
     if config.memory.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_recomputed(model, config)
     return peft_model
+
+
+def set_recomputed(model, config: Config) -> None:
+    """Which layers of a model with checkpointing are recomputed: the first, but for `memory.kept_layers`."""
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < config.memory.recomputed(len(layers))
 
 
 def load_adapter(model, adapter: Path, config: Config):

@@ -181,7 +181,7 @@ def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes:
     if recipe.accumulates or moment == "optimizer step":
         rows.append(Row("gradients", 4 * count, "4 B a trainable number", word))
     if recipe.width < 4 and not recipe.fused and moment != "optimizer step":
-        copies = 1 if recipe.checkpointing else shapes.layers
+        copies = min(shapes.layers, 1 + shapes.layers - recipe.recomputed(shapes.layers))
         size = recipe.width * count * copies / shapes.layers
         rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once and keeps it for backward", word))
     if moment == "optimizer step":
@@ -203,19 +203,17 @@ def moving_rows(shapes: ModelShapes, config: Config, recipe: Recipe, one: Pass, 
             f"{1 + shapes.v_deepstack} x hidden{', and the last states of the tower' if states else ''}", word),
         Row("inputs", inputs, "ids, positions, the mask (1 B a pair of tokens); pixels without the cache", word),
     ]  # fmt: skip
-    if recipe.checkpointing:
-        rows.append(
-            Row("layer inputs", found.inputs, f"{recipe.residual} B x hidden x layers x {one.tokens:,} tokens", word)
-        )
-    else:
-        rows.append(
-            Row("saved activations", found.saved * shapes.layers, f"{found.saved / one.tokens:,.0f} B a token and "
-                f"layer x {one.tokens:,} x {shapes.layers}", "memory.gradient_checkpointing=true")
-        )  # fmt: skip
-        waste = shapes.layers * sum(map(unsplit, found.tensors))
-        rows.append(Row("rounding of blocks", waste, "a block's rest below 1 MiB is not split off", word))
+    again = recipe.recomputed(shapes.layers)
+    kept = shapes.layers - again
+    how = f"{recipe.residual} B x hidden x {again} layers x {one.tokens:,} tokens"
+    rows.append(Row("layer inputs", found.inputs * again / shapes.layers, how, word))
+    how = f"{found.saved / one.tokens:,.0f} B a token and layer x {one.tokens:,} x {kept}"
+    setting = "memory.kept_layers" if recipe.checkpointing else "memory.gradient_checkpointing=true"
+    rows.append(Row("saved activations", found.saved * kept, how, setting))
+    waste = kept * sum(map(unsplit, found.tensors))
+    rows.append(Row("rounding of blocks", waste, "a block's rest below 1 MiB is not split off", word))
     if moment == "last layer":
-        if recipe.checkpointing:
+        if not kept:
             how = f"{found.once / one.tokens:,.0f} B a token x {one.tokens:,}, of one layer at a time"
             rows.append(Row("recomputed layer", found.once, how, word))
         weight = largest_linear(shapes, recipe) if config.quantization.bits == 4 else 0

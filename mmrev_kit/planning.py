@@ -1,14 +1,16 @@
 """The fastest way to run an update that fits a card, chosen from estimates; and the refusal where none fits.
 
-What is chosen (tokens of a pass, checkpointing) changes neither the effective batch nor the gradient, only how the
-work of an update is split.
+What is chosen (tokens of a pass, checkpointing, layers that are kept from it) changes neither the effective batch nor
+the gradient, only how the work of an update is split.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 from mmrev_kit.bases import is_random, model_folder
@@ -22,10 +24,10 @@ from mmrev_kit.sizes import ModelShapes, as_shapes, read_shapes
 
 MARGIN = 0.08  # of the card that stays free
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)  # tokens of a pass that are tried
-FLOOR = 2500  # tokens: a pass of the 32B with fewer takes as long, for its launches and its 4-bit weights
+FIXED = 2000  # tokens: so much longer a pass of the 32B takes, for its launches and its 4-bit weights
 WINDOWS = 24  # updates looked at: the heaviest of the run
 MULTIPLE = 8  # sequences on a GPU are filled up to this
-FREE_SETTINGS = ("micro_tokens", "gradient_checkpointing", "cache_features")  # the result depends on none
+FREE_SETTINGS = ("micro_tokens", "gradient_checkpointing", "kept_layers", "cache_features")  # not in the result
 Workload = Callable[[int], list[list[Pass]]]  # from tokens of a pass to the passes of every update of one process
 
 
@@ -113,13 +115,15 @@ class Option:
     micro_tokens: int
     checkpointing: bool
     cached: bool
+    kept: int
     cost: float
     estimate: Estimate
 
     def __str__(self) -> str:
         how = "with" if self.checkpointing else "without"
+        but = f" but for the last {self.kept} layers" if self.kept else ""
         features = "cached vision features" if self.cached else "the vision tower in every pass"
-        return f"passes of {self.micro_tokens:,} tokens {how} checkpointing, {features}"
+        return f"passes of {self.micro_tokens:,} tokens {how} checkpointing{but}, {features}"
 
 
 @dataclass
@@ -144,7 +148,7 @@ class Plan:
         chosen = self.chosen
         memory = replace(
             config.memory, micro_tokens=chosen.micro_tokens, gradient_checkpointing=chosen.checkpointing,
-            cache_features=chosen.cached,
+            kept_layers=chosen.kept, cache_features=chosen.cached,
         )  # fmt: skip
         return replace(config, memory=memory)
 
@@ -174,6 +178,7 @@ class Plan:
         return {
             "micro_tokens": chosen.micro_tokens,
             "gradient_checkpointing": chosen.checkpointing,
+            "kept_layers": chosen.kept,
             "cache_features": chosen.cached,
             "effective_batch": self.batch,
             "card_gib": self.card_gib,
@@ -185,23 +190,30 @@ class Plan:
         }  # fmt: skip
 
 
-def relative_time(updates: list[list[Pass]], shapes: ModelShapes, checkpointing: bool) -> float:
-    """Forward and backward, and forward again with checkpointing; a small pass costs as much as one of `FLOOR` tokens.
+def relative_time(updates: list[list[Pass]], shapes: ModelShapes, recomputed: int) -> float:
+    """Forward and backward, and forward again for the layers that are `recomputed`; a pass costs its tokens and
+    `FIXED` more. A smaller layer is done sooner with the same launches, so that these are more.
 
-    A smaller layer is done sooner with the same launches, so that its floor is higher.
+    Measured with the 32B in NF4 on an H100: `benchmarks/README.md`.
     """
-    floor = FLOOR * layer_weights(text_sizes(as_shapes("32b"))) / layer_weights(text_sizes(shapes))
-    return (3 if checkpointing else 2) * sum(max(one.tokens, floor) for passes in updates for one in passes)
+    fixed = FIXED * layer_weights(text_sizes(as_shapes("32b"))) / layer_weights(text_sizes(shapes))
+    return (2 + recomputed / shapes.layers) * sum(one.tokens + fixed for passes in updates for one in passes)
 
 
-def option(config, shapes, work: Workload, processes: int, micro: int, checkpointing: bool, cached: bool) -> Option:
+def option(
+    config, shapes, work: Workload, processes: int, micro: int, checkpointing: bool, cached: bool, kept: int = 0
+) -> Option:
     """One candidate with its estimate."""
-    memory = replace(config.memory, micro_tokens=micro, gradient_checkpointing=checkpointing, cache_features=cached)
+    memory = replace(
+        config.memory, micro_tokens=micro, gradient_checkpointing=checkpointing, kept_layers=kept,
+        cache_features=cached,
+    )  # fmt: skip
     config, updates = replace(config, memory=memory), work(micro)
     recipe = replace(Recipe.of(config), accumulates=any(len(passes) > 1 for passes in updates))
     distinct = list(dict.fromkeys(one for passes in updates for one in passes))
     found = estimate(config, shapes, distinct, processes, recipe)
-    return Option(micro, checkpointing, cached, relative_time(updates, shapes, checkpointing), found)
+    cost = relative_time(updates, shapes, memory.recomputed(shapes.layers))
+    return Option(micro, checkpointing, cached, kept, cost, found)
 
 
 def plan(
@@ -210,7 +222,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The fastest passes that fit.
 
-    `memory.micro_tokens` is kept where it is configured, and so is `memory.cache_features`; checkpointing is chosen.
+    `memory.micro_tokens` is kept where it is configured, and so is `memory.cache_features`. Chosen is whether there is
+    checkpointing, and how many of the last layers keep what they computed all the same: as many as fit.
 
     Args:
         gpu_gib: memory of the smallest card.
@@ -233,12 +246,13 @@ def plan(
         row = (length, min(32, length - 1), min(length - 33, 196) if length > 64 else 0)
         workload = from_lengths([row] * effective_batch(config, num_processes), config, num_processes)
     sizes = [config.memory.micro_tokens] if config.memory.micro_tokens else SIZES
-    options = [
-        option(config, shapes, workload, num_processes, size, checkpointing, config.memory.cache_features)
-        for size in sizes
-        for checkpointing in (False, True)
-    ]
-    room = gpu_gib * (1 - margin)
+    room, options = gpu_gib * (1 - margin), []
+    for size in sizes:
+        way = partial(option, config, shapes, workload, num_processes, size, cached=config.memory.cache_features)
+        kept = bisect_right(
+            range(1, shapes.layers), room, key=lambda kept: way(checkpointing=True, kept=kept).estimate.device_gib
+        )
+        options += [way(checkpointing=False), way(checkpointing=True, kept=kept)]
     fitting = [one for one in options if one.estimate.device_gib <= room]
     fits = bool(fitting)
     if fits:
@@ -326,9 +340,9 @@ def settle_memory(config: Config, windows, samples: list[Sample], image_id: int,
         if state.is_main_process:
             print("\n".join(found.lines()), flush=True)
     else:
-        checkpointing, cached = config.memory.gradient_checkpointing, config.memory.cache_features
-        limit, found = micro_tokens(config, state.device), None
-        needed = option(config, shapes, work, processes, limit, checkpointing, cached).estimate
+        memory, limit, found = config.memory, micro_tokens(config, state.device), None
+        settings = limit, memory.gradient_checkpointing, memory.cache_features, memory.kept_layers
+        needed = option(config, shapes, work, processes, *settings).estimate
     problems = [refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")]
     problems = [problem for problem in problems if problem]
     if problems and not config.memory.force:

@@ -136,7 +136,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         memory, shapes = run.config.memory, read_sizes(config)
         limit = run.batcher.layout.micro_tokens
         work = passes_of(windows, config, shapes, run.task.encoder.image_id, 1, limit)
-        settings = limit, memory.gradient_checkpointing, memory.cache_features
+        settings = limit, memory.gradient_checkpointing, memory.cache_features, memory.kept_layers
         found = option(config, shapes, lambda _: work, 1, *settings).estimate
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
     return Rehearsal(

@@ -193,15 +193,21 @@ class EvaluationConfig:
 @dataclass
 class MemoryConfig:
     gradient_checkpointing: bool = True
+    kept_layers: int = 0  # with checkpointing: the last so many layers keep what they computed, and are not recomputed
     cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
     micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: the plan's, or by device
-    plan: str = "auto"  # on a GPU: checkpointing and micro_tokens are chosen for the card; off: as configured
+    plan: str = "auto"  # on a GPU: all but cache_features are chosen for the card; off: as configured
     gpu_gib: float | None = None  # act as on a card of so many GiB: planned for, and not exceeded; None: its own
     force: bool = False  # train even where the estimate says that it does not fit
 
     def __post_init__(self):
-        _check_numbers("memory", self, {"micro_tokens": (1, math.inf), "gpu_gib": (0.1, math.inf)})
+        limits = {"kept_layers": (0, math.inf), "micro_tokens": (1, math.inf), "gpu_gib": (0.1, math.inf)}
+        _check_numbers("memory", self, limits)
         _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
+
+    def recomputed(self, layers: int) -> int:
+        """How many of a model's `layers` the backward pass computes again: the first so many."""
+        return max(0, layers - self.kept_layers) if self.gradient_checkpointing else 0
 
 
 @dataclass

@@ -10,17 +10,18 @@ from mmrev_kit.packing import layer_weights
 SIDE, PRODUCTS = 8192, 12
 
 
-def work(text_config, tokens: int, logits: int, recompute: bool, adapted: Collection[str] = ()) -> float:
+def work(text_config, tokens: int, logits: int, recompute: float, adapted: Collection[str] = ()) -> float:
     """Floating-point operations of `tokens` tokens, `logits` of which are followed into the vocabulary.
 
     2 operations a weight and token in each pass: forward, backward to the activations (the base is frozen, its
-    weights get no gradient), and where gradient checkpointing recomputes the layers' forward, that once more, but for
-    a layer's last product: nothing needs the output of down_proj again, unless it is `adapted` (has LoRA).
+    weights get no gradient), and in `recompute`, the share of the layers that gradient checkpointing recomputes,
+    forward once more, but for a layer's last product: nothing needs the output of down_proj again, unless it is
+    `adapted` (has LoRA).
     Left out: attention's own products, the adapter, 4-bit weights being turned to 16 bit, the vision tower.
     """
     layer, head = layer_weights(text_config), text_config.hidden_size * text_config.vocab_size
     last = 0 if "down_proj" in adapted else text_config.hidden_size * text_config.intermediate_size
-    passed = 2 * layer + (layer - last if recompute else 0)
+    passed = 2 * layer + recompute * (layer - last)
     return 2.0 * (text_config.num_hidden_layers * passed * tokens + 2 * head * logits)
 
 

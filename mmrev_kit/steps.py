@@ -154,7 +154,8 @@ def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
     tokens, logits = run.computed
     share = None
     if run.matrix_rate:
-        text, again = core_model(run.model).config.text_config, run.config.memory.gradient_checkpointing
+        text = core_model(run.model).config.text_config
+        again = run.config.memory.recomputed(text.num_hidden_layers) / text.num_hidden_layers
         done = work(text, tokens, logits, again, run.config.lora.target_modules)
         share = done / seconds / run.matrix_rate / run.state.num_processes
     return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "matrix_share": share}

@@ -364,12 +364,15 @@ def test_the_work_of_a_token_by_hand():
     down = 2 * 2 * (4 * 5) * 10
     assert steps.work(text, 10, 3, recompute=True) == 3 * forward - down + 2 * head
     assert steps.work(text, 10, 3, recompute=True, adapted=["up_proj", "down_proj"]) == 3 * forward + 2 * head
+    assert steps.work(text, 10, 3, recompute=0.5) == 2.5 * forward - down / 2 + 2 * head
 
 
+@pytest.mark.parametrize("kept", [0, 2])
 @pytest.mark.parametrize(("adapted", "downs"), [("q_proj", 1), ("down_proj", 2)])
 @pytest.mark.parametrize("change", [fuse, unfuse])
-def test_checkpointing_recomputes_what_the_work_counts(small_config, adapted, downs, change):
-    config = small_config(f"memory.gradient_checkpointing=true lora.target_modules=[{adapted}]")
+def test_checkpointing_recomputes_what_the_work_counts(small_config, adapted, downs, change, kept):
+    more = f"memory.kept_layers={kept} lora.target_modules=[{adapted}]"
+    config = small_config(f"memory.gradient_checkpointing=true {more}")
     model, calls = add_adapter(load_base(config, CPU), config).train(), Counter()
     change(model.get_base_model())
     for name, module in model.named_modules():
@@ -380,5 +383,23 @@ def test_checkpointing_recomputes_what_the_work_counts(small_config, adapted, do
     samples = [sample for rows in task.train.values() for sample in rows[:2]]
     steps.sample_losses(model, task.encoder.collate(samples), CPU, torch.float32).sum().backward()
     layers = model.config.text_config.num_hidden_layers
-    twice = {f"{name}_proj": 2 * layers for name in ("q", "k", "v", "o", "gate", "up")}
-    assert calls == twice | {"down_proj": downs * layers}
+    again = {f"{name}_proj": 2 * layers - kept for name in ("q", "k", "v", "o", "gate", "up")}
+    assert calls == again | {"down_proj": downs * layers - (downs - 1) * kept}
+
+
+def test_checkpointing_changes_no_bit_of_the_gradient_whatever_is_kept(small_config):
+    found = []
+    for more in (
+        "gradient_checkpointing=false",
+        *(f"gradient_checkpointing=true memory.kept_layers={k}" for k in (0, 2)),
+    ):
+        config = small_config(f"memory.{more}")
+        torch.manual_seed(1)  # of the adapter's first values, and of dropout
+        model, task = add_adapter(load_base(config, CPU), config).train(), prepare(config)
+        for parameter in trainable(model):
+            torch.nn.init.normal_(parameter, std=0.05)
+        samples = [sample for rows in task.train.values() for sample in rows[:2]]
+        steps.sample_losses(model, task.encoder.collate(samples), CPU, torch.float32).sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trainable(model)]))
+    assert (found[0] != 0).all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
