@@ -21,8 +21,8 @@ from mmrev_kit.data import ensure_data
 from mmrev_kit.planning import FREE_SETTINGS, heaviest_windows, option, passes_of, read_sizes
 from mmrev_kit.processes import end_with, place
 from mmrev_kit.sizes import size_in_name
-from mmrev_kit.steps import TrainingError, chunks, peak_memory_gib, update
-from mmrev_kit.train import ordered_rows, start
+from mmrev_kit.steps import TrainingError, peak_memory_gib, update
+from mmrev_kit.train import planned_windows, start
 
 GIB = 2**30
 
@@ -119,8 +119,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
-    samples = [run.task.train[source][index] for source, index in ordered_rows(run.config, run.task, 0)]
-    windows = heaviest_windows(chunks(samples, run.batch), updates)[: updates + 1]
+    windows = heaviest_windows(planned_windows(run.config, run.task, run.batch), updates)[: updates + 1]
     windows = (windows * (updates + 1))[: updates + 1]
     run.model.train()
     rows, began = 0, 0.0

@@ -156,12 +156,18 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
-def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
-    """See `planning.settle_memory`; the rows are those of every update, and the longest that an evaluation asks."""
+def planned_windows(config: Config, task: Task, batch: int) -> list[list[Sample]]:
+    """The samples of every update of the run."""
     windows = []
     for epoch in range(task.plan.epochs):
         rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
-        windows += chunks(rows, effective_batch(config, state.num_processes))
+        windows += chunks(rows, batch)
+    return windows
+
+
+def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
+    """See `planning.settle_memory`; the rows are those of every update, and the longest that an evaluation asks."""
+    windows = planned_windows(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
     return settle_memory(config, windows, samples, task.encoder.image_id, state)
 
