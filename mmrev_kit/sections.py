@@ -196,7 +196,7 @@ class MemoryConfig:
     kept_layers: int = 0  # with checkpointing: the last so many layers keep what they computed, and are not recomputed
     cache_features: bool = True  # vision features once, in <output_dir>/features; False: the tower in every pass
     micro_tokens: int | None = None  # tokens of one pass, whatever the batch size; None: the plan's, or by device
-    plan: str = "auto"  # on a GPU: all but cache_features are chosen for the card; off: as configured
+    plan: str = "auto"  # on a GPU: checkpointing, kept_layers and micro_tokens suit the card; off: as configured
     gpu_gib: float | None = None  # act as on a card of so many GiB: planned for, and not exceeded; None: its own
     force: bool = False  # train even where the estimate says that it does not fit
 
