@@ -37,6 +37,7 @@ from mmrev_kit.data import Row, ensure_data
 from mmrev_kit.features import build_features, core_model, drop_tower
 from mmrev_kit.fused import fuse, unfuse
 from mmrev_kit.images import draw_face, sample_faces
+from mmrev_kit.layers import Recipe
 from mmrev_kit.loading import add_adapter, compute_dtype, load_base, set_recomputed, trainable
 from mmrev_kit.packing import gather_images, image_key
 from mmrev_kit.planning import passes_of, plan, read_sizes
@@ -233,7 +234,7 @@ def kit_recipe(bench: Bench, name: str, windows: list[list[Sample]], **options) 
         print(json.dumps({"recipe": name, "out of memory": True}), flush=True)
         return None
     seconds, rows = time.perf_counter() - began, sum(map(len, windows[1:]))
-    again = config.memory.recomputed(layers) / layers
+    again = Recipe.of(config).recomputed(layers) / layers
     return result(bench, name, rows, seconds, tokens, logits, len(windows) - 1, again)
 
 
@@ -245,7 +246,7 @@ def planned(bench: Bench, windows: list[list[Sample]]) -> tuple[dict, str]:
     )
     memory = found.apply(bench.config).memory
     settings = {name: getattr(memory, name) for name in ("micro_tokens", "gradient_checkpointing", "kept_layers")}
-    kept = shapes.layers - memory.recomputed(shapes.layers)
+    kept = memory.kept_layers if memory.gradient_checkpointing else shapes.layers
     return settings, f"as planned: passes of {memory.micro_tokens:,} tokens, {kept} of {shapes.layers} layers kept"
 
 

@@ -83,7 +83,7 @@ class Recipe:
         )  # fmt: skip
 
     def recomputed(self, layers: int) -> int:
-        """How many of `layers` are computed again in the backward pass."""
+        """How many of `layers` are computed again in the backward pass: the first so many."""
         return max(0, layers - self.kept) if self.checkpointing else 0
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmrev_kit.bases import base_fingerprint, check_base, is_random, model_folder, read_architecture
 from mmrev_kit.config import EMBEDDED_MODEL, Config, ConfigError, resolve, seed_for
 from mmrev_kit.fused import fuse
+from mmrev_kit.layers import Recipe
 from mmrev_kit.prompts import Encoder
 from mmrev_kit.vision import use_fast_tower
 
@@ -232,8 +233,9 @@ def add_adapter(model, config: Config):
 def set_recomputed(model, config: Config) -> None:
     """Which layers of a model with checkpointing are recomputed: the first, but for `memory.kept_layers`."""
     layers = model.model.language_model.layers
+    again = Recipe.of(config).recomputed(len(layers))
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < config.memory.recomputed(len(layers))
+        layer.gradient_checkpointing = number < again
 
 
 def load_adapter(model, adapter: Path, config: Config):

@@ -121,7 +121,7 @@ class Option:
 
     def __str__(self) -> str:
         how = "with" if self.checkpointing else "without"
-        but = f" but for the last {self.kept} layers" if self.kept else ""
+        but = f" but for the last {self.kept} layer{'s' * (self.kept > 1)}" if self.kept else ""
         features = "cached vision features" if self.cached else "the vision tower in every pass"
         return f"passes of {self.micro_tokens:,} tokens {how} checkpointing{but}, {features}"
 
@@ -193,8 +193,8 @@ class Plan:
 def relative_time(updates: list[list[Pass]], shapes: ModelShapes, recomputed: int) -> float:
     """Forward and backward, and forward again for the layers that are `recomputed`, and `FIXED` a pass.
 
-    A smaller layer is done sooner with the same launches, so that these are more. Of 43 measured lines of the 32B
-    (benchmarks/README.md) this is 3 % off (root mean square), and 9 % at most.
+    A smaller layer is done sooner with the same launches, so that these are more. Of 43 rates of the 32B on three
+    hosts, measured as `benchmarks/speed_32b.py` does, this is 3 % off (root mean square), and 9 % at most.
     """
     fixed = FIXED * layer_weights(text_sizes(as_shapes("32b"))) / layer_weights(text_sizes(shapes))
     return sum((2 + recomputed / shapes.layers) * one.tokens + fixed for passes in updates for one in passes)
@@ -212,7 +212,7 @@ def option(
     recipe = replace(Recipe.of(config), accumulates=any(len(passes) > 1 for passes in updates))
     distinct = list(dict.fromkeys(one for passes in updates for one in passes))
     found = estimate(config, shapes, distinct, processes, recipe)
-    cost = relative_time(updates, shapes, memory.recomputed(shapes.layers))
+    cost = relative_time(updates, shapes, recipe.recomputed(shapes.layers))
     return Option(micro, checkpointing, cached, kept, cost, found)
 
 

@@ -205,10 +205,6 @@ class MemoryConfig:
         _check_numbers("memory", self, limits)
         _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
 
-    def recomputed(self, layers: int) -> int:
-        """How many of a model's `layers` the backward pass computes again: the first so many."""
-        return max(0, layers - self.kept_layers) if self.gradient_checkpointing else 0
-
 
 @dataclass
 class LaunchConfig:

@@ -16,6 +16,7 @@ from mmrev_kit.batches import Batch, from_labels
 from mmrev_kit.config import seed_for
 from mmrev_kit.features import core_model
 from mmrev_kit.fused import fuse, takes_wanted, unfuse
+from mmrev_kit.layers import Recipe
 from mmrev_kit.prompts import Sample
 from mmrev_kit.speed import work
 
@@ -155,7 +156,7 @@ def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
     share = None
     if run.matrix_rate:
         text = core_model(run.model).config.text_config
-        again = run.config.memory.recomputed(text.num_hidden_layers) / text.num_hidden_layers
+        again = Recipe.of(run.config).recomputed(text.num_hidden_layers) / text.num_hidden_layers
         done = work(text, tokens, logits, again, run.config.lora.target_modules)
         share = done / seconds / run.matrix_rate / run.state.num_processes
     return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "matrix_share": share}
