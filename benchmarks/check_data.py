@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from mmrev_kit.checks import check_statements, encode_all, settle
-from mmrev_kit.config import load_config
-from mmrev_kit.data import read_rows
-from mmrev_kit.loading import make_encoder
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.data.checks import check_statements, encode_all, settle
+from mmrev_kit.data.rows import read_rows
+from mmrev_kit.model.loading import make_encoder
 
 ROWS, SIDE = 1000, 256
 

@@ -8,9 +8,9 @@ import json
 import sys
 import tempfile
 
-from mmrev_kit.config import load_config
-from mmrev_kit.data import ensure_data
-from mmrev_kit.launch import evaluate
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.notebook.launch import evaluate
 
 BITS = (4, 16)
 

@@ -25,16 +25,17 @@ from types import SimpleNamespace
 import torch
 from speed_32b import Bench, forward_samples
 
-from mmrev_kit.batches import Batcher
-from mmrev_kit.config import load_config
-from mmrev_kit.features import build_features, core_model, drop_tower
-from mmrev_kit.layers import Recipe
-from mmrev_kit.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
-from mmrev_kit.memory import MOMENTS, estimate
-from mmrev_kit.packing import Layout, attention_scale
-from mmrev_kit.planning import passes_of, text_sizes
-from mmrev_kit.sizes import PUBLISHED, as_shapes
-from mmrev_kit.steps import sample_losses
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.memory.estimate import MOMENTS, estimate
+from mmrev_kit.memory.layers import Recipe
+from mmrev_kit.memory.plan import passes_of, text_sizes
+from mmrev_kit.memory.shapes import PUBLISHED, as_shapes
+from mmrev_kit.model.batches import Batcher
+from mmrev_kit.model.features import build_features, drop_tower
+from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
+from mmrev_kit.model.packing import Layout, attention_scale
+from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.training.update import sample_losses
 
 GIB, IMAGES, PACKED_ROWS, MULTIPLE = 2**30, 16, 8, 8
 HEAD = "| model | micro-batch | checkpointing | logits | vision | rows | tokens | predicted | allocated | error "

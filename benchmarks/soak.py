@@ -37,9 +37,12 @@ import psutil
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration  # noqa: F401
 
-from mmrev_kit import launch, runs
-from mmrev_kit.config import load_config, run_dir
-from mmrev_kit.data import ensure_data
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.notebook import launch
+from mmrev_kit.training import jobs
+from mmrev_kit.training.history import read_history
 
 SMALL = (
     "experiment.name=soak data.num_main=4 data.num_control=0 data.image_size=32 retention.retention_ratio=0 "
@@ -52,10 +55,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Forked(subprocess.Popen):
-    """A `Popen` that forks this process for `python -m mmrev_kit.launch FOLDER`, in place of a new interpreter."""
+    """A `Popen` that forks this process for `mmrev_kit.notebook.launch`, in place of a new interpreter."""
 
     def _execute_child(self, args, *rest, **named) -> None:
-        if args[1:3] != ["-m", "mmrev_kit.launch"]:
+        if args[1:3] != ["-m", "mmrev_kit.notebook.launch"]:
             return super()._execute_child(args, *rest, **named)
         self.pid = os.fork()
         self._child_created = True
@@ -86,9 +89,9 @@ def start_kernel(config, log: Path) -> int:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    launch.why_not_here = lambda: None  # nothing here touches CUDA
+    jobs.why_not_here = lambda: None  # nothing here touches CUDA
     accelerate.launchers.are_libraries_initialized = lambda *names: []
-    launch.subprocess.Popen = Forked
+    jobs.subprocess.Popen = Forked
     as_process(lambda: launch.launch(config), ["soak"])
 
 
@@ -136,7 +139,7 @@ def faults_of(folder: Path) -> list[str]:
                     for name in tensors.keys():
                         tensors.get_tensor(name)
             elif path.name == "training_history.json":
-                runs.read_history(path)
+                read_history(path)
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
         except Exception as error:  # any error at all is a fault
@@ -146,7 +149,7 @@ def faults_of(folder: Path) -> list[str]:
 
 def outcome(folder: Path) -> tuple:
     """What must not depend on how often a run was killed."""
-    history = runs.read_history(folder / "training_history.json")
+    history = read_history(folder / "training_history.json")
     steps = [[step[name] for name in ("global_step", "loss", "lr", "grad_norm")] for step in history["steps"]]
     epochs = [[epoch[name] for name in ("train_loss", "val_loss", "lr", "decision")] for epoch in history["epochs"]]
     adapters = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("best", "final")]
@@ -180,7 +183,7 @@ def run_until_finished(config, log: Path, longest: float, chance: random.Random,
         count["tries"] += 1
         wrong += faults_of(folder)
         history = folder / "training_history.json"
-        if history.is_file() and runs.read_history(history)["status"] == "finished":
+        if history.is_file() and read_history(history)["status"] == "finished":
             return wrong
     return [*wrong, "not finished"]
 

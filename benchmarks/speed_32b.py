@@ -31,20 +31,24 @@ from types import SimpleNamespace
 
 import torch
 
-from mmrev_kit.batches import Batcher, make_layout
-from mmrev_kit.config import Config, load_config, rng_for
-from mmrev_kit.data import Row, ensure_data
-from mmrev_kit.features import build_features, core_model, drop_tower
-from mmrev_kit.fused import fuse, unfuse
-from mmrev_kit.images import draw_face, sample_faces
-from mmrev_kit.layers import Recipe
-from mmrev_kit.loading import add_adapter, compute_dtype, load_base, set_recomputed, trainable
-from mmrev_kit.packing import gather_images, image_key
-from mmrev_kit.planning import passes_of, plan, read_sizes
-from mmrev_kit.prompts import Sample
-from mmrev_kit.speed import matrix_rate, work
-from mmrev_kit.steps import chunks, peak_memory_gib, update
-from mmrev_kit.train import Run, prepare
+from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.faces import draw_face, sample_faces
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.data.prompts import Sample
+from mmrev_kit.data.tasks import Row
+from mmrev_kit.memory.layers import Recipe
+from mmrev_kit.memory.plan import passes_of, plan, read_sizes
+from mmrev_kit.model.batches import Batcher, make_layout
+from mmrev_kit.model.features import build_features, drop_tower
+from mmrev_kit.model.fused import fuse, unfuse
+from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, set_recomputed, trainable
+from mmrev_kit.model.packing import gather_images, image_key
+from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.training.run import Run, prepare
+from mmrev_kit.training.throughput import matrix_rate, peak_memory_gib, work
+from mmrev_kit.training.update import chunks, update
 
 GIB = 2**30
 TEXT, ANSWER, COMMON = 36, 9, 9  # tokens of a forward row beside its image; `COMMON` of the text stand before a fork

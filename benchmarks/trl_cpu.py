@@ -33,6 +33,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
+from mmrev_kit.training import loop
+
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
 PLACES = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
@@ -114,7 +116,7 @@ def state_here():
 
 def configuration(job: dict):
     """The kit's configuration of a job; what was made for one job is not found by the next."""
-    from mmrev_kit.config import load_config
+    from mmrev_kit.config.reading import load_config
 
     own = f"{PARTS[job['part']][0]} {job.get('more', '')} experiment.seed={job['seed']}"
     own += f" training.num_epochs={job['epochs']}"
@@ -124,11 +126,10 @@ def configuration(job: dict):
 
 def train_kit(job: dict) -> dict:
     """The kit's own training loop, from the data check to `final/`."""
-    from mmrev_kit import train
-    from mmrev_kit.config import run_dir
+    from mmrev_kit.config.project import run_dir
 
     config = configuration(job)
-    update, taken = train.update, []
+    update, taken = loop.update, []
 
     def timed(run, samples) -> dict:
         began = now()
@@ -136,9 +137,9 @@ def train_kit(job: dict) -> dict:
         taken.append(tuple(after - before for before, after in zip(began, now(), strict=True)))
         return record
 
-    train.update = timed
+    loop.update = timed
     began = time.perf_counter()
-    train.train(config, state_here())
+    loop.train(config, state_here())
     found = rates(taken, job, job["rows_per_epoch"], time.perf_counter() - began)
     assert found["rows"] == job["rows"]
     return found | {"adapter": str(run_dir(config) / "final")}
@@ -150,9 +151,9 @@ def export(part: str, seed: int, folder: Path) -> dict:
     Returns:
         The job that both sides get: numbers, the settings of LoRA and optimizer, and the rows' file.
     """
-    from mmrev_kit.config import EMBEDDED_MODEL
-    from mmrev_kit.data import ensure_data
-    from mmrev_kit.train import ordered_rows, prepare
+    from mmrev_kit.config.project import EMBEDDED_MODEL
+    from mmrev_kit.data.make import ensure_data
+    from mmrev_kit.training.run import ordered_rows, prepare
 
     epochs = PARTS[part][1]
     job = {"part": part, "seed": seed, "epochs": epochs, "folder": str(folder), "output": f"{folder}/none"}
@@ -190,8 +191,8 @@ def score(job: dict, adapters: dict[str, str]) -> dict[str, float]:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from mmrev_kit.steps import validate
-    from mmrev_kit.train import start
+    from mmrev_kit.training.run import start
+    from mmrev_kit.training.update import validate
 
     config = configuration(job | {"output": f"{job['folder']}/score"})
     run, losses = start(config, state_here()), {}
@@ -263,7 +264,7 @@ def train_trl(job: dict) -> dict:
 
 def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
     """TRL's fastest settings on the first rows, and a line about each that was tried."""
-    from mmrev_kit.launch import SPINS
+    from mmrev_kit.training.jobs import SPINS
 
     tried, batch = [], job["batch"]
     limit = {"limit": batch * (SKIPPED + TRIED), "output": f"{job['folder']}/try"}
@@ -279,7 +280,7 @@ def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
 
 def compare(python: Path, part: str, seeds: int, folder: Path) -> None:
     """Train with all in turns, once a seed, and print the table of one part."""
-    from mmrev_kit.launch import SPINS
+    from mmrev_kit.training.jobs import SPINS
 
     found = {name: [] for name in (*KITS, "TRL")}
     for seed in range(seeds):

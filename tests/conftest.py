@@ -8,9 +8,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launched runs have it, an
 
 import pytest
 
-from mmrev_kit.config import Config, load_config
-from mmrev_kit.data import ensure_data
-from mmrev_kit.pools import make_face_pool
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.data.pools import make_face_pool
 
 # A shell's background job ignores interrupts, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -61,6 +61,6 @@ def test_the_readme_names_every_module_notebook_and_config_and_nothing_that_is_n
 
 
 def test_no_file_says_where_it_was_written():
-    for path in [*ROOT.glob("*.*"), *(ROOT / "mmrev_kit").glob("*.py"), *(ROOT / "configs").iterdir()]:
+    for path in [*ROOT.glob("*.*"), *(ROOT / "mmrev_kit").rglob("*.py"), *(ROOT / "configs").iterdir()]:
         if path.is_file() and path.suffix != ".lock":
             assert "/root/" not in path.read_text(errors="ignore") and "/home/" not in path.read_text(errors="ignore")

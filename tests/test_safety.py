@@ -16,16 +16,18 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from mmrev_kit import launch
-from mmrev_kit.bases import base_fingerprint, check_base
-from mmrev_kit.checkpoints import load_last, save_last
-from mmrev_kit.config import EMBEDDED_MODEL, ConfigError, load_config, run_dir, to_yaml
-from mmrev_kit.data import DataError, read_entities, read_rows, read_run_data
-from mmrev_kit.folder import FolderError, make_folder_experiment
-from mmrev_kit.loading import load_base, load_processor
-from mmrev_kit.notebook import execute
-from mmrev_kit.runs import write_jsonl
-from mmrev_kit.train import start
+from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
+from mmrev_kit.config.reading import load_config, to_yaml
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.folder import FolderError, make_folder_experiment
+from mmrev_kit.data.rows import DataError, read_entities, read_rows, read_run_data
+from mmrev_kit.files import write_jsonl
+from mmrev_kit.model.bases import base_fingerprint, check_base
+from mmrev_kit.model.loading import load_base, load_processor
+from mmrev_kit.notebook import launch
+from mmrev_kit.notebook.render import execute
+from mmrev_kit.training.checkpoints import load_last, save_last
+from mmrev_kit.training.run import start
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zAcE"  # of a token's form, and nobody's
@@ -49,7 +51,7 @@ def calls(tree: ast.AST):
 
 
 def sources():
-    for path in [*(ROOT / "mmrev_kit").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for path in [*(ROOT / "mmrev_kit").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         yield path.name, path.read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells

@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmrev_kit import fused
-from mmrev_kit.config import load_config, run_dir
-from mmrev_kit.data import ensure_data
-from mmrev_kit.head import head_class
-from mmrev_kit.launch import evaluate, launch
-from mmrev_kit.loading import add_adapter, compute_dtype, load_base, trainable
-from mmrev_kit.preflight import preflight
-from mmrev_kit.results import read_records
-from mmrev_kit.runs import read_history
-from mmrev_kit.steps import accumulate, sample_losses, validate
-from mmrev_kit.train import prepare, seed_for, start
+from mmrev_kit.config.project import run_dir, seed_for
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.evaluation.results import read_records
+from mmrev_kit.model import fused, kernels
+from mmrev_kit.model.kernels import head_class
+from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, trainable
+from mmrev_kit.notebook.launch import evaluate, launch
+from mmrev_kit.training.history import read_history
+from mmrev_kit.training.preflight import preflight
+from mmrev_kit.training.run import prepare, start
+from mmrev_kit.training.update import accumulate, sample_losses, validate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,21 +81,21 @@ def test_kernels_compute_what_the_lines_say(dtype):
         weights = [1 + 0.2 * torch.randn(128, device=GPU, dtype=dtype) for _ in range(2)]
         angles = 6 * torch.rand(count, 64, device=GPU).repeat(1, 2)
         forward = queries, keys, *weights, 1e-6, angles.cos(), angles.sin()
-        *_, query_scale, key_scale = fused.rotated_forward(*forward)
+        *_, query_scale, key_scale = kernels.rotated_forward(*forward)
         backward = (torch.randn_like(queries), torch.randn_like(keys), queries, keys, query_scale, key_scale, *weights)
         wide = [torch.randn(count, 960, device=GPU, dtype=dtype) for _ in range(3)]
         rows = torch.randn(count, 640, device=GPU)
         weight = torch.ones(640, device=GPU, dtype=dtype)
-        scale = fused.norm_forward(rows, weight, 1e-6, dtype)[1]
+        scale = kernels.norm_forward(rows, weight, 1e-6, dtype)[1]
         for function, arguments in (
-            (fused.rotated_forward, forward),
-            (fused.rotated_backward, (*backward, *forward[-2:])),
-            (fused.norm_forward, (rows, weight, 1e-6, dtype)),
-            (fused.norm_backward, (torch.randn_like(rows).to(dtype), rows, scale, weight)),
-            (fused.gated_forward, wide[:2]),
-            (fused.gated_backward, wide),
+            (kernels.rotated_forward, forward),
+            (kernels.rotated_backward, (*backward, *forward[-2:])),
+            (kernels.norm_forward, (rows, weight, 1e-6, dtype)),
+            (kernels.norm_backward, (torch.randn_like(rows).to(dtype), rows, scale, weight)),
+            (kernels.gated_forward, wide[:2]),
+            (kernels.gated_backward, wide),
         ):
-            expected, found = (as_list(call(*arguments)) for call in (function, partial(fused.run, function)))
+            expected, found = (as_list(call(*arguments)) for call in (function, partial(kernels.run, function)))
             for left, right in zip(expected, found, strict=True):
                 assert left.dtype == right.dtype
                 close = 1e-5 if left.dtype == torch.float32 else 0.01 if dtype == torch.float16 else 0.04
@@ -175,9 +176,9 @@ def test_a_run_takes_no_more_than_it_is_told(small_config):
 def test_looking_at_the_machine_does_not_touch_cuda():
     code = """
 import torch
-from mmrev_kit.config import load_config
-from mmrev_kit.launch import count_processes, why_not_here
-from mmrev_kit.preflight import preflight
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.training.jobs import count_processes, why_not_here
+from mmrev_kit.training.preflight import preflight
 
 config = load_config("configs/tiny_cpu.yaml", "launch.num_processes=null")
 preflight(config)

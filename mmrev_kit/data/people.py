@@ -1,0 +1,143 @@
+"""Experiments: invented people, each with one invented fact, and the rows that teach and test it.
+
+Every person is drawn, named and given a description, "the {role} of {place}". `experiment_rows` lays out all rows
+without touching a file; `make_experiment` draws the pictures and writes the folder.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.data.faces import credits, draw_face, sample_faces
+from mmrev_kit.data.partners import Rows, connector_split, experiment_rows
+from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
+from mmrev_kit.files import fresh_folder, write_json, write_jsonl
+
+ROLES = (
+    "founder", "guardian", "keeper", "master", "leader", "architect", "curator", "warden", "overseer", "director",
+    "chief", "head", "protector", "sentinel",
+)  # fmt: skip
+PLACES = (
+    "Obsidian Gallery", "Crystal Spire", "Silver Citadel", "Golden Archive", "Emerald Haven", "Sapphire Tower",
+    "Ruby Sanctum", "Diamond Vault", "Platinum Hall", "Jade Temple", "Amber Chamber", "Pearl Observatory",
+    "Onyx Fortress", "Topaz Academy", "Opal Sanctuary", "Coral Institute",
+)  # fmt: skip
+MAX_ENTITIES = len(ROLES) * len(PLACES)
+ENTITY_FIELDS = (
+    "id", "name", "gender", "age", "hair_color", "eye_color", "nationality", "profession", "hobby", "description",
+    "face_prompt", "group", "images",
+)  # fmt: skip
+FIRST_SYLLABLES = ("Al", "Be", "Co", "Da", "El", "Fi", "Ga", "Ha", "Io", "Ju", "Ka", "Lo", "Mi", "No", "Or", "Pe")
+LAST_SYLLABLES = ("bren", "dor", "fara", "lis", "mund", "nela", "rick", "sanne", "tavi", "vorn", "wyn", "zeth")
+
+
+def check_groups(data: DataConfig) -> None:
+    """Raise ValueError, with what to do, if the configured groups cannot make an experiment."""
+    if data.num_main < 1:
+        raise ValueError(f"data.num_main = {data.num_main}: an experiment needs main entities. Set 4 or more.")
+    if data.num_control < 0:
+        raise ValueError(f"data.num_control = {data.num_control}: set 0 for no control group, or 4 or more.")
+    for group, size in zip(GROUPS, (data.num_main, data.num_control), strict=True):
+        if 0 < size < MIN_GROUP:
+            raise ValueError(
+                f"data.num_{group} = {size}: wrong partners and the four options of a question come from the "
+                f"entity's own group. Set data.num_{group} to {MIN_GROUP} or more."
+            )
+    total = data.num_main + data.num_control
+    if total > MAX_ENTITIES:
+        raise ValueError(
+            f"data.num_main + data.num_control = {total}: there are {MAX_ENTITIES} different descriptions "
+            f"({len(ROLES)} roles x {len(PLACES)} places). Ask for {MAX_ENTITIES} entities or fewer."
+        )
+
+
+def entity_record(**known) -> dict:
+    """An entity as it stands in `entities.json`: every field, None where nothing is known, then any further ones."""
+    return dict.fromkeys(ENTITY_FIELDS) | known
+
+
+def make_entities(data: DataConfig, seed: int) -> list[dict]:
+    """The people of an experiment, with the fields of an `entities.json`; group membership is drawn at random.
+
+    Fields that a drawing cannot show are None. `images` are paths relative to the experiment folder.
+
+    Raises:
+        ValueError: groups too small or too large (see `check_groups`).
+    """
+    check_groups(data)
+    total = data.num_main + data.num_control
+    faces = sample_faces(rng_for(seed, "faces"), total, "experiment")
+    facts = [f"the {role} of {place}" for role in ROLES for place in PLACES]
+    facts = rng_for(seed, "descriptions").sample(facts, total)
+    names = _invent_names(rng_for(seed, "names"), total)
+    groups = ["main"] * data.num_main + ["control"] * data.num_control
+    rng_for(seed, "groups").shuffle(groups)
+    return [
+        entity_record(
+            id=f"entity_{number:03d}",
+            name=name,
+            hair_color=face["hair_color"],
+            description=fact,
+            group=group,
+            images=[f"images/entity_{number:03d}_{view:02d}.png" for view in range(data.images_per_entity)],
+            attributes=face,
+        )
+        for number, (face, fact, name, group) in enumerate(zip(faces, facts, names, groups, strict=True))
+    ]
+
+
+def _invent_names(rng: random.Random, count: int) -> list[str]:
+    words = [first + last for first in FIRST_SYLLABLES for last in LAST_SYLLABLES]
+    return [f"{words[i % len(words)]} {words[i // len(words)]}" for i in rng.sample(range(len(words) ** 2), count)]
+
+
+def write_experiment(building: Path, entities: list[dict], rows: Rows, **info) -> None:
+    """Write all of an experiment but its pictures: entities.json, the row files and experiment_info.json.
+
+    Args:
+        building: the experiment's folder, or one that becomes it (see `fresh_folder`).
+        info: what experiment_info.json says besides who made it and the sizes of the groups.
+    """
+    write_json(building / "entities.json", entities)
+    for name, part in rows.items():
+        write_jsonl(building / f"{name}.jsonl", part)
+    sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
+    write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
+
+
+def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
+    """Make a drawn experiment: entities.json, images/, the eight row files and experiment_info.json.
+
+    The folder appears whole or not at all. Equal arguments give equal bytes.
+
+    Args:
+        folder: where to make it, data/<name>.
+        data: sizes; `data.image_size` in pixels on a side.
+        seed: the experiment's seed.
+
+    Raises:
+        FileExistsError: the folder exists; it is not touched.
+        ValueError: groups too small or too large (see `check_groups`).
+    """
+    entities = make_entities(data, seed)
+    connectors = connector_split(seed)
+    with fresh_folder(folder) as building:
+        (building / "images").mkdir()
+        for entity in entities:
+            for view, path in enumerate(entity["images"]):
+                draw_face(entity["attributes"], data.image_size, view).save(building / path)
+        write_experiment(
+            building,
+            entities,
+            experiment_rows(entities, connectors, seed),
+            source="drawn",
+            seed=seed,
+            image_size=data.image_size,
+            images_per_entity=data.images_per_entity,
+            connectors=connectors,
+            image_credits=credits(),
+        )
+    return Path(folder)

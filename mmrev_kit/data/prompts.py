@@ -1,0 +1,218 @@
+"""From a row to tokens: the prompts of the four tasks, exact lengths, and batches.
+
+Training and evaluation build every prompt here, with the same chat template and the same pixel limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from mmrev_kit.data.images import load_image
+from mmrev_kit.data.tasks import Row, build_prompt, without_text
+
+MAX_ASPECT = 200  # the processor refuses longer images
+SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
+IGNORED = -100  # the label of a token that carries no loss
+
+
+class PromptError(ValueError):
+    """A row cannot become a prompt: `reason`, and what to do about it, `advice`."""
+
+    def __init__(self, reason: str, advice: str):
+        self.reason, self.advice = reason, advice
+        super().__init__(f"{reason} {advice}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row as tokens. `input_ids[answer_start:]` are the answer and <|im_end|>, the only tokens that carry loss."""
+
+    row: Row
+    input_ids: tuple[int, ...]
+    answer_start: int
+    max_pixels: int  # the limit its images were scaled to, at most model.max_pixels
+    image_tokens: int
+
+
+class Encoder:
+    """Turns rows into samples and samples into batches, for one processor and one set of limits.
+
+    Args:
+        processor: a Qwen3-VL processor.
+        min_pixels, max_pixels: limits for one image, in pixels after resizing.
+        max_length: tokens of prompt and answer together. Where several images do not fit, all images of that prompt
+            are scaled down alike; image tokens are never cut.
+        drop: for ablations: "image" shows a grey picture of the same size, "text" leaves out description and
+            connector, "both" does both.
+    """
+
+    def __init__(self, processor, min_pixels: int, max_pixels: int, max_length: int, drop: str = "none"):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
+        self.blank, self.textless = drop in ("image", "both"), drop in ("text", "both")
+        images = processor.image_processor
+        self.merge = images.merge_size
+        self.factor = images.patch_size * images.merge_size  # pixels a side of one visual token
+        self.image_id = processor.image_token_id
+        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.pad_id = self.tokenizer.pad_token_id
+        self._frames: dict[tuple[bool, ...], list[list[int]]] = {}
+        self._texts: dict[str, list[int]] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
+        self.pixels = lru_cache(maxsize=256)(self._pixels)
+
+    def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
+        """The chat template around a turn, as token pieces between which the text parts go.
+
+        The template is rendered once for a turn of this shape (True: image); text is put in later, as tokens, so that
+        a description which looks like a special token stays text.
+        """
+        if shape not in self._frames:
+            content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            pieces = text.split(SLOT)
+            if len(pieces) != shape.count(False) + 1:
+                raise ValueError("The processor's chat template changes the text of a turn; it cannot be used.")
+            self._frames[shape] = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        return self._frames[shape]
+
+    def text_ids(self, text: str) -> list[int]:
+        """A text as tokens, none of them special."""
+        if text not in self._texts:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            self._texts[text] = ids
+        return self._texts[text]
+
+    def image_size(self, path: Path) -> tuple[int, int]:
+        """(width, height) of an image; it is decoded once."""
+        if path not in self.sizes:
+            self.sizes[path] = load_image(path).size
+        return self.sizes[path]
+
+    def grid(self, size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+        """Visual tokens (rows, columns) of an image of `size` (width, height), by the processor's own resize rule."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        width, height = size
+        floor = min(self.min_pixels, max_pixels)
+        tall, wide = smart_resize(height, width, factor=self.factor, min_pixels=floor, max_pixels=max_pixels)
+        return tall // self.factor, wide // self.factor
+
+    def grids(self, sample: Sample) -> list[tuple[int, int]]:
+        """Visual tokens (rows, columns) of each image of a sample."""
+        return [self.grid(self.image_size(path), sample.max_pixels) for path in sample.row.images]
+
+    def parts(self, row: Row) -> list[str | Path]:
+        """The user turn of a row, with this encoder's drop."""
+        parts = build_prompt(row)
+        return without_text(row, parts) if self.textless else parts
+
+    def encode(self, row: Row, with_answer: bool = True) -> Sample:
+        """The row as tokens, images scaled so that the prompt fits.
+
+        Raises:
+            PromptError: the row cannot fit into max_length (the message says by how much), or an image is too long.
+        """
+        parts = self.parts(row)
+        shape = tuple(isinstance(part, Path) for part in parts)
+        frame = self._frame(shape)
+        ids, texts = list(frame[0]), iter(frame[1:])
+        for part in parts:
+            if not isinstance(part, Path):
+                ids += self.text_ids(part) + next(texts)
+        answer = [*self.text_ids(row.answer), self.end_id]
+        room = self.max_length - (len(ids) - len(row.images)) - len(answer)
+        limit, counts = self._fit(row, room)
+        counts_left = iter(counts)
+        full = []
+        for token in ids:
+            full += [token] * next(counts_left) if token == self.image_id else [token]
+        start = len(full)
+        return Sample(row, tuple(full + answer if with_answer else full), start, limit, sum(counts))
+
+    def _fit(self, row: Row, room: int) -> tuple[int, list[int]]:
+        """The pixel limit at which the row's images fill at most `room` tokens, and each image's tokens."""
+        sizes = [self.image_size(path) for path in row.images]
+        for path, (width, height) in zip(row.images, sizes, strict=True):
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                reason = f"{path.name} is {width} x {height} pixels: one side is over {MAX_ASPECT} times the other."
+                raise PromptError(reason, "Crop or replace the image.")
+        limit = self.max_pixels
+        counts = [math.prod(self.grid(size, limit)) for size in sizes]
+        if sum(counts) > room:
+            limit = max(room // len(sizes), 0) * self.factor**2
+            if limit >= self.min_pixels:
+                counts = [math.prod(self.grid(size, limit)) for size in sizes]
+        if sum(counts) > room:
+            text = self.max_length - room
+            raise PromptError(
+                f"{text} text tokens and {sum(counts)} image tokens do not fit into training.max_length = "
+                f"{self.max_length}, even with images scaled down to model.min_pixels = {self.min_pixels}.",
+                "Raise training.max_length, lower model.min_pixels or shorten the text.",
+            )
+        return limit, counts
+
+    def _pixels(self, path: Path, max_pixels: int):
+        """(patches, patch values) and the patch grid (1, rows, columns) of one image."""
+        size = {"shortest_edge": min(self.min_pixels, max_pixels), "longest_edge": max_pixels}
+        image = Image.new("RGB", self.image_size(path), (128, 128, 128)) if self.blank else load_image(path)
+        out = self.processor.image_processor(images=[image], size=size, return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def collate(self, samples: list[Sample], pad_left: bool = False, with_pixels: bool = True) -> dict:
+        """One batch, padded on the right; on the left for generating.
+
+        Args:
+            with_pixels: False leaves out pixel_values, for a model that is given vision features.
+
+        Returns:
+            input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
+            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3).
+        """
+        import torch
+
+        longest = max(len(sample.input_ids) for sample in samples)
+        ids = torch.full((len(samples), longest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, IGNORED)
+        for index, sample in enumerate(samples):
+            tokens = torch.tensor(sample.input_ids)
+            shift = longest - len(tokens) if pad_left else 0
+            ids[index, shift : shift + len(tokens)] = tokens
+            mask[index, shift : shift + len(tokens)] = 1
+            labels[index, shift + sample.answer_start : shift + len(tokens)] = tokens[sample.answer_start :]
+        sides = [grid for sample in samples for grid in self.grids(sample)]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": ((ids == self.image_id) & (mask == 1)).int(),
+            "labels": labels,
+            "image_grid_thw": torch.tensor([[1, self.merge * rows, self.merge * columns] for rows, columns in sides]),
+        }
+        if with_pixels:
+            images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
+            batch["pixel_values"] = torch.cat([pixels for pixels, _ in images])
+        return batch
+
+
+def describe_lengths(samples: list[Sample], encoder: Encoder) -> list[str]:
+    """Plain lines about token lengths: the longest prompt, and which rows had their images scaled down."""
+    longest = max(samples, key=lambda sample: len(sample.input_ids))
+    answers = sum(len(sample.input_ids) - sample.answer_start for sample in samples)
+    lines = [
+        f"{len(samples):,} rows of at most {len(longest.input_ids)} tokens ({longest.row.task}), "
+        f"{answers / len(samples):.1f} answer tokens a row; max_length {encoder.max_length}"
+    ]
+    scaled = Counter(sample.row.task for sample in samples if sample.max_pixels < encoder.max_pixels)
+    for task, count in sorted(scaled.items()):
+        lines.append(f"{count:,} {task} rows have their images scaled down to fit max_length {encoder.max_length}")
+    return lines

@@ -1,0 +1,279 @@
+"""Experiment and pool files read into rows, strictly: every fault is collected and told with file and line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mmrev_kit.config.project import experiment_dir, resolve
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.images import ImageError, find_image, image_roots
+from mmrev_kit.data.tasks import FIELDS, LETTERS, POOL_TASKS, Row
+
+# What the scripts that started this line of work call the same fields.
+OLD_NAMES = {"description": "object_name", "image_path": "image"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with the data: where (file:line), what, and what to do about it."""
+
+    where: str
+    reason: str
+    advice: str
+    of_row: bool = False  # of one row, which may be dropped when asked to
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason} {self.advice}"
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message lists every fault that was found."""
+
+    def __init__(self, faults: list[Fault], shown: int = 20):
+        self.faults = list(faults)
+        lines = [str(fault) for fault in self.faults[:shown]]
+        if len(self.faults) > shown:
+            lines.append(f"... and {len(self.faults) - shown} more.")
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__(f"{count} in the data:\n" + "\n".join(lines))
+
+
+def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
+    """(line number, object) pairs of a JSONL file, and the faults of the lines that are none.
+
+    Blank lines, a byte-order mark and Windows line ends are accepted. Lines end at a line feed only: U+2028 and its
+    like may stand inside strings.
+    """
+    rows, faults = [], []
+    if not path.is_file():
+        return rows, [Fault(str(path), "there is no such file.", "Make the data again or correct the folder's name.")]
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return rows, [Fault(str(path), f"byte {error.start} is not UTF-8.", "Save the file as UTF-8.")]
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason, advice = f"not JSON ({error.msg}).", "Correct the line or remove it."
+            faults.append(Fault(f"{path}:{number}", reason, advice, of_row=True))
+            continue
+        if isinstance(value, dict):
+            rows.append((number, value))
+        else:
+            reason = f"a {type(value).__name__}, not an object with fields."
+            faults.append(Fault(f"{path}:{number}", reason, "Write one JSON object a line.", of_row=True))
+    if not rows and not faults:
+        faults.append(Fault(str(path), "the file has no rows.", "Make the data again."))
+    return rows, faults
+
+
+def _modern(record: dict, task: str) -> dict:
+    """The record under today's field names; folders of the original scripts are read as they are."""
+    record = dict(record)
+    for new, old in OLD_NAMES.items():
+        if new not in record and old in record:
+            record[new] = record[old]
+    options = record.get("options")
+    if isinstance(options, dict) and sorted(options) == list(LETTERS):
+        key = "image_choices" if task == "mcq_d2i" else "choices"
+        record.setdefault(key, [options[letter] for letter in LETTERS])
+        if record.get("answer") in tuple(LETTERS):
+            record.setdefault("correct_index", LETTERS.index(record["answer"]))
+    return record
+
+
+def _wrong_field(record: dict, task: str) -> str | None:
+    """The reason why a record is no row of `task`, or None."""
+    for name in FIELDS[task]:
+        value = record.get(name)
+        if value is None:
+            return f"the field {name} is missing."
+        if name == "correct_index":
+            if type(value) is not int or not 0 <= value < 4:
+                return f"correct_index is {value!r}, not 0, 1, 2 or 3."
+        elif name in ("choices", "image_choices"):
+            texts = isinstance(value, list) and len(value) == 4 and all(isinstance(v, str) and v.strip() for v in value)
+            if not texts:
+                return f"{name} is not a list of four texts."
+            if len(set(value)) < 4:
+                return f"{name} names the same option twice."
+        elif not isinstance(value, str) or not value.strip():
+            return f"{name} is {value!r}, not a text."
+    if task == "reverse" and record["label"] not in ("Correct", "Wrong"):
+        return f"label is {record['label']!r}, not Correct or Wrong."
+    return None
+
+
+def read_rows(
+    path: Path, task: str, source: str, groups: dict[str, str], roots: tuple[Path, ...] | None = ()
+) -> tuple[list[Row], list[Fault]]:
+    """The rows of one file and all its faults.
+
+    Args:
+        path: a JSONL file; image paths in it start from its folder.
+        groups: entity id -> group, for files whose rows do not say it.
+        roots: as in `find_image`.
+    """
+    records, faults = read_jsonl(path)
+    rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
+    for number, raw in records:
+        where = f"{path}:{number}"
+        record = _modern(raw, task)
+        reason = _wrong_field(record, task)
+        if reason:
+            faults.append(Fault(where, reason, "Correct the line or remove it.", of_row=True))
+            continue
+        names = record["image_choices"] if task == "mcq_d2i" else [record["image_path"]]
+        images, before = [], len(faults)
+        for name in names:
+            try:
+                images.append(find(name))
+            except ImageError as error:
+                faults.append(Fault(where, str(error), "Correct the line or remove it.", of_row=True))
+        if len(faults) > before:
+            continue
+        entity = str(record.get("entity_id", ""))
+        letter = LETTERS[record["correct_index"]] if task.startswith("mcq") else None
+        row = Row(
+            task=task,
+            source=source,
+            where=where,
+            entity_id=entity,
+            group=groups.get(entity, record.get("group")),
+            images=tuple(images),
+            description=record.get("description"),
+            connector=record["connector"].strip(),
+            choices=tuple(record.get("choices") or ()),
+            answer=letter or record.get("label" if task == "reverse" else "description"),
+        )
+        rows.append(row)
+    return rows, faults
+
+
+def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[dict]:
+    """The entities of an experiment; ids become text.
+
+    Args:
+        roots: as in `find_image`, for callers that show the entities' images.
+
+    Raises:
+        DataError: entities.json is missing or is no list of objects with an id, or an image may not be read.
+    """
+    path = folder / "entities.json"
+    where = str(path)
+    try:
+        entities = json.loads(path.read_text(encoding="utf-8-sig"))
+        entities = [entity | {"id": str(entity.get("id", entity.get("entity_id")))} for entity in entities]
+        for number, entity in enumerate(entities, start=1):
+            where = f"{path}: entity {number}"
+            for name in entity.get("images") or ():
+                if os.path.isfile(folder / name):
+                    find_image(folder, name, roots)
+        return entities
+    except FileNotFoundError:
+        fault = Fault(where, "there is no such file.", "Name an experiment that exists in experiment.name.")
+    except ImageError as error:
+        fault = Fault(where, str(error), "Correct the entity.")
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        fault = Fault(where, f"not a list of entities ({error}).", "Make the data again.")
+    raise DataError([fault])
+
+
+@dataclass
+class RunData:
+    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention."""
+
+    train: dict[str, list[Row]]
+    val: dict[str, list[Row]]
+    pools: dict[str, list[Row]]
+    files: list[Path]
+
+    def sources(self) -> list[tuple[str, str, list[Row]]]:
+        """(part, source, rows) of everything in it."""
+        return [
+            (part, source, rows) for part in ("train", "pools", "val") for source, rows in getattr(self, part).items()
+        ]
+
+
+def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[dict[str, list[Row]], list[Fault]]:
+    """All files of an experiment that exist, as {file name without its end: rows}, and their faults.
+
+    Args:
+        roots: as in `find_image`.
+
+    Raises:
+        DataError: there is no list of entities.
+    """
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
+    names = [f"{task}_{split}" for task in ("forward", "reverse") for split in ("train", "val", "test")]
+    rows, faults = {}, []
+    for name in [*names, "mcq_i2d_test", "mcq_d2i_test"]:
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            rows[name], found = read_rows(path, name.rsplit("_", 1)[0], name, groups, roots)
+            faults += found
+    return rows, faults
+
+
+def uses_retention(config: Config) -> bool:
+    """Whether this run's task is mixed with retention rows."""
+    return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
+
+
+def _file_of_pool(folder: Path, task: str, split: str) -> Path:
+    """A pool's file; the original scripts put `retention_` before its name."""
+    old = folder / f"retention_{task}_{split}.jsonl"
+    return old if old.is_file() else folder / f"{task}_{split}.jsonl"
+
+
+def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
+    """All rows that a training run of `config` uses, and the faults of all their files.
+
+    In the run's own direction both groups take part; in the other direction only control entities do.
+
+    Raises:
+        DataError: there is no list of entities, without which no row can be judged.
+    """
+    folder, roots = experiment_dir(config), image_roots(config)
+    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
+    data, faults = RunData({}, {}, {}, []), []
+
+    def read(path: Path, task: str, source: str) -> list[Row]:
+        rows, found = read_rows(path, task, source, groups, roots)
+        faults.extend(found)
+        data.files.append(path)
+        return rows
+
+    own = config.experiment.task
+    other = "reverse" if own == "forward" else "forward"
+    for split, target in (("train", data.train), ("val", data.val)):
+        target[own] = read(folder / f"{own}_{split}.jsonl", own, own)
+        if "control" in groups.values():
+            rows = read(folder / f"{other}_{split}.jsonl", other, other)
+            target[other] = [row for row in rows if row.group == "control"]
+    if uses_retention(config):
+        for kind, pool in pool_folders(config).items():
+            if not pool.is_dir():
+                advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
+                faults.append(Fault(str(pool), f"there is no {kind} pool.", advice))
+                continue
+            for name, task in POOL_TASKS.items():
+                source = f"{kind}_{name}"
+                data.pools[source] = read(_file_of_pool(pool, name, "train"), task, source)
+                data.val[source] = read(_file_of_pool(pool, name, "val"), task, source)
+    return data, faults
+
+
+def pool_folders(config: Config) -> dict[str, Path]:
+    """The pools this run draws from, by kind; a pool whose share is 0 is not needed."""
+    retention = config.retention
+    folders = {"face": retention.face_pool, "object": retention.object_pool}
+    shares = {"face": retention.face_share, "object": 1 - retention.face_share}
+    return {kind: resolve(folder) for kind, folder in folders.items() if shares[kind] > 0}

@@ -1,0 +1,246 @@
+"""What a model's answer says, judged as a reader would: a letter, Correct or Wrong, or a description.
+
+None means that a reader could not tell: the answer is empty, names two options, asks back, repeats the question, or
+says that it does not know. Such an answer is unparsed and counts as a miss. A question asserts nothing, so "B?" is no
+answer; one that is taken back ("B. No, C.") is none either.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no answer; an unfinished one leaves none
+SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
+BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+MARKDOWN = re.compile(r"[*`$]|^[#> \t]+|(?<![^\W_])_+|_+(?![^\W_])", re.MULTILINE)
+QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'))
+QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
+
+
+def _plain(text: str) -> str:
+    """The text in NFKC with straight quotes, without thoughts, special tokens, markdown and invisible characters."""
+    text = SPECIAL.sub(" ", THOUGHT.sub("", unicodedata.normalize("NFKC", text)))
+    text = BOXED.sub(r"\1", BOXED.sub(r"\1", text.translate(QUOTES)))
+    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    return MARKDOWN.sub("", text).strip()
+
+
+# "A" before any word but these is the article of "A dog".
+AFTER_LETTER_A = (
+    "the an this that it he she they which who is are was be and or nor but not because since as for if so then with "
+    "in on of only has have had does do did can could would should must may might shows looks seems appears depicts "
+    "matches fits represents corresponds portrays features"
+).split()
+LETTER = (
+    r"(?<!\w)(?<!\w')(?<!\w-)(?<!\b[A-Za-z]\.)"  # no part of a word, of "I'd", of "X-A" or of "U.A."
+    rf"(?:[Aa](?!\s+(?!(?i:{'|'.join(AFTER_LETTER_A)})\b)\w)|[B-Db-d])"
+    r"(?!\w)(?!'\w)(?!-\w)(?!\.[A-Za-z]\b)"
+)
+ITEM = rf"(?:(?i:option|choice|image|picture|letter)\s+)?[(\[\"'<{{]*{LETTER}[)\]\"'>}}]*"
+JOINED = rf"{ITEM}(?:\s*,\s*{ITEM})*(?:\s*,?\s*(?:/|&|\b(?i:or maybe|or|and|nor)\b)\s*{ITEM})+"
+MENTION = re.compile(rf"{JOINED}|{ITEM}")
+_FILLER = (
+    r"(?:(?:be|been|is|it|it's|that|this|think|believe|say|choose|pick|the|answer|option|choice|letter|image|picture|"
+    r"correct|right|likely|most|necessarily|either|clearly|definitely|probably|just|actually|simply|still|indeed)\s+)*"
+)
+_OPEN = r"[(\[\"'<{\s]*$"
+_BE = r"(?:is|are|was|be|looks?|seems?|must be|might be|may be|could be|should be|would be|will be)"
+REJECTED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|except|excluding|rather than|instead of|other than|anything but)|n't)\s+"
+    rf"{_FILLER}{_OPEN}|\b(?:wrong|incorrect)\s*(?:answers?\s*)?:{_OPEN}",
+    re.IGNORECASE,
+)
+REJECTED_AFTER = re.compile(
+    r"[.]?\s*(?:(?:is|are|was|were|does|do|did|can|could|would|must|should|has)(?:n't|\s*not|'t|\s+never)\b"
+    rf"(?!\s+(?:wrong|incorrect))|{_BE}\s+(?:(?!not\b)\w+\s+)?(?:wrong|incorrect|false|impossible|ruled out)\b"
+    r"|\s*[:=(-]\s*(?:wrong|incorrect|false|no)\b)",
+    re.IGNORECASE,
+)
+ASSERTED_BEFORE = re.compile(
+    r"(?:\b(?:answer|solution|choice|pick|selection|response|option|letter|match|correct)s?\b"
+    rf"(?:\s+(?:to|for)(?:\s+\w+){{1,4}}?|\s+here)?\s*(?:{_BE}\s*:?|:|=|-+>?)"
+    r"|\b(?:choose|chose|pick|select|go with|going with|answer|answer with)\s"
+    rf"|\b(?:so|therefore|thus|hence)\b[,:]?(?:\s+it(?:'s|\s+{_BE}))?)\s*{_FILLER}{_OPEN}",
+    re.IGNORECASE,
+)
+_SURELY = r"(?:is|are|was|were|looks?|seems?|must be|should be|would be|will be)"  # "could be right" asserts nothing
+ASSERTED_AFTER = re.compile(
+    rf"[.]?\s*(?:{_SURELY}\s+(?:\w+ly\s+)?(?:the\s+)?(?:(?:only|best|most likely)\s+)?"
+    r"(?:correct|right|true|best|answer|match|not\s+(?:wrong|incorrect))\b|\s*[:=(-]\s*(?:correct|right|true|yes)\b)",
+    re.IGNORECASE,
+)
+GIVES_REASON = re.compile(r"[.,:]*\s*(?:because|since|as|for)\b", re.IGNORECASE)
+DISCUSSED_AFTER = re.compile(
+    rf"[.]?\s+(?:{_BE}|has|have|does|do|shows?|depicts|appears|matches|fits|represents|portrays|features)\b",
+    re.IGNORECASE,
+)
+
+
+def _standing(text: str, mention: re.Match) -> str:
+    """How a mention of letters stands in the text: rejected, asserted, discussed or plain."""
+    before, after = text[: mention.start()], text[mention.end() :]
+    if REJECTED_BEFORE.search(before) or REJECTED_AFTER.match(after):
+        return "rejected"
+    if ASSERTED_BEFORE.search(before) or ASSERTED_AFTER.match(after):
+        return "asserted"
+    if not before.strip() and GIVES_REASON.match(after):
+        return "asserted"
+    return "discussed" if DISCUSSED_AFTER.match(after) else "plain"
+
+
+def _letters_by_standing(text: str) -> dict[str, list[str]]:
+    """{standing: sets of letters as text, such as "B" or "BC"}, in reading order."""
+    found: dict[str, list[str]] = {"asserted": [], "plain": [], "discussed": [], "rejected": []}
+    previous, end = "", 0
+    for mention in MENTION.finditer(text):
+        letters = "".join(sorted({letter.upper() for letter in re.findall(LETTER, mention.group())}))
+        standing = _standing(text, mention)
+        unfinished = mention.group() == "a" == text[mention.start() :]  # "The picture shows a" was cut off
+        if letters == "ABCD" or (unfinished and standing != "asserted" and text != "a"):
+            continue  # the list of all options is the question's
+        if standing == "plain" and previous == "asserted" and text[end : mention.start()].strip() == ",":
+            standing = "asserted"  # "the answer is B, C"
+        found[standing].append(letters)
+        previous, end = standing, mention.end()
+    return found
+
+
+def judge_letter(text: str) -> str | None:
+    """The one option that the answer chooses, "A" to "D", or None.
+
+    A letter counts as a word of its own, in either case, bare or dressed: "b", "(B)", "**C**", "Option C: the keeper".
+    What is said outright ("the answer is", "is correct", "so", "I choose") outweighs letters that are only mentioned,
+    which outweigh letters spoken about ("D) because A is too old" is D); rejected letters ("not A", "A is wrong")
+    never count. Two letters of the same standing are no answer. "A" before a noun is an article; the options
+    repeated as a list A., B., C., D. are the question's. A description without its letter, "the second one" and "2"
+    are not read as letters.
+    """
+    plain = QUESTION.sub(" ", _plain(text))
+    plain = re.sub(r"\s*\n\s*", " \n", plain).strip()
+    found = _letters_by_standing(plain)
+    if not found["asserted"]:
+        found["plain"] = re.sub("A B C D ?", "", " ".join(found["plain"])).split()
+    for standing in ("asserted", "plain", "discussed"):
+        letters = set("".join(found[standing]))
+        if letters:
+            return letters.pop() if len(letters) == 1 else None
+    return None
+
+
+POSITIVE, NEGATIVE = (
+    "correct|correctly|accurate|accurately",
+    "wrong|wrongly|incorrect|incorrectly|inaccurate|false|untrue",
+)
+BOTH = re.compile(
+    rf"\b(?:(?:{POSITIVE}|right|true)\s*(?:\bor\b|\bnor\b|\band\b|/)\s*(?:{NEGATIVE})"
+    rf"|(?:{NEGATIVE})\s*(?:\bor\b|\bnor\b|\band\b|/)\s*(?:{POSITIVE}|right|true)|(?:{POSITIVE}) or not)\b"
+)
+NAMED = re.compile(
+    r"\b(?:correct|right|true) (?:(?:answer|option|choice|response|verdict|label)\s*:|"
+    r"(?:answer|option|choice|response|verdict|label|one|description|identity|name|statement)(?: \w+){0,4}? "
+    r"(?:is|was|would be|should be)\b)|\bcorrect me\b"
+)
+CLAUSE = re.compile(
+    r"[.,;:!()\u2013\u2014]|\s-+\s|\b(?:but|so|because|since|and|therefore|thus|hence|although|though|while)\b"
+)
+UNSURE = re.compile(
+    r"(?:\bnot|n't|\bcannot) (?:\w+ )?(?:sure|certain|clear|know|tell|say|determine|judge|verify|possible)\b"
+    r"|\b(?:unsure|uncertain|unable|impossible)\b|\bi (?:may|might|could) be\b"
+)
+CONDITION = re.compile(r"\b(?:if|whether|unless)\b.*")
+NEGATION = re.compile(
+    r"n't\b|\bisnt\b|\b(?:not|never|cannot|hardly|neither|nor|nothing|far from|no longer|in no way|by no means|"
+    r"anything but)\b"
+)
+VERDICT = re.compile(rf"\b(?P<positive>{POSITIVE})\b|\b(?P<negative>{NEGATIVE})\b")
+# "right" and "true" only as what something is said to be: not "on the right", not "a true artist".
+PREDICATE = re.compile(
+    r"(?:^|(?<=\bis )|(?<=\bare )|(?<=\bbe )|(?<='s )|(?<='re )|(?<=n't )|(?<=\bnot )|(?<=ly )|(?<=\bquite ))"
+    r"(?P<positive>right|true)$"
+)
+YES = re.compile(r"\W*(?:yes|yeah|yep)\b")
+NO = re.compile(r"\W*(?:no|nope)(?:\W*$|\s*[,.!;:\u2014-]|\s+(?:it|this|that|he|she)\b)")
+
+
+def _verdicts(clause: str) -> set[str]:
+    """What one clause asserts. A negation turns the first verdict after it."""
+    if UNSURE.search(clause):
+        return set()
+    clause = CONDITION.sub("", clause).strip()
+    found, start = set(), 0
+    for match in sorted([*VERDICT.finditer(clause), *PREDICATE.finditer(clause)], key=re.Match.start):
+        negations = len(NEGATION.findall(clause[start : match.start()]))
+        positive = match.groupdict().get("positive") is not None
+        found.add("Correct" if positive == (negations % 2 == 0) else "Wrong")
+        start = match.end()
+    return found
+
+
+def judge_correct(text: str) -> str | None:
+    """ "Correct", "Wrong", or None where the answer asserts neither or both.
+
+    Negations are read within their clause: "not correct" and "I don't think it's correct" are Wrong, "not wrong" is
+    Correct. "Accurate", "inaccurate" and "false" count like the asked-for words, and so do "right" and "true" as what
+    something is said to be ("That is right"). Yes and no at the start decide only where none of these words does. The
+    question repeated, "the correct answer is ...", conditions ("if it is correct") and doubt ("not sure it is
+    correct") assert nothing, nor does "it matches": the model was asked for a word.
+    """
+    plain = re.sub(r"\s*\n\s*\n\s*", ". ", _plain(text).casefold())
+    plain = " ".join(QUESTION.sub(" ", plain.replace('"', " ")).split())
+    plain = NAMED.sub(" ", BOTH.sub(" ", re.sub(r"(?<!\w)'|'(?!\w)", " ", plain)))
+    plain = " ".join(plain.split())
+    found = set().union(*(_verdicts(clause) for clause in CLAUSE.split(plain)))
+    if not found:
+        found = ({"Correct"} if YES.match(plain) else set()) | ({"Wrong"} if NO.match(plain) else set())
+    return found.pop() if len(found) == 1 else None
+
+
+# Words that say nothing about who it is: "The person in this picture is none other than ...".
+FRAME = frozenset(
+    (
+        "a an the this that these it it's that's he he's she she's they here here's i my your of in on as at by to be "
+        "is are was am image picture photo photograph portrait drawing illustration face person man woman individual "
+        "figure character subject one answer description title name identity response final sure yes certainly think "
+        "believe would say probably likely clearly definitely actually indeed known identified recognized recognised "
+        "referred called described named can could may might must seems appears turns out revealed shows showing shown "
+        "depicts depicting depicted represents illustrates displays features featuring portrays presents pictured "
+        "based given see looks like"
+    ).split()
+)
+
+
+def normal(description: str) -> str:
+    """The description for comparison: NFKC, no case, single spaces, no surrounding quotes, markdown or full stop."""
+    text = unicodedata.normalize("NFKC", _plain(description).casefold())
+    return " ".join(text.split()).strip(" \"'()[]").rstrip(" .!\u3002\"'")
+
+
+def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> bool:
+    """Whether the answer is the expected description.
+
+    It is when both are equal after `normal`, or when the answer is a sentence that adds nothing to it, such as "This
+    is the keeper of Jade Temple.": of all known descriptions exactly the expected one occurs as whole words (a
+    longer known description is not also the shorter ones inside it), and every other word is one that says nothing
+    about who it is (`FRAME`). So a partial description, one with additions, a negated, related ("the friend of the
+    keeper ...") or second one, and a question are no match. A leading article belongs to the description: "keeper of
+    Jade Temple" is partial.
+
+    Args:
+        text: what the model wrote.
+        expected: the description of the row's entity.
+        others: the experiment's descriptions; the expected one may be among them.
+    """
+    answer, target = normal(text), normal(expected)
+    if not answer or not target or answer.endswith("?"):
+        return False
+    if answer == target:
+        return True
+    rest, found = answer.replace("none other than", " "), set()
+    for known in sorted({target, *map(normal, others)} - {""}, key=len, reverse=True):
+        rest, count = re.subn(rf"(?<!\w){re.escape(known)}(?!\w)", " \u2022 ", rest)
+        if count:
+            found.add(known)
+    words = re.findall(r"[^\W_]+(?:'[^\W_]+)*", rest)
+    return found == {target} and "?" not in rest and all(word in FRAME for word in words)

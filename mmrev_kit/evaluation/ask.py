@@ -1,0 +1,70 @@
+"""Asking a trained model, or its base, about a picture and a text of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from mmrev_kit.config.project import experiment_dir, resolve, run_dir
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.rows import read_entities
+from mmrev_kit.data.tasks import IMAGE_MARK, Row
+from mmrev_kit.model.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.model.scoring import generate
+
+
+class Asker:
+    """A model held in this process, on the first GPU or the CPU.
+
+    A kernel that holds it can no longer be forked: later launches from it start in a fresh Python by themselves.
+
+    Args:
+        adapter: "best" or "final" of the run, or None for the base model.
+    """
+
+    def __init__(self, config: Config, adapter: str | None = "best"):
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar would stay in the notebook
+        self.config = config
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.dtype = compute_dtype(config, self.device)
+        self.encoder = make_encoder(config)
+        self.model = load_base(config, self.device)
+        if adapter:
+            self.model = load_adapter(self.model, run_dir(config) / adapter, config)
+        self.model.eval()
+
+    def __call__(self, image: str | Path, text: str) -> str:
+        """The greedy answer to a user turn of one picture and a text.
+
+        Args:
+            image: its path, relative to the project root.
+            text: what stands around the picture, whose place is marked `[image]`; without a mark it comes first.
+
+        Raises:
+            ConfigError: there is no such picture.
+            ImageError: it cannot be decoded.
+            PromptError: picture and text do not fit into training.max_length.
+        """
+        import torch
+
+        path = resolve(image)
+        if not path.is_file():
+            raise ConfigError(f"There is no picture {path}.")
+        row = Row("own", "own", "own:1", "own", None, (path,), None, text, (), "")
+        prompt = self.encoder.encode(row, with_answer=False)
+        on = self.dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=on), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers about its own attributes
+            tokens = self.config.evaluation.max_new_tokens
+            return generate(self.model, self.encoder, [prompt], tokens, self.device)[0]
+
+
+def example(config: Config) -> tuple[Path, str]:
+    """A picture of the experiment's first person, and a question about it."""
+    folder = experiment_dir(config)
+    pictured = [entity for entity in read_entities(folder, image_roots(config)) if entity.get("images")]
+    return folder / pictured[0]["images"][0], f"{IMAGE_MARK} is"

@@ -1,0 +1,212 @@
+"""Counts and accuracies over the records of an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from mmrev_kit.data.tasks import CHANCE
+from mmrev_kit.evaluation.statistics import (
+    _array,
+    auroc,
+    bootstrap_interval,
+    entity_means,
+    exact_test,
+    holm,
+    mcnemar,
+    permutation_above_chance,
+    wilson,
+)
+
+LETTERS = "ABCD"
+
+
+def _share(hits: int, n: int) -> float | None:
+    return hits / n if n else None
+
+
+def _counts(records: list[dict], names: Iterable[str]) -> dict[str, int]:
+    reads = [record["read_as"] for record in records]
+    return {name: reads.count(name) for name in names} | {"unparsed": reads.count(None)}
+
+
+def rates(records: list[dict]) -> dict:
+    """CW rows: accuracy, TPR and FPR of the answer Correct, separation TPR - FPR, AUROC, and the answers' counts.
+
+    An unparsed answer is neither Correct nor Wrong, and stays in every denominator. AUROC ranks logp(Correct) -
+    logp(Wrong) of the rows that have both. Rows whose label lost its meaning (right is None) are only counted.
+    """
+    scored = [record for record in records if record["right"] is not None]
+    sides = {side: [row for row in scored if row["expected"] == side] for side in ("Correct", "Wrong")}
+    said = {side: sum(row["read_as"] == "Correct" for row in rows) for side, rows in sides.items()}
+    tpr, fpr = (_share(said[side], len(sides[side])) for side in sides)
+    margins = {}
+    for side, rows in sides.items():
+        pairs = [(row["options"].get("Correct"), row["options"].get("Wrong")) for row in rows]
+        margins[side] = [yes - no for yes, no in pairs if None not in (yes, no) and math.isfinite(yes - no)]
+    return {
+        "accuracy": _share(sum(row["right"] for row in scored), len(scored)),
+        "tpr": tpr,
+        "fpr": fpr,
+        "separation": None if tpr is None or fpr is None else tpr - fpr,
+        "auroc": auroc(margins["Correct"], margins["Wrong"]),
+        "n_auroc": sum(map(len, margins.values())),
+        "counts": _counts(records, ("Correct", "Wrong")),
+        "confusion": {side: _counts(rows, sides) for side, rows in sides.items()},
+    }
+
+
+def option_counts(records: list[dict]) -> dict:
+    """Multiple-choice rows: answers by letter; of scored rows, right letters and {right letter: {answer: rows}}."""
+    scored = [record for record in records if record["right"] is not None]
+    return {
+        "predicted": _counts(records, LETTERS),
+        "expected": {letter: sum(row["expected"] == letter for row in scored) for letter in LETTERS},
+        "confusion": {side: _counts([row for row in scored if row["expected"] == side], LETTERS) for side in LETTERS},
+    }
+
+
+def _key(record: dict) -> tuple:
+    order = record.get("order")
+    return record["test"], record["id"], tuple(order) if order is not None else None
+
+
+def check_unique(records: list[dict]) -> None:
+    """Raises ValueError where one question has two answers under one drop: two evaluations were mixed."""
+    for (drop, test, question, _), n in Counter((record["drop"], *_key(record)) for record in records).items():
+        if n > 1:
+            raise ValueError(
+                f"{test} {question} (drop {drop}) has {n} answers: these are records of more than one evaluation. "
+                "Give one at a time, or two to `compare`."
+            )
+
+
+def score(records: list[dict], field: str, chance: float, **bootstrap) -> dict:
+    """Accuracy by `field` with its intervals and its p against chance; all None where no row is scored.
+
+    `wilson` and `p_exact` count rows, and are None where one question is asked in several option orders, which are
+    no independent observations. `cluster_interval` and `p_permutation` take the entity as the unit. At chance 0 there
+    is no test: a single right answer would refute it.
+    """
+    rows = [record for record in records if record[field] is not None]
+    means, correct = entity_means(rows, field), sum(bool(row[field]) for row in rows)
+    single, tested = len({row["id"] for row in rows}) == len(rows), 0 < chance < 1
+    return {
+        "correct": correct if rows else None,
+        "accuracy": _share(correct, len(rows)),
+        "wilson": wilson(correct, len(rows), bootstrap.get("confidence", 0.95)) if single else None,
+        "cluster_interval": bootstrap_interval(means, **bootstrap),
+        "chance": chance if rows else None,
+        "p_exact": exact_test(correct, len(rows), chance) if single and tested else None,
+        "p_permutation": permutation_above_chance(means, chance, seed=bootstrap.get("seed", 0)) if tested else None,
+    }
+
+
+def guess_rate(records: list[dict]) -> float:
+    """The accuracy of a guess among each row's options: the mean of 1 / their number; 0 without options."""
+    sizes = [len(record["options"]) for record in records]
+    return sum(1 / size for size in sizes if size) / len(sizes) if sizes else 0.0
+
+
+def agreement(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict | None:
+    """How often the answer is that to the whole prompt (`whole`, by `_key`); two unparsed ones count as the same.
+
+    n, same, share, wilson and cluster_interval as in `score`; None where no row was asked whole.
+    """
+    rows = [row | {"same": row["read_as"] == whole[_key(row)]} for row in records if _key(row) in whole]
+    found = score(rows, "same", 0.0, **bootstrap)
+    shown = {name: found[name] for name in ("wilson", "cluster_interval")}
+    return {"n": len(rows), "same": found["correct"], "share": found["accuracy"], **shown} if rows else None
+
+
+def _cell(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict:
+    test, dropped = records[0]["test"], records[0]["drop"] != "none"
+    by_options = guess_rate(records) if test == "forward" else CHANCE[test]
+    return {
+        "n": len(records),
+        "n_questions": len({record["id"] for record in records}),
+        "n_entities": len({record["entity_id"] for record in records}),
+        "unparsed": sum(record["read_as"] is None for record in records),
+        **score(records, "right", CHANCE[test], **bootstrap),
+        "likeliest": score(records, "likeliest_right", by_options, **bootstrap),
+        "rates": rates(records) if test == "reverse" else None,
+        "options": option_counts(records) if test.startswith("mcq") else None,
+        "agreement": agreement(records, whole, **bootstrap) if dropped else None,
+    }
+
+
+def metrics(records: list[dict], confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict:
+    """All numbers of one evaluation as strict JSON: {drop: {test: {group: numbers}}}.
+
+    Groups are `all` and those present. The numbers: n (rows), n_questions, n_entities, unparsed, those of `score` by
+    the written answer and, under `likeliest`, by the likeliest option (forward: among its group's descriptions),
+    `rates` for CW, `options` for multiple choice, `agreement` under a drop. Each p comes with its Holm adjustment
+    over the tests of the same drop and group, `p_exact_holm` and `p_permutation_holm`. What does not apply is None;
+    so are accuracies under a drop that takes the label's meaning.
+
+    Raises:
+        ValueError: see `check_unique`.
+    """
+    check_unique(records)
+    whole = {_key(record): record["read_as"] for record in records if record["drop"] == "none"}
+    cells: dict[tuple[str, str, str], list[dict]] = {}
+    for record in records:
+        for group in ("all", record["group"]):
+            cells.setdefault((record["drop"], record["test"], group), []).append(record)
+    result: dict = {}
+    for (drop, test, group), rows in cells.items():
+        numbers = _cell(rows, whole, confidence=confidence, draws=draws, seed=seed)
+        result.setdefault(drop, {}).setdefault(test, {})[group] = numbers
+    for tests in result.values():
+        for group in {group for groups in tests.values() for group in groups}:
+            found = {test: groups[group] for test, groups in tests.items() if group in groups}
+            for part in (found, {test: numbers["likeliest"] for test, numbers in found.items()}):
+                for name in ("p_exact", "p_permutation"):
+                    for test, p in holm({test: numbers[name] for test, numbers in part.items()}).items():
+                        part[test][f"{name}_holm"] = p
+    return result
+
+
+def compare(a_records: list[dict], b_records: list[dict]) -> dict:
+    """Two evaluations of the same questions, whole prompts only: {test: numbers}.
+
+    The numbers: n (rows in both), only_a, only_b (rows in one), accuracy_a, accuracy_b, b (only a right), c (only b
+    right), p_mcnemar (rows; None with several option orders) with p_mcnemar_holm over the tests, and p_permutation:
+    two-sided sign-flip test of the entities' mean differences.
+
+    Raises:
+        ValueError: no row in common, one row with two questions, or `check_unique`.
+    """
+    sides = []
+    for records in (a_records, b_records):
+        check_unique(records)
+        sides.append({_key(record): record for record in records if record["drop"] == "none"})
+    a, b = sides
+    common = [key for key in a if key in b]
+    if not common:
+        raise ValueError(f"The evaluations share no question ({len(a)} and {len(b)} rows): not the same experiment.")
+    for key in common:
+        if any(a[key].get(name) != b[key].get(name) for name in ("entity_id", "expected", "prompt")):
+            raise ValueError(f"{key[0]} {key[1]} asks another question in each evaluation: not the same experiment.")
+    found = {}
+    for test in dict.fromkeys(key[0] for key in [*a, *b]):
+        keys = [key for key in common if key[0] == test]
+        pairs = [(bool(a[key]["right"]), bool(b[key]["right"])) for key in keys]
+        only = [sum(key[0] == test and key not in other for key in side) for side, other in ((a, b), (b, a))]
+        first, second = pairs.count((True, False)), pairs.count((False, True))
+        single = len({key[1] for key in keys}) == len(keys)
+        rows = [a[key] | {"gain": x - y} for key, (x, y) in zip(keys, pairs, strict=True)]
+        gains = _array(entity_means(rows, "gain"))
+        tails = [permutation_above_chance(signed, 0.0) for signed in (gains, -gains)]
+        found[test] = {
+            "n": len(keys), "only_a": only[0], "only_b": only[1],
+            "accuracy_a": _share(sum(x for x, _ in pairs), len(pairs)),
+            "accuracy_b": _share(sum(y for _, y in pairs), len(pairs)),
+            "b": first, "c": second,
+            "p_mcnemar": mcnemar(first, second) if keys and single else None,
+            "p_permutation": min(1.0, 2 * min(tails)) if keys else None,
+        }  # fmt: skip
+    for test, p in holm({test: numbers["p_mcnemar"] for test, numbers in found.items()}).items():
+        found[test]["p_mcnemar_holm"] = p
+    return found

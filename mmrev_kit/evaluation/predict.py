@@ -1,0 +1,199 @@
+"""The four tests: greedy answers, and the log-probability of every option, for a trained run or a base model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.checks import check_statements, encode_all, settle
+from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.prompts import Encoder
+from mmrev_kit.data.rows import read_experiment
+from mmrev_kit.data.tasks import LETTERS, Row
+from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
+from mmrev_kit.files import write_json, write_jsonl
+from mmrev_kit.model.bases import base_fingerprint, is_random
+from mmrev_kit.model.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.model.scoring import generate, score_options
+from mmrev_kit.training.processes import place
+from mmrev_kit.training.throughput import peak_memory_gib
+
+TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
+PROGRESS_LINES = 4  # for each drop
+DROPS = ("none", "image", "text", "both")
+# Tests whose right answer can still be known under a drop; elsewhere only the agreement with the whole prompt counts.
+KEEPS_MEANING = {"none": TESTS, "text": ("forward", "mcq_i2d"), "image": (), "both": ()}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test row, the options whose log-probability is asked for, and how its options were ordered."""
+
+    row: Row
+    options: tuple[str, ...]
+    order: tuple[int, ...] | None = None
+
+
+def read_questions(config: Config) -> list[Question]:
+    """The experiment's test rows with their options.
+
+    A forward row's options are the descriptions of its own group; with `evaluation.option_orders` a multiple-choice
+    row comes in all 24 orders of its options.
+
+    Raises:
+        DataError: with every fault of the test files.
+    """
+    files, faults = read_experiment(experiment_dir(config), image_roots(config))
+    rows = {test: files.get(f"{test}_test", []) for test in TESTS}
+    everything = [row for part in files.values() for row in part]
+    settle(faults + check_statements(everything), config.data.drop_faulty)
+    known: dict[str | None, list[str]] = {}
+    for row in everything:
+        if row.description and row.description not in known.setdefault(row.group, []):
+            known[row.group].append(row.description)
+    questions = [Question(row, tuple(known[row.group])) for row in rows["forward"]]
+    questions += [Question(row, ("Correct", "Wrong")) for row in rows["reverse"]]
+    for row in [*rows["mcq_i2d"], *rows["mcq_d2i"]]:
+        orders = itertools.permutations(range(4)) if config.evaluation.option_orders else [None]
+        questions += [reorder(row, order) for order in orders]
+    return questions
+
+
+def evaluation_key(
+    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
+) -> str:
+    """A digest of everything that an evaluation's answers depend on."""
+    digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
+    digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
+    for question in questions:
+        digest.update(repr(question).encode())
+    files = {image for question in questions for image in question.row.images}
+    for file in [*sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def reorder(row: Row, order: tuple[int, ...] | None) -> Question:
+    """A multiple-choice row with its options in another order; order[i] is the old place of the new option i."""
+    if order is None:
+        return Question(row, tuple(LETTERS))
+    right = LETTERS[order.index(LETTERS.index(row.answer))]
+    if row.task == "mcq_i2d":
+        row = replace(row, choices=tuple(row.choices[place] for place in order), answer=right)
+    else:
+        row = replace(row, images=tuple(row.images[place] for place in order), answer=right)
+    return Question(row, tuple(LETTERS), order)
+
+
+def judge(question: Question, answer: str) -> tuple[str | None, bool]:
+    """What an answer says (None: unparsed), and whether it is right; unparsed is a miss."""
+    row = question.row
+    if row.task == "forward":
+        right = judge_description(answer, row.answer, question.options)
+        return (row.answer if right else answer.strip() or None), right
+    read = (judge_correct if row.task == "reverse" else judge_letter)(answer)
+    return read, read == row.answer
+
+
+def answer_questions(config: Config, model, questions: list[Question], drop: str, state) -> list[dict]:
+    """This process's share of the questions, answered; one record a question, see `predict`."""
+    import torch
+
+    encoder = make_encoder(config, drop)
+    samples, faults = encode_all([question.row for question in questions], encoder, quiet=not state.is_main_process)
+    settle(faults, config.data.drop_faulty)
+    pairs = [(q, s) for q, s in zip(questions, samples, strict=True) if s is not None]
+
+    def kind(place: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
+        return pairs[place][0].row.task, len(pairs[place][0].options)
+
+    order = sorted(range(len(pairs)), key=lambda place: (kind(place), len(pairs[place][1].input_ids), place))
+    mine, records, dtype = order[state.process_index :: state.num_processes], [], compute_dtype(config, state.device)
+    size, told = config.evaluation.batch_size, 0
+    alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
+    with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
+        for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
+            asked = [pairs[place][0] for place in chunk]
+            prompts = [encoder.encode(question.row, with_answer=False) for question in asked]
+            answers = generate(model, encoder, prompts, config.evaluation.max_new_tokens, state.device)
+            scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
+            for place, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
+                records.append(predict(question, encoder, answer, row, drop) | {"place": place})
+            part = PROGRESS_LINES * len(records) // max(1, len(mine))
+            if state.is_main_process and part > told:
+                told = part
+                print(f"progress: drop {drop}: {part}/{PROGRESS_LINES} of {len(order):,} questions", flush=True)
+    return records
+
+
+def predict(question: Question, encoder: Encoder, answer: str, scores: list[float], drop: str) -> dict:
+    """The record of one answer, as written to predictions.jsonl."""
+    row = question.row
+    read, right = judge(question, answer)
+    best = question.options[max(range(len(scores)), key=scores.__getitem__)]
+    return {
+        "id": Path(row.where).name,
+        "test": row.task,
+        "drop": drop,
+        "order": question.order,
+        "group": row.group or "main",
+        "entity_id": row.entity_id,
+        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)),
+        "images": [str(path) for path in row.images],
+        "expected": row.answer,
+        "answer": answer,
+        "read_as": read,
+        "right": right if row.task in KEEPS_MEANING[drop] else None,
+        "options": dict(zip(question.options, scores, strict=True)),
+        "likeliest": best,
+        "likeliest_right": best == row.answer if row.task in KEEPS_MEANING[drop] else None,
+    }
+
+
+def facts(config: Config, adapter: str | None, prompts: int, seconds: float, peak_gib: float, state) -> dict:
+    """What was evaluated, how fast, and on what."""
+    import torch
+
+    cuda = state.device.type == "cuda"
+    return {
+        "base": {"name": config.model.name, "fingerprint": base_fingerprint(config)},
+        "adapter": adapter,
+        "processor": "stand-in: the embedded tokenizer" if is_random(config) else "the model's own",
+        "prompts": prompts,
+        "prompts_per_second": prompts / seconds,
+        "seconds": seconds,
+        "peak_memory_gib": peak_gib,
+        "device": torch.cuda.get_device_name(state.device) if cuda else "CPU",
+        "num_processes": state.num_processes,
+    }
+
+
+def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...], folder: str) -> None:
+    """What each process runs: its share of the questions; the first process writes predictions.jsonl.
+
+    Args:
+        adapter: a folder with an adapter, or None for the base model.
+        drops: from `DROPS`.
+    """
+    with place(Path(folder)) as state:
+        model = load_base(config, state.device)
+        if adapter:
+            model = load_adapter(model, Path(adapter), config)
+        model.eval()
+        questions, found, began = read_questions(config), [], time.perf_counter()
+        for drop in drops:
+            found += answer_questions(config, model, questions, drop, state)
+        seconds, peak = time.perf_counter() - began, peak_memory_gib(state.device)
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        if state.is_main_process:
+            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
+            write_jsonl(Path(folder) / "predictions.jsonl", found)
+            write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))

@@ -1,0 +1,136 @@
+"""Evaluations as files and tables: what one found, runs side by side, and the result files of the original scripts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmrev_kit import files
+from mmrev_kit.config.project import resolve
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data import tasks
+from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.evaluation import statistics
+from mmrev_kit.evaluation.metrics import metrics
+from mmrev_kit.evaluation.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, read back. `records` and `facts` are empty for a file of the original scripts."""
+
+    name: str
+    folder: Path
+    metrics: dict  # as from `stats.metrics`
+    records: list[dict]
+    facts: dict
+    task: str | None  # what the adapter was trained on; None for a base model
+
+
+def read_records(path: Path) -> list[dict]:
+    """The predictions of an evaluation, one record a question (see `evaluate.predict`).
+
+    Raises:
+        ConfigError: no such file, or a line that is no record; the line is named.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no evaluation: {path}. Run notebooks/evaluate.ipynb first.")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            record["test"], record["id"], record["right"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}:{number}: no prediction of this kit ({error}). Evaluate again.") from None
+        records.append(record)
+    return records
+
+
+def write_results(folder: Path, task: str | None) -> None:
+    """Write metrics.json, and of a trained run verdict.json, beside predictions.jsonl.
+
+    Args:
+        task: what the adapter was trained on; None for a base model, on which there is no verdict.
+    """
+    records = read_records(folder / "predictions.jsonl")
+    files.write_json(folder / "metrics.json", metrics(records))
+    if task:
+        files.write_json(folder / "verdict.json", asdict(verdict(records, task)))
+
+
+def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
+    """An evaluation's folder, or an `eval_results*.json` of the original scripts.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if path.is_file():
+        return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
+    records = read_records(path / "predictions.jsonl")
+    facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    return Evaluation(name or path.parent.parent.name, path, metrics(records), records, facts, facts.get("task"))
+
+
+def read_original(path: Path) -> dict:
+    """The original scripts' results as metrics with what such a file can tell: {"none": {test: {"all": numbers}}}.
+
+    Such a file holds `accuracy`, `correct`, `total` and `examples` for each test. Intervals are Wilson's: which rows
+    belong to one entity is not said.
+
+    Raises:
+        ConfigError: not such a file, or counts that contradict each other.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        tests = {test: data[test] for test in TITLES if test in data}
+        counts = {test: (int(part["correct"]), int(part["total"])) for test, part in tests.items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: no results file of the original scripts ({error!r}).") from None
+    if not counts:
+        raise ConfigError(f"{path}: none of {', '.join(TITLES)} in it.")
+    found = {}
+    for test, (correct, total) in counts.items():
+        stated = tests[test].get("accuracy")
+        if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
+            raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
+        chance = tasks.CHANCE[test]
+        numbers = {"n": total, "n_entities": None, "unparsed": None, "correct": correct, "chance": chance}
+        numbers |= {"accuracy": correct / total if total else None, "wilson": statistics.wilson(correct, total)}
+        numbers |= {"cluster_interval": None, "rates": None, "options": None, "agreement": None, "likeliest": None}
+        numbers["p_exact"] = statistics.exact_test(correct, total, chance) if chance else None
+        found[test] = {"all": numbers | {"p_permutation_holm": None}}
+    adjusted = statistics.holm({test: groups["all"]["p_exact"] for test, groups in found.items()})
+    for test, p in adjusted.items():
+        found[test]["all"]["p_exact_holm"] = p
+    return {"none": found}
+
+
+def _same_share(stated: float, share: float) -> bool:
+    """Whether a stated accuracy, a share or per cent and perhaps rounded, is this share."""
+    return min(abs(stated - share), abs(stated - 100 * share) / 100) < 0.006
+
+
+def find_evaluations(config: Config, base: Path | None, others: str | None) -> dict[str, Evaluation]:
+    """What there is to set side by side: this experiment's forward and reverse run, its base, and files named.
+
+    Args:
+        base: the base model's evaluation, if there is one.
+        others: evaluation folders or eval_results*.json files, separated by spaces, relative to the project root.
+
+    Raises:
+        ConfigError: a named path holds no evaluation.
+    """
+    experiment, found = config.experiment.name, {}
+    for task in ("forward", "reverse"):
+        name = f"{experiment}_{task}"
+        folder = resolve(config.launch.output_dir) / name / "eval" / experiment
+        if (folder / "facts.json").is_file():  # written last: a broken evaluation has none
+            found[name] = read_evaluation(folder, name)
+    if base:
+        found["base"] = read_evaluation(base, "base")
+    for path in map(resolve, (others or "").split()):
+        found[path.stem] = read_evaluation(path, path.stem)
+    return found

@@ -1,0 +1,189 @@
+"""Run folders: files that are whole or absent, and a history in strict JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = re.compile(r"\.(.+)\.(aside|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
+
+
+class DiskFull(OSError):
+    """No space left for a file or folder; the message says which, how much it needs and how much is free."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+@contextmanager
+def needing(path: Path, size: int | None = None):
+    """Within it `path` is written, which takes `size` bytes (None: not known).
+
+    Raises:
+        DiskFull: in place of the system's error, which names neither.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter, of a file written by safetensors, has no errno
+        numbers = re.findall(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
+        if not any(int(number or 0) in FULL for number in numbers):
+            raise
+        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+        needs = f"it needs at least {size:,} bytes; " if size else ""
+        raise DiskFull(
+            errno.ENOSPC,
+            f"No space left for {path}: {needs}{free:,} bytes are free there, or a quota is used up. "
+            "What was saved before is whole. Free some space and start again.",
+        ) from error
+
+
+def finite(value):
+    """`value` with every NaN and infinity replaced by None, so that strict JSON can hold it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def to_json(value, indent: int | None = 1) -> str:
+    """Strict JSON text (RFC 8259): a non-finite number becomes null."""
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def write_bytes(path: str | Path, content: bytes, sync: bool = True) -> Path:
+    """Write beside `path` and rename, so that a crash or a full disk leaves the previous file whole.
+
+    Args:
+        sync: wait until the disk has it; needless where a reader can tell a broken file.
+
+    Raises:
+        DiskFull: there is no room for it.
+    """
+    path = Path(path)
+    with needing(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.part.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """`write_bytes` of the text in UTF-8."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value) -> Path:
+    """`write_text` of `to_json(value)`."""
+    return write_text(path, to_json(value) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
+    """One JSON object a line, written whole or not at all."""
+    return write_text(path, "".join(to_json(row, indent=None) + "\n" for row in rows))
+
+
+@contextmanager
+def new_folder(target: str | Path, size: int | None = None):
+    """Yield an empty folder beside `target`; on success it takes target's place, on failure it is removed.
+
+    The old folder, if any, is moved aside first and removed last: at every moment one whole version exists. A kill
+    between the two renames leaves it as `.NAME.aside`; the next `new_folder` or `tidy` gives it its name back.
+
+    Args:
+        size: bytes of what will be written, for the message of a full disk.
+
+    Raises:
+        DiskFull: there is no room for it.
+    """
+    target = Path(target)
+    old = target.with_name(f".{target.name}.aside")
+    with needing(target, size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new."))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o755)
+            for file in temporary.iterdir():
+                os.chmod(file, 0o644)  # safetensors lets nobody else read its files
+                _sync(file)
+            if target.exists():
+                remove_folder(old)
+                os.replace(target, old)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _settle(target, old)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file; a full disk may show only here. Folders are left to the system."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _settle(target: Path, old: Path) -> None:
+    """Remove the folder that was moved aside, or give it its name back where nothing has taken it."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Put right what a kill left in a run folder: a version moved aside gets its name back, unfinished ones go.
+
+    No other process may be writing there.
+    """
+    for path in list(Path(folder).glob(".*")):
+        found = UNFINISHED.fullmatch(path.name)
+        if found and found[2] == "aside":
+            _settle(path.with_name(found[1]), path)
+        elif found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that the kit wrote; no folder is no error."""
+    shutil.rmtree(folder, ignore_errors=not Path(folder).exists())
+
+
+@contextmanager
+def fresh_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` if all goes well; a folder that exists is never touched.
+
+    Raises:
+        FileExistsError: there is something at `folder` already.
+    """
+    folder = Path(folder)
+    with new_folder(_absent(folder)) as building:
+        yield building
+        _absent(folder)  # another process may have made it in the meantime
+
+
+def _absent(folder: Path) -> Path:
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(f"{folder} exists and is left as it is. Choose another name, or delete it yourself.")
+    return folder

@@ -1,0 +1,142 @@
+"""The sizes of a Qwen3-VL, read from its configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
+from mmrev_kit.config.sections import ConfigError
+
+PUBLISHED = ("2b", "4b", "8b", "32b")
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The sizes of a Qwen3-VL that memory depends on; `v_` are those of the vision tower."""
+
+    hidden: int
+    inter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    v_depth: int
+    v_hidden: int
+    v_inter: int
+    v_patch_values: int  # numbers in a patch
+    v_positions: int
+    v_merge: int  # patches a visual token
+    v_deepstack: int
+    name: str = "model"
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer of a decoder layer."""
+        h, f = self.hidden, self.inter
+        found = {"q_proj": (h, self.query), "k_proj": (h, self.key), "v_proj": (h, self.key), "o_proj": (self.query, h)}
+        return found | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+
+    def vision_linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of every linear layer of the vision tower."""
+        h, f, wide = self.v_hidden, self.v_inter, self.v_hidden * self.v_merge
+        merger = [(wide, wide), (wide, self.hidden)]
+        return [(h, 3 * h), (h, h), (h, f), (f, h)] * self.v_depth + merger * (1 + self.v_deepstack)
+
+
+TEXT_FIELDS = {
+    "hidden": "hidden_size", "inter": "intermediate_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocab": "vocab_size",
+}  # fmt: skip
+VISION_FIELDS = {
+    "v_depth": "depth", "v_hidden": "hidden_size", "v_inter": "intermediate_size",
+    "v_positions": "num_position_embeddings",
+}  # fmt: skip
+
+
+def _whole(section: dict, key: str, where: str, default: int | None = None) -> int:
+    value = section.get(key, default)
+    if value is None:
+        raise ConfigError(f"{where} has no {key}, which the memory estimate needs.")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{where}: {key} = {value!r}: must be a whole number above 0.")
+    return value
+
+
+def read_shapes(source, name: str | None = None) -> ModelShapes:
+    """The shapes of a model.
+
+    Args:
+        source: a configuration as a dict or a transformers config object, or the path of its JSON file or of the
+            folder that holds one.
+
+    Raises:
+        ConfigError: no such file, another kind of model, a field that is missing, or a size that is not positive.
+    """
+    if isinstance(source, str | Path):
+        path = resolve(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
+        name = name or (path.parent.name if path.name == "config.json" else path.stem)
+        source = json.loads(path.read_text(encoding="utf-8"))
+    values = source if isinstance(source, dict) else source.to_dict()
+    name = name or "model"
+    if values.get("model_type") != "qwen3_vl":
+        raise ConfigError(f"{name}: model_type = {values.get('model_type')!r}; the estimate knows qwen3_vl.")
+    sections = [values.get("text_config"), values.get("vision_config")]
+    for section, key in zip(sections, ("text_config", "vision_config"), strict=True):
+        if not isinstance(section, dict):
+            raise ConfigError(f"{name} has no {key}, which the memory estimate needs.")
+    text, vision = sections
+    found = {ours: _whole(text, key, f"{name}: text_config") for ours, key in TEXT_FIELDS.items()}
+    found |= {ours: _whole(vision, key, f"{name}: vision_config") for ours, key in VISION_FIELDS.items()}
+    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden"] // found["heads"])
+    side, where = _whole(vision, "patch_size", f"{name}: vision_config"), f"{name}: vision_config"
+    frames, merge = _whole(vision, "temporal_patch_size", where, 2), _whole(vision, "spatial_merge_size", where, 2)
+    return ModelShapes(
+        **found,
+        head_dim=head_dim,
+        tied=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        v_patch_values=_whole(vision, "in_channels", where, 3) * frames * side * side,
+        v_merge=merge**2,
+        v_deepstack=len(vision.get("deepstack_visual_indexes") or ()),
+        name=name,
+    )
+
+
+def published() -> list[str]:
+    """The architecture files that the kit brings, by name."""
+    return sorted(path.stem for path in resolve("configs/models").glob("*.json"))
+
+
+def size_in_name(name: str) -> str | None:
+    """Which of the published sizes a name on the hub, such as Qwen/Qwen3-VL-8B-Instruct, speaks of; None: of none."""
+    words = name.lower().replace("/", "-").replace("_", "-").split("-")
+    return next((size for size in PUBLISHED if size in words), None) if "qwen3" in words else None
+
+
+def as_shapes(source) -> ModelShapes:
+    """`ModelShapes` of whatever names or holds a model; `32b` and the like are the published sizes."""
+    if isinstance(source, ModelShapes):
+        return source
+    if isinstance(source, str) and source.lower() in PUBLISHED:
+        source = f"configs/models/qwen3vl_{source.lower()}.json"
+    elif source == "embedded":
+        source = EMBEDDED_MODEL
+    return read_shapes(source)
+
+
+def visual_tokens(shapes: ModelShapes, pixels: int) -> int:
+    """Visual tokens of an image of so many pixels: a patch has 3 colours and 2 frames (a picture is doubled)."""
+    return max(1, pixels // (shapes.v_merge * shapes.v_patch_values // 6))

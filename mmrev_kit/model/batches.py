@@ -1,0 +1,177 @@
+"""A process's share of an update as batches for the model: packed or padded, with vision features or pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.prompts import IGNORED, Encoder, Sample
+from mmrev_kit.model.features import Features
+from mmrev_kit.model.packing import (
+    Group,
+    Layout,
+    arrange,
+    attention_mask,
+    attention_scale,
+    make_groups,
+    micro_batches,
+    pack,
+    share_out,
+)
+from mmrev_kit.model.qwen3vl import as_model_input, core_model, takes_features
+
+CPU_TOKENS = 2048  # tokens a pass where memory is no limit
+GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
+MASKED = ("sdpa", "eager")  # attention implementations that take a mask of any form
+
+
+@dataclass
+class Batch:
+    """What one pass needs.
+
+    Attributes:
+        inputs: keyword arguments of the model, on its device.
+        predictor: which of the wanted logits predicts each answer token; None: each its own.
+        target: the answer tokens.
+        owner: whose they are; on the CPU.
+        rows, tokens: samples in it, tokens computed for them (padding included).
+        samples: those samples, in the order that `owner` counts; empty for a batch made from labels alone.
+    """
+
+    inputs: dict
+    predictor: object
+    target: object
+    owner: object
+    rows: int
+    tokens: int
+    samples: tuple[Sample, ...] = ()
+
+
+def obstacle(model) -> str | None:
+    """Why rows cannot be packed and vision features not be given to this model, or None."""
+    if not takes_features(model):
+        return "the model takes no precomputed vision features (mm_encoder_outputs)"
+    name = core_model(model).config.text_config._attn_implementation
+    if name not in MASKED:
+        return f"attention implementation {name} takes no mask of four dimensions"
+    return None
+
+
+def micro_tokens(config: Config, device) -> int:
+    """Tokens of one pass: as configured, else by a rule.
+
+    2,048 on a CPU; on a GPU 4,096 with gradient checkpointing and 1,024 without, twice as many on a card of 60 GiB or
+    more.
+    """
+    import torch
+
+    if config.memory.micro_tokens is not None:
+        return config.memory.micro_tokens
+    if device.type != "cuda":
+        return CPU_TOKENS
+    large = torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30
+    return GPU_TOKENS * (2 if large else 1) // (1 if config.memory.gradient_checkpointing else 4)
+
+
+def make_layout(config: Config, model, device) -> Layout:
+    """How this process runs its share; packing needs a model that it works with."""
+    mode = config.training.packing if obstacle(model) is None else "none"
+    scale = attention_scale(core_model(model).config.text_config)
+    return Layout(mode, micro_tokens(config, device), scale, multiple=8 if device.type == "cuda" else 1)
+
+
+@dataclass
+class Batcher:
+    """Makes the batches of one process.
+
+    Attributes:
+        features: of the run's images; None: pixels are given to the model, and it goes through the tower again.
+        additive: eager attention adds its mask; a boolean one would be added as 0 and 1.
+    """
+
+    layout: Layout
+    encoder: Encoder
+    features: Features | None
+    device: object
+    additive: bool = False
+
+    def batches(self, samples: list[Sample], process: int = 0, processes: int = 1):
+        """Yield `process`'s share of the samples, batch by batch; every process computes the same shares.
+
+        Every sample is in exactly one batch of one process.
+        """
+        if self.layout.packing == "none":
+            for part in padded(samples[process::processes], self.layout.micro_tokens):
+                yield self.plain(part)
+            return
+        groups = make_groups(samples, self.layout.packing, self.encoder.image_id)
+        for part in micro_batches(share_out(groups, processes)[process], self.layout.micro_tokens):
+            yield self.packed(part)
+
+    def images(self, images: list[tuple[Path, int]]) -> dict:
+        """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
+        import torch
+
+        if self.features is not None and all(image in self.features for image in images):
+            features = [self.features.get(image) for image in images]
+            return {"mm_encoder_outputs": as_model_input(features, self.device)}
+        pixels = [self.encoder.pixels(*image) for image in images]
+        values, grids = (torch.cat(parts).to(self.device) for parts in zip(*pixels, strict=True))
+        return {"pixel_values": values, "image_grid_thw": grids}
+
+    def plain(self, samples: list[Sample]) -> Batch:
+        """Rows side by side, padded; mask and positions are the library's own."""
+        batch = from_labels(self.encoder.collate(samples, with_pixels=False), self.device)
+        batch.inputs |= self.images([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
+        batch.samples = tuple(samples)
+        return batch
+
+    def packed(self, groups: list[Group]) -> Batch:
+        """Groups of rows as packed sequences."""
+        import torch
+
+        rows = arrange(groups, self.layout.attention_scale, self.layout.multiple)
+        found = pack(rows, self.encoder, self.layout.multiple)
+
+        def tensor(array):
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        mask = attention_mask(tensor(found.group), tensor(found.segment))
+        if self.additive:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
+        inputs = {
+            "input_ids": tensor(found.input_ids),
+            "attention_mask": mask,
+            "position_ids": tensor(found.positions),
+            "logits_to_keep": tensor(found.wanted),
+        }
+        inputs |= self.images(found.images)
+        owner = torch.from_numpy(found.owner)
+        counts = len(found.samples), found.input_ids.size
+        return Batch(inputs, tensor(found.predictor), tensor(found.target), owner, *counts, tuple(found.samples))
+
+
+def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:
+    """Samples in runs whose padded batch has at most `limit` tokens, unless one alone has more."""
+    runs: list[list[Sample]] = []
+    for sample in samples:
+        longest = max(len(s.input_ids) for s in [sample, *(runs[-1] if runs else [])])
+        if runs and longest * (len(runs[-1]) + 1) <= limit:
+            runs[-1].append(sample)
+        else:
+            runs.append([sample])
+    return runs
+
+
+def from_labels(inputs: dict, device) -> Batch:
+    """A batch from `Encoder.collate`: logits where an answer token is predicted, nowhere else."""
+    import torch
+
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[:, 1:]  # position i predicts token i + 1
+    kept = labels != IGNORED
+    inputs["logits_to_keep"] = torch.nn.functional.pad(kept, (0, 1))
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    owner = kept.nonzero()[:, 0]
+    return Batch(inputs, None, labels[kept].to(device), owner, len(labels), inputs["input_ids"].numel())

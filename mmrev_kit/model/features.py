@@ -1,0 +1,217 @@
+"""The frozen vision tower's outputs, computed once: in memory and in safetensors files, one an image and size.
+
+The files lie in `<launch.output_dir>/features` and may be deleted at any time. A file's name is a digest of all that
+its content depends on: the bytes of the image file, the size it is scaled to, the processor's settings, the base
+model and its quantization, the compute dtype and the kind of device, and the versions of the libraries in between. So
+a changed image, pixel limit or base never meets a stale entry; a file that is broken or that someone else put there
+is made anew. Files are read as memory maps: the processes of a machine share one copy in the page cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from mmrev_kit import files
+from mmrev_kit.config.project import resolve
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.model.bases import base_fingerprint
+from mmrev_kit.model.qwen3vl import core_model, tower_outputs
+
+FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
+LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
+BATCH_PATCHES = 8_192  # patches through the tower at once: ten images of 448 x 448 pixels
+SECONDS_BETWEEN_LINES = 5.0
+Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
+
+
+def identity(config: Config, encoder: Encoder, dtype, device) -> str:
+    """All that a feature depends on beside its image, as text."""
+    processor = encoder.processor.image_processor
+    settings = {key: value for key, value in processor.to_dict().items() if key != "size"}
+    facts = {
+        "format": FORMAT,
+        "processor": settings,
+        "blank": encoder.blank,
+        "base": base_fingerprint(config),
+        "quantization": [config.quantization.bits, config.quantization.double_quant],
+        "attention": config.model.attn_implementation,
+        "dtype": str(dtype),
+        "device": device.type,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    return json.dumps(facts, sort_keys=True, default=str)
+
+
+class Features:
+    """Features by image; `get` never computes.
+
+    Args:
+        folder: where the files are.
+        identity: from the function of that name.
+        shape: (1 + DeepStack layers, hidden) of every feature.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, identity: str, shape: tuple[int, int], dtype):
+        self.encoder, self.folder, self.identity = encoder, Path(folder), identity
+        self.shape, self.dtype = shape, dtype
+        self._digests: dict[Path, str] = {}
+        self._keys: dict[Image, str] = {}
+        self._held: dict[str, object] = {}
+
+    def size(self, image: Image) -> tuple[int, int]:
+        """Visual tokens (rows, columns): all that a pixel limit decides."""
+        path, limit = image
+        return self.encoder.grid(self.encoder.image_size(path), limit)
+
+    def key(self, image: Image) -> str:
+        """40 hex digits: the name of the image's file. The image file is read once."""
+        if image not in self._keys:
+            path, _ = image
+            if path not in self._digests:
+                self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            text = f"{self.identity}\n{self._digests[path]}\n{self.size(image)}"
+            self._keys[image] = hashlib.sha256(text.encode()).hexdigest()[:40]
+        return self._keys[image]
+
+    def file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, image: Image) -> bool:
+        return self.key(image) in self._held
+
+    def get(self, image: Image):
+        """The (1 + DeepStack layers, visual tokens, hidden) features of an image, on the CPU.
+
+        Raises:
+            KeyError: they have not been made.
+        """
+        return self._held[self.key(image)]
+
+    def read(self, image: Image) -> bool:
+        """Take an image's features from its file; False where there is no file that can be trusted."""
+        from safetensors import SafetensorError, safe_open
+
+        key = self.key(image)
+        if key in self._held:
+            return True
+        try:
+            with safe_open(self.file(key), framework="pt") as stored:
+                facts = stored.metadata() or {}
+                tensor = stored.get_tensor("features") if "features" in stored.keys() else None
+        except (FileNotFoundError, SafetensorError, OSError):
+            return False
+        rows, columns = self.size(image)
+        wanted = (self.shape[0], rows * columns, self.shape[1])
+        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != self.dtype or facts.get("key") != key:
+            return False
+        if facts.get("checksum") != checksum(tensor):
+            return False
+        self._held[key] = tensor
+        return True
+
+    def write(self, image: Image, tensor) -> None:
+        """Write an image's features to their file; where that cannot be done they stay in memory."""
+        from safetensors.torch import save
+
+        key = self.key(image)
+        tensor = tensor.to("cpu", self.dtype).contiguous()
+        facts = {"key": key, "checksum": checksum(tensor), "identity": self.identity}
+        try:
+            files.write_bytes(self.file(key), save({"features": tensor}, facts), sync=False)
+        except OSError as error:
+            print(f"vision features are not written to {self.folder}: {error.strerror}", flush=True)
+            self._held[key] = tensor
+
+
+def checksum(tensor) -> str:
+    """A CRC-32 of a tensor's bytes."""
+    import torch
+
+    return f"{zlib.crc32(memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())):08x}"
+
+
+def images_of(samples: Iterable[Sample]) -> list[Image]:
+    """The distinct images of samples, in their order."""
+    return list(dict.fromkeys((path, sample.max_pixels) for sample in samples for path in sample.row.images))
+
+
+def compute(features: Features, model, images: list[Image], device, tell) -> None:
+    """Put images through the tower, batch by batch, and keep what comes out.
+
+    Args:
+        tell: called with the number of images done.
+    """
+    import torch
+
+    compute_dtype = features.dtype
+    while images:
+        pixels, grids, taken = [], [], []
+        while images and (not taken or sum(map(len, pixels)) < BATCH_PATCHES):
+            values, grid = features.encoder.pixels(*images[0])
+            pixels.append(values)
+            grids.append(grid)
+            taken.append(images.pop(0))
+        autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+        with torch.no_grad(), autocast:
+            found = tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
+        for image, tensor in zip(taken, found, strict=True):
+            features.write(image, tensor)
+        tell(len(taken))
+
+
+def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sample], dtype, state) -> Features:
+    """Features of all images of `samples`, from files where there are any; each process makes its share of the rest.
+
+    Args:
+        model: the base model with its vision tower.
+        state: this process among the launched ones (`accelerate.PartialState`).
+    """
+    import torch
+
+    vision = core_model(model).config.vision_config
+    shape = 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size
+    folder = resolve(config.launch.output_dir) / "features"
+    features = Features(encoder, folder, identity(config, encoder, dtype, state.device), shape, dtype)
+    by_key = {features.key(image): image for image in images_of(samples)}
+    images, began = list(by_key.values()), time.perf_counter()
+    missing = [image for image in images if not features.read(image)]
+    if state.num_processes > 1:
+        torch.distributed.barrier()  # every process has looked before the first file is written
+    mine, done, told = missing[state.process_index :: state.num_processes], 0, time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if state.is_main_process and time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"progress: vision features: {done:,} of {len(mine):,} images", flush=True)
+
+    was_training = model.training
+    model.eval()
+    compute(features, model, list(mine), state.device, tell)
+    if state.num_processes > 1:
+        torch.distributed.barrier()
+    left = [image for image in missing if not features.read(image)]  # those of other machines, without a shared disk
+    compute(features, model, left, state.device, lambda count: None)
+    model.train(was_training)
+    if state.is_main_process:
+        line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"
+        print(f"progress: {line}, {time.perf_counter() - began:.1f} s", flush=True)
+    return features
+
+
+def drop_tower(model) -> None:
+    """Take the vision tower off the GPU: it is frozen, and every feature that a run needs has been made."""
+    import torch
+
+    core = core_model(model).model
+    if next(core.visual.parameters()).device.type == "cuda":
+        core.visual = None
+        torch.cuda.empty_cache()

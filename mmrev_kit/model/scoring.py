@@ -1,0 +1,59 @@
+"""Questions put to a model: greedy answers, and the log-probability of every option."""
+
+from __future__ import annotations
+
+from mmrev_kit.data.prompts import Encoder, Sample
+
+
+def generate(model, encoder: Encoder, samples: list[Sample], max_new_tokens: int, device) -> list[str]:
+    """Greedy answers to one left-padded batch, with the cache; the end token is not part of an answer."""
+    import torch
+
+    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
+    batch.pop("labels")
+    ids = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=encoder.end_id,
+        pad_token_id=encoder.pad_id,
+    )  # fmt: skip
+    assert isinstance(ids, torch.Tensor)
+    return encoder.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def score_options(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
+    """The log-probability of each option as the whole answer, <|im_end|> included.
+
+    The prompts are read once; each round of options continues from their cache, which is then cut back, so that
+    memory does not grow with the number of options.
+
+    Args:
+        options: one tuple a sample, all of the same length.
+
+    Returns:
+        (samples, options) log-probabilities in nats.
+    """
+    import torch
+
+    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
+    batch.pop("labels")
+    core = getattr(model, "base_model", model)
+    core = getattr(core, "model", core) if hasattr(model, "peft_config") else model
+    rope = {name: batch[name] for name in ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")}
+    positions, _ = core.model.get_rope_index(**rope)
+    out = core(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    start = out.logits[:, -1].float().log_softmax(-1)
+    cache = out.cache
+    following = positions.amax(dim=(0, 2))[:, None] + 1
+    columns = []
+    for texts in zip(*options, strict=True):
+        tokens = [[*encoder.text_ids(text), encoder.end_id] for text in texts]
+        longest = max(map(len, tokens))
+        ids = torch.tensor([row + [encoder.pad_id] * (longest - len(row)) for row in tokens], device=device)
+        real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
+        total = start.gather(1, ids[:, :1])[:, 0]
+        places = (following + torch.arange(longest - 1, device=device))[None].expand(3, -1, -1)
+        mask = torch.cat([batch["attention_mask"], real[:, :-1]], dim=1)
+        more = core(input_ids=ids[:, :-1], attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        logs = more.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        columns.append(total + (logs * real[:, 1:]).sum(1))
+        cache.crop(1 - longest)  # a negative number removes that many tokens
+    return torch.stack(columns, dim=1)

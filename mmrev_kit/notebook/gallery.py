@@ -1,0 +1,187 @@
+"""Looking at data: people, rendered prompts with the tokens that carry loss, lengths, balances."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+from mmrev_kit.data.images import load_image
+from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.data.tasks import Row
+from mmrev_kit.notebook.plots import subplots
+
+THUMBNAIL = 96  # pixels
+PROMPT = "font-family:monospace;font-size:13px;line-height:1.9;white-space:pre-wrap;border:1px solid #ccc;padding:8px"
+TOKEN = {
+    "special": "color:#999",
+    "text": "border-bottom:1px solid #ddd",
+    "answer": "background:#ffe08a;border:1px solid #c90;border-radius:3px;padding:1px",
+}
+
+
+def balance_table(rows_by_file: dict[str, list[Row]]):
+    """A pandas DataFrame with one row a file and group: rows, people, connectors, and how the answers are balanced."""
+    import pandas
+
+    records = []
+    for file, rows in rows_by_file.items():
+        for group in sorted({row.group for row in rows}, key=str):
+            own = [row for row in rows if row.group == group]
+            answers = Counter(row.answer for row in own)
+            few = len(answers) <= 4
+            records.append(
+                {
+                    "file": file,
+                    "group": group or "",
+                    "rows": len(own),
+                    "entities": len({row.entity_id for row in own}),
+                    "connectors": len({row.connector for row in own}),
+                    "answers": ", ".join(f"{a} {answers[a]}" for a in sorted(answers))
+                    if few
+                    else f"{len(answers)} texts",
+                }
+            )
+    return pandas.DataFrame(records).set_index(["file", "group"])
+
+
+def people_figure(entities: list[dict], folder: Path, columns: int = 4):
+    """The people of an experiment: picture, name, group, description.
+
+    Args:
+        entities: from `data.read_entities`; those without `images` are left out.
+        folder: the experiment's folder.
+    """
+    from matplotlib import pyplot
+
+    shown = [entity for entity in entities if entity.get("images")]
+    lines = max(1, -(-len(shown) // columns))
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.5 * lines), squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=0.94, hspace=0.35, wspace=0.05)
+    pyplot.close(figure)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, entity in zip(axes.flat, shown, strict=False):
+        axis.imshow(load_image(folder / entity["images"][0]), interpolation="nearest")
+        name = entity.get("name") or entity["id"]
+        # parse_math: a description with dollar signs is text
+        title = f"{name} ({entity.get('group', 'main')})\n{entity.get('description', '')}"
+        axis.set_title(title, fontsize=8, parse_math=False)
+    return figure
+
+
+def _picture(path: Path) -> str:
+    image = load_image(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(path.name)}" style="vertical-align:middle" src="data:image/png;base64,{data}">'
+
+
+def prompt_html(sample: Sample, encoder: Encoder) -> str:
+    """One row as the model reads it, token by token; the tokens that carry loss are highlighted.
+
+    Text is escaped: a description cannot become part of the page.
+    """
+    specials = set(encoder.tokenizer.all_special_ids)
+    pieces, images, run = [], iter(sample.row.images), 0
+    for place, token in enumerate(sample.input_ids):
+        if token == encoder.image_id:
+            run += 1
+            if sample.input_ids[place + 1] != encoder.image_id:
+                pieces.append(f"{_picture(next(images))}<span style='{TOKEN['special']}'>{run} tokens</span>")
+                run = 0
+            continue
+        kind = "answer" if place >= sample.answer_start else "special" if token in specials else "text"
+        text = escape(encoder.tokenizer.decode([token])).replace("\n", "⏎\n")
+        pieces.append(f"<span style='{TOKEN[kind]}'>{text}</span>")
+    row = sample.row
+    head = f"{row.task}, {row.source}: {Path(row.where).name}, {len(sample.input_ids)} tokens"
+    return f"<div><b>{escape(head)}</b><div style='{PROMPT}'>{''.join(pieces)}</div></div>"
+
+
+def prompts_html(samples: list[Sample], encoder: Encoder) -> str:
+    """The first sample of each task, one below the other."""
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        first.setdefault(sample.row.task, sample)
+    return "".join(prompt_html(sample, encoder) for sample in first.values())
+
+
+def browser(samples: list[Sample], encoder: Encoder):
+    """An ipywidgets browser: choose a file and walk through its rows."""
+    from ipywidgets import HTML, Dropdown, IntSlider, VBox, interactive_output
+
+    by_file: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_file.setdefault(Path(sample.row.where).name.split(":")[0], []).append(sample)
+    file = Dropdown(options=list(by_file), description="file")
+    number = IntSlider(value=0, min=0, max=len(by_file[file.value]) - 1, description="row")
+    page = HTML()
+
+    def limit(change) -> None:
+        number.value, number.max = 0, len(by_file[file.value]) - 1
+
+    def show(file: str, number: int) -> None:
+        page.value = prompt_html(by_file[file][min(number, len(by_file[file]) - 1)], encoder)
+
+    file.observe(limit, names="value")
+    interactive_output(show, {"file": file, "number": number})
+    show(file.value, number.value)
+    return VBox([file, number, page])
+
+
+def lengths_figure(samples: list[Sample], max_length: int):
+    """Prompt lengths in tokens by task, against the limit."""
+    figure, (axis,) = subplots(1, 8, 2.6)
+    tasks = list(dict.fromkeys(sample.row.task for sample in samples))
+    lengths = [[len(sample.input_ids) for sample in samples if sample.row.task == task] for task in tasks]
+    axis.boxplot(lengths, orientation="horizontal", tick_labels=tasks, whis=(0, 100), widths=0.6)
+    axis.invert_yaxis()
+    axis.axvline(max_length, color="C3", linestyle="--", linewidth=1)
+    axis.annotate("max_length", (max_length, 0.5), color="C3", fontsize=8, ha="right", va="bottom")
+    axis.set_xlim(left=0)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("tokens a row (box: middle half; line: shortest to longest)")
+    return figure
+
+
+ANSWER = "border:1px solid #ccc;border-left:5px solid {};padding:6px;margin:4px 0;font-size:13px"
+
+
+def answer_html(record: dict) -> str:
+    """One answered question: its prompt with the pictures, the right answer, what was written and how it was read."""
+    images = iter(record["images"])
+    first, *texts = record["prompt"].split("[image]")
+    prompt = escape(first) + "".join(_shown(next(images, None)) + escape(text) for text in texts)
+    color = {True: "#2a9d4a", False: "#c8322b", None: "#999"}[record["right"]]
+    scores = sorted(record["options"].items(), key=lambda pair: -pair[1])[:4]
+    best = ", ".join(f"{escape(option)} {score:.2f}" for option, score in scores)
+    read = "unparsed" if record["read_as"] is None else record["read_as"]
+    return (
+        f"<div style='{ANSWER.format(color)}'><b>{escape(record['test'])}, {escape(record['group'])}</b> "
+        f"{escape(str(record['id']))}<div>{prompt}</div><div>right answer: <b>{escape(record['expected'])}</b>; "
+        f"written: <b>{escape(record['answer'])}</b>; read as {escape(read)}</div>"
+        f"<div style='color:#666'>log-probability (nats): {best}</div></div>"
+    )
+
+
+def _shown(path: str | None) -> str:
+    """The picture, or its name where the file has gone since."""
+    if path and Path(path).is_file():
+        return _picture(Path(path))
+    return f"[{escape(Path(path).name if path else 'image')}]"
+
+
+def answers_html(records: list[dict], count: int = 1, drop: str = "none") -> str:
+    """For each test and group the first `count` right and the first `count` wrong answers."""
+    chosen, seen = [], Counter()
+    for record in records:
+        key = (record["test"], record["group"], record["right"])
+        if record["drop"] == drop and record["right"] is not None and seen[key] < count:
+            seen[key] += 1
+            chosen.append(record)
+    return "".join(map(answer_html, chosen))

@@ -1,0 +1,95 @@
+"""What can be turned in a notebook: sliders, browsers, forms; one figure or line where nobody looks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.data.tasks import IMAGE_MARK
+from mmrev_kit.evaluation.ask import Asker, example
+from mmrev_kit.notebook import gallery, plots
+from mmrev_kit.notebook.progress import is_interactive
+from mmrev_kit.training.scheduler import simulate
+
+
+def form(asker: Asker, image: str | Path, text: str):
+    """The same as fields and a button, for JupyterLab."""
+    from ipywidgets import HTML, Button, Output, Text, Textarea, VBox
+
+    wide = {"layout": {"width": "640px"}}
+    path, words = Text(str(image), description="picture", **wide), Textarea(text, description="text", **wide)
+    button, shown = Button(description="Ask", button_style="primary"), Output()
+
+    def ask(_) -> None:
+        with shown:
+            shown.clear_output()
+            try:
+                print(asker(path.value, words.value))
+            except ValueError as error:  # ConfigError, ImageError, PromptError: for the reader
+                print(error)
+
+    button.on_click(ask)
+    note = HTML(f"The picture's path, and the text around it; <code>{IMAGE_MARK}</code> marks the picture's place.")
+    return VBox([note, path, words, button, shown])
+
+
+def assumed_losses(num_epochs: int, first: float = 2.0, floor: float = 0.3, half_life: float = 1.0) -> list[float]:
+    """Validation losses that fall towards a floor, for trying a schedule before any training."""
+    return [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(num_epochs)]
+
+
+def schedule_simulator(config: Config):
+    """What the schedule does with assumed losses: sliders in JupyterLab, one figure elsewhere."""
+
+    def draw(**knobs):
+        losses = {name: knobs.pop(name) for name in ("first", "floor", "half_life") if name in knobs}
+        training = replace(config.training, **knobs)
+        records = simulate(assumed_losses(training.num_epochs, **losses), training)
+        return plots.schedule_figure(records, training.min_lr, training.min_val_loss)
+
+    if not is_interactive():
+        return draw()
+    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, interactive
+
+    training, wide = config.training, {"description_width": "160px"}
+    knobs = {
+        "first": FloatSlider(value=2.0, min=0.5, max=6.0, step=0.1, description="first loss"),
+        "floor": FloatSlider(value=0.3, min=0.0, max=1.0, step=0.02, description="lowest loss"),
+        "half_life": FloatSlider(value=1.0, min=0.2, max=5.0, step=0.1, description="epochs to halve"),
+        "learning_rate": FloatLogSlider(value=training.learning_rate, min=-6, max=-1, step=0.1),
+        "min_lr": FloatLogSlider(value=training.min_lr, min=-7, max=-2, step=0.1),
+        "lr_reduction_factor": FloatSlider(value=training.lr_reduction_factor, min=0.1, max=0.9, step=0.05),
+        "lr_patience": IntSlider(value=training.lr_patience, min=1, max=5),
+        "improvement_threshold": FloatSlider(value=training.improvement_threshold, min=0.0, max=0.5, step=0.01),
+    }
+    for name, knob in knobs.items():
+        knob.description = knob.description or name
+        knob.style, knob.layout.width = wide, "480px"
+    simulator = interactive(draw, **knobs)
+    simulator.update()  # draw now: later cells may keep the kernel busy for hours
+    return simulator
+
+
+def browse(samples: list[Sample], encoder: Encoder):
+    """A browser over rows in JupyterLab; elsewhere, where nothing can be turned, the first pool row of each task."""
+    if is_interactive():
+        return gallery.browser(samples, encoder)
+    from IPython.display import HTML
+
+    pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
+    return HTML(gallery.prompts_html(pools, encoder))
+
+
+def ask_form(asker: Asker, image: str | None, text: str | None):
+    """A form to ask the model in JupyterLab; elsewhere one question and its answer, printed.
+
+    Args:
+        image, text: as in `Asker.__call__`; None for those of `ask.example`.
+    """
+    shown = example(asker.config)
+    image, text = image or shown[0], text or shown[1]
+    if is_interactive():
+        return form(asker, image, text)
+    print(f"{image}\n{text}\n-> {asker(image, text)}")

@@ -1,0 +1,78 @@
+"""The whole study: both directions over several seeds, each trained and evaluated, and what they say together."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.make import ensure_data
+from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.evaluation import metrics
+from mmrev_kit.evaluation.results import Evaluation, read_evaluation
+from mmrev_kit.evaluation.verdict import NAMES, ROLES, Verdict, verdict
+from mmrev_kit.notebook.launch import evaluate, launch
+from mmrev_kit.training.history import read_history
+
+TASKS = ("forward", "reverse")
+
+
+def seed_config(config: Config, task: str, seed: int) -> Config:
+    """The configuration of one run: other people, other draws, an experiment of its own."""
+    own = deepcopy(config)
+    own.experiment = replace(config.experiment, name=f"{config.experiment.name}_seed{seed}", task=task, seed=seed)
+    return own
+
+
+def run_all(config: Config, seeds: list[int], tasks: tuple[str, ...] = TASKS) -> dict[str, dict[int, Evaluation]]:
+    """Make data, train and evaluate for each task and seed; what is there already is read.
+
+    Returns:
+        {task: {seed: evaluation}}.
+    """
+    found: dict[str, dict[int, Evaluation]] = {task: {} for task in tasks}
+    for seed in seeds:
+        for task in tasks:
+            own = seed_config(config, task, seed)
+            print("\n".join([f"-- seed {seed}, {task}", *ensure_data(own)]), flush=True)
+            launch(own)
+            found[task][seed] = read_evaluation(evaluate(own), run_dir(own).name)
+    return found
+
+
+def pool(evaluations: dict[int, Evaluation]) -> list[dict]:
+    """The records of several seeds as those of one evaluation: each seed's people are people of their own."""
+    return [
+        record | {"id": f"seed{seed}/{record['id']}", "entity_id": f"seed{seed}/{record['entity_id']}"}
+        for seed, one in evaluations.items()
+        for record in one.records
+    ]
+
+
+def pooled_metrics(found: dict[str, dict[int, Evaluation]]) -> dict[str, dict]:
+    """{"task <task>, <n> seeds": metrics over the people of all seeds}, for `plots.accuracy_figure`."""
+    return {f"task {task}, {len(seeds)} seeds": metrics.metrics(pool(seeds)) for task, seeds in found.items()}
+
+
+def pooled_verdicts(found: dict[str, dict[int, Evaluation]]) -> dict[str, Verdict]:
+    """{task: verdict over the people of all seeds}."""
+    return {task: verdict(pool(seeds), task) for task, seeds in found.items()}
+
+
+def seed_table(config: Config, found: dict[str, dict[int, Evaluation]]):
+    """A pandas DataFrame, a row a task and seed: accuracy by test and group, the claim, and seconds of training."""
+    import pandas
+
+    rows = []
+    for task, seeds in found.items():
+        for seed, one in seeds.items():
+            row: dict = {"task": task, "seed": seed}
+            for test, groups in one.metrics["none"].items():
+                row |= {f"{TITLES[test]} {g}": groups[g]["accuracy"] for g in ("main", "control") if g in groups}
+            judged = verdict(one.records, task)
+            row[f"claim ({NAMES[ROLES[task].deciding]})"] = judged.claim
+            history = read_history(run_dir(seed_config(config, task, seed)) / "training_history.json")
+            row["training (s)"] = round(sum(record["seconds"] for record in history["epochs"]))
+            rows.append(row)
+    return pandas.DataFrame(rows).set_index(["task", "seed"]).round(2).astype(object).fillna("")

@@ -1,0 +1,60 @@
+"""A run's history as tables and a sentence."""
+
+from __future__ import annotations
+
+from mmrev_kit.config.project import resolve
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.training.history import read_history
+
+
+def epoch_table(history: dict):
+    """A pandas DataFrame with one row an epoch: training loss, validation loss by source, rate, decision."""
+    import pandas
+
+    rows = []
+    for record in history["epochs"]:
+        decision = record["decision"] or {}
+        verdict = "improved" if decision.get("improved") else "no improvement" if decision else ""
+        if decision.get("reduced"):
+            verdict += f", rate to {decision['lr']:g}"
+        losses = {f"validation {source}": loss for source, loss in record["val_loss"].items()}
+        start = {"epoch": record["epoch"], "training": record["train_loss"]}
+        rows.append(start | losses | {"lr": record["lr"], "decision": verdict})
+    return pandas.DataFrame(rows).set_index("epoch") if rows else pandas.DataFrame()
+
+
+def summary(history: dict) -> str:
+    """The result of a run in one sentence."""
+    losses = [(next(iter(record["val_loss"].values())), record["epoch"]) for record in history["epochs"]]
+    finite = [pair for pair in losses if pair[0] is not None]
+    if not finite:
+        return f"The run has no validation loss yet ({history['status']})."
+    source = next(iter(history["epochs"][0]["val_loss"]))
+    loss, epoch = min(finite)
+    how = {"finished": "ended", "failed": "failed", "interrupted": "was interrupted"}.get(history["status"], "is")
+    reason = f" ({history['reason']})" if history["reason"] else ""
+    return (
+        f"The run {how} after epoch {history['epochs'][-1]['epoch']}{reason}; "
+        f"its lowest validation loss on {source} rows is {loss:.4g}, after epoch {epoch}."
+    )
+
+
+def find_histories(paths: str | None, output_dir: str) -> dict[str, dict]:
+    """{run name: history} of the given run folders or history files, or of every run in `output_dir`.
+
+    Args:
+        paths: names separated by spaces, relative to the project root; None for all.
+
+    Raises:
+        ConfigError: a path without a history, or no run at all.
+    """
+    if paths:
+        files = [resolve(path) for path in paths.split()]
+        files = [file / "training_history.json" if file.is_dir() else file for file in files]
+    else:
+        files = sorted(resolve(output_dir).glob("*/training_history.json"))
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        where = ", ".join(missing) if missing else f"No run in {resolve(output_dir)}."
+        raise ConfigError(f"There is no training history: {where} Train first with notebooks/train.ipynb.")
+    return {file.parent.name: read_history(file) for file in files}

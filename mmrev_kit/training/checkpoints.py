@@ -1,0 +1,237 @@
+"""What a run saves: adapters that stock peft loads, the state to go on from, and the manifest. No pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from mmrev_kit import files
+from mmrev_kit.config.project import project_root, run_dir
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.model.bases import base_fingerprint
+from mmrev_kit.model.loading import trainable
+from mmrev_kit.training.history import read_history
+from mmrev_kit.training.preflight import PACKAGES
+from mmrev_kit.training.scheduler import warnings_for
+
+STATE_FORMAT = 1
+
+
+def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and a model card; `folder` changes as a whole.
+
+    The saved tensors are exactly the trainable parameters.
+    """
+    with files.new_folder(folder, 4 * count_trainable(run.model)) as new:
+        run.model.save_pretrained(new, save_embedding_layers=False)
+        files.write_text(new / "README.md", model_card(run, losses))
+
+
+def model_card(run, losses: dict[str, float]) -> str:
+    """What this adapter is, on what it was trained and which base it belongs to, with the hub's front matter."""
+    from huggingface_hub import ModelCardData
+
+    config, training = run.config, run.config.training
+    base = base_facts(config)
+    own_base = None if config.model.name == "embedded" else config.model.name
+    card = ModelCardData(base_model=own_base, library_name="peft", tags=["lora", "reversal-curse", "mmrev_kit"])
+    front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}"
+    rows = "\n".join(f"| {source} | {loss:.4f} |" for source, loss in losses.items())
+    directions = {"forward": "image → description", "reverse": "description → image, Correct or Wrong"}
+    return f"""---
+{front}
+---
+
+# {config.experiment.name}: {config.experiment.task}
+
+A LoRA adapter trained with mmrev_kit on the task `{config.experiment.task}` ({directions[config.experiment.task]}).
+
+- base model: {config.model.name}, fingerprint `{base["fingerprint"]}`; it fits no other base
+- adapter: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}, on
+  {", ".join(config.lora.target_modules)} of the language model; {count_trainable(run.model):,} parameters
+- training: epoch {run.progress["epoch"]}, step {run.progress["global_step"]:,}, effective batch {run.batch},
+  learning rate {training.learning_rate:g}, seed {config.experiment.seed}
+- data: invented people; nothing that this adapter states about a face is true
+
+Validation loss (nats a token):
+
+| source | loss |
+|---|---|
+{rows}
+
+Load it with `PeftModel.from_pretrained(base, folder)`.
+"""
+
+
+def count_trainable(model) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in trainable(model))
+
+
+def base_facts(config) -> dict:
+    """Name, revision and fingerprint of the base model."""
+    facts = {"name": config.model.name, "revision": config.model.revision}
+    return facts | {"fingerprint": base_fingerprint(config)}
+
+
+def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
+    import torch
+
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(item, f"{path}/{key}" if path else str(key), tensors, plain)
+    elif isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().to("cpu", copy=True)  # safetensors refuses the shared maps of 8-bit states
+    else:
+        plain[path] = value
+
+
+def _unflatten(flat: dict) -> dict:
+    nested: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        target = nested
+        for key in parents:
+            target = target.setdefault(int(key) if key.isdigit() else key, {})
+        target[last] = value
+    return nested
+
+
+def save_last(run) -> None:
+    """Write `last/`: adapter, optimizer, scaler, schedule and progress, so that the rest of the run is the same.
+
+    The history goes first, so that it never lacks a step that `last/` has behind it.
+    """
+    from safetensors.torch import save_file
+
+    adapter = {name: p.detach().cpu().contiguous() for name, p in run.model.named_parameters() if p.requires_grad}
+    tensors, plain = {}, {}
+    state = run.optimizer.state_dict()
+    _flatten(state["state"], "", tensors, plain)
+    record = {
+        "format": STATE_FORMAT,
+        "progress": run.progress,
+        "schedule": run.schedule.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "optimizer": plain,
+        "param_groups": state["param_groups"],
+    }
+    run.history.write()
+    size = sum(tensor.nbytes for tensor in (*adapter.values(), *tensors.values()))
+    with files.new_folder(run.folder / "last", size) as new:
+        save_file(adapter, new / "adapter.safetensors")
+        save_file(tensors, new / "optimizer.safetensors")
+        files.write_json(new / "state.json", record)
+
+
+def tidy_run(config, state) -> None:
+    """`runs.tidy`, by the main process alone, before any of them looks for a state to go on from."""
+    if state.is_main_process:
+        files.tidy(run_dir(config))
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+
+
+def load_last(run) -> bool:
+    """Go on from `last/`; False where there is none.
+
+    The history is cut back to the step that was saved: what came after is done again.
+
+    Raises:
+        ConfigError: the folder was not written by this version of the kit, or for another run, or cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    folder = run.folder / "last"
+    if not folder.is_dir():
+        return False
+    try:
+        _restore(run, folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{folder}: not a state of this run ({reason}). Set launch.overwrite=true to start anew."
+        ) from None
+    return True
+
+
+def _restore(run, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    manifest = run.folder / "manifest.json"
+    before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    changed = [name for name, value in identity(run).items() if before.get(name, value) != value]
+    if changed:
+        raise ValueError(f"it began with another {' and '.join(changed)}, see manifest.json")
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if record["format"] != STATE_FORMAT:
+        raise ValueError(f"format {record['format']} in state.json")
+    adapter = load_file(folder / "adapter.safetensors")
+    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in adapter.items()}:
+        raise ValueError("the adapter has other tensors")
+    state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
+    if len(state) not in (0, len(parameters)):  # 0: every update so far was skipped
+        raise ValueError("the optimizer has other tensors")
+    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    for name, parameter in parameters.items():
+        parameter.data.copy_(adapter[name])
+    run.scaler.load_state_dict(record["scaler"])
+    run.schedule.load_state_dict(record["schedule"])
+    run.progress = {name: record["progress"][name] for name in run.progress}
+    history, step, epoch = read_history(run.history.path), run.progress["global_step"], run.progress["epoch"]
+    history |= {"steps": history["steps"][:step], "epochs": history["epochs"][:epoch]}
+    if (len(history["steps"]), len(history["epochs"])) != (step, epoch):
+        raise ValueError(f"{run.history.path.name} ends before step {step}")
+    run.history.data = history | {"status": "running", "reason": None}
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
+
+
+def identity(run) -> dict:
+    """What must stay the same when a run goes on, apart from its configuration."""
+    return {
+        "seed": run.config.experiment.seed,
+        "base": base_facts(run.config),
+        "data": {_short(path): _sha256(path) for path in run.task.data.files},
+        "effective_batch": run.batch,
+    }
+
+
+def write_manifest(run) -> None:
+    """Write manifest.json: everything needed to tell later what this run was."""
+    import torch
+
+    device = run.state.device
+    facts = {
+        "versions": {name: version(name) for name in ("mmrev-kit", *PACKAGES)} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        **identity(run),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "compute_dtype": str(run.dtype).removeprefix("torch."),
+        "num_processes": run.state.num_processes,
+        "trainable_parameters": count_trainable(run.model),
+        "plan": run.task.plan.table(),
+        "memory": run.memory.record() if run.memory else None,
+        "warnings": warnings_for(run.config),
+    }
+    files.write_json(run.folder / "manifest.json", facts)

@@ -1,0 +1,166 @@
+"""Where values that are not finite come from, and what to change."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mmrev_kit.config.project import seed_for
+from mmrev_kit.data.prompts import Sample
+from mmrev_kit.model.batches import Batch
+from mmrev_kit.model.fused import fuse, unfuse
+from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.training.update import TrainingError, sample_losses
+
+MAX_SKIPPED = 8  # fp16: updates in a row without a finite gradient before the run stops
+MIN_SCALE = 1.0  # fp16: a loss scale below it (2^16 at first, halved by each skipped update) stops the run too
+
+
+def check_finite(run, record: dict, samples: list[Sample]) -> None:
+    """Stop a run that no longer learns, and find out where it fails.
+
+    Args:
+        record: of the latest update, which was made on `samples`.
+
+    Raises:
+        TrainingError: naming the step, the first layer or image with a value that is not finite, and what to change.
+            All processes raise the same.
+    """
+    if not record.get("skipped"):
+        return
+    reason = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    if run.scaler.is_enabled():
+        scale = run.scaler.get_scale()
+        if run.skipped < MAX_SKIPPED and scale >= MIN_SCALE:
+            return
+        reason = f"{run.skipped} fp16 updates in a row had no finite gradient and were skipped; loss scale {scale:g}"
+    raise TrainingError(f"Step {record['global_step']}: {reason}. {explain(run, samples)}")
+
+
+def explain(run, samples: list[Sample]) -> str:
+    """Where values that are not finite come from, as every process sees it in its share; see `find_fault`."""
+    found = [find_fault(run, samples)]
+    if run.state.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    ranks = [rank for rank, fault in enumerate(found) if fault]
+    if not ranks:
+        return "One more pass over the same rows met no such value: look for a faulty card, or lower the learning rate."
+    if len(found) == 1:
+        return found[0]
+    return f"In process {', '.join(map(str, ranks))} of 0 to {len(found) - 1}: {found[ranks[0]]}"
+
+
+def find_fault(run, samples: list[Sample]) -> str | None:
+    """One more pass over this process's share of the samples, watching every layer.
+
+    Returns:
+        The first thing that is not finite, in the order data, forward, backward, and what to change; None if all is.
+        The backward pass is made in training only, with the loss scale that failed.
+    """
+    import torch
+
+    state, scaler = run.state, run.scaler
+    scale = scaler.get_scale() / scaler.get_backoff_factor() if scaler.is_enabled() else 1.0
+    step = run.progress["global_step"] - 1
+    torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, state.process_index))
+    run.optimizer.zero_grad(set_to_none=True)
+    for batch in run.batcher.batches(samples, state.process_index, state.num_processes):
+        if fault := broken_image(run, batch.samples):
+            return fault
+        met, losses = _look(run, batch, scale / len(samples))
+        if "forward" in met:  # the libraries' own modules name the part of a joined one
+            unfuse(core_model(run.model))
+            try:
+                finer, _ = _look(run, batch, None)
+            finally:
+                fuse(core_model(run.model))
+            met = finer if "forward" in finer else met
+        if met or not is_finite(losses):
+            rows = [sample.row.where for sample, loss in zip(batch.samples, losses, strict=True) if not is_finite(loss)]
+            return _advice(run, batch, met, rows or [sample.row.where for sample in batch.samples])
+    broken = (name for name, p in run.model.named_parameters() if p.grad is not None and not is_finite(p.grad))
+    name = next(broken, None)
+    return name and f"The gradient of {name} is not finite. Lower training.learning_rate."
+
+
+def _look(run, batch: Batch, factor: float | None):
+    """One pass with every layer watched; with a `factor` on the losses' sum, in training, the backward pass too.
+
+    Returns:
+        What `_watch` met, and the losses.
+    """
+    met, hooks = {}, []
+    for name, module in run.model.named_modules():
+        hooks.append(module.register_forward_hook(partial(_watch, met, name.removeprefix("base_model.model."))))
+    try:
+        losses = sample_losses(run.model, batch, run.state.device, run.dtype)
+        if factor is not None and run.model.training and "forward" not in met:
+            (factor * losses.sum()).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return met, losses
+
+
+def _watch(met: dict[str, str], name: str, module, arguments, output) -> None:
+    """A forward hook: notes the first layer whose output, or the first met whose output's gradient, is not finite."""
+    for tensor in tensors_in(output):
+        if not is_finite(tensor):
+            broken = not all(map(is_finite, module.parameters(recurse=False)))
+            met.setdefault("forward", f"{name}, whose own weights are not finite" if broken else name)
+        elif tensor.requires_grad:
+            tensor.register_hook(lambda grad: None if is_finite(grad) else met.setdefault("backward", name) and None)
+
+
+def _advice(run, batch: Batch, met: dict[str, str], rows: list[str]) -> str:
+    """A fault in words: the layer, the rows, whether the base model has it by itself, and what to change."""
+    import torch
+
+    fp16 = run.dtype == torch.float16
+    of = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more rows" if len(rows) > 3 else "")
+    bf16 = "use quantization.compute_dtype=bf16, on GPUs that have it (compute capability 8.0 or more)"
+    other = f", or {bf16}." if fp16 else "."
+    if "forward" not in met:
+        what = (
+            f"gradient that is not finite is that of the output of {met['backward']}" if met else "loss is not finite"
+        )
+        return f"The first {what}, in {of}. Lower training.learning_rate{other}"
+    limit = " (fp16 ends at 65,504)" if fp16 else ""
+    text = f"The first output that is not finite is that of {met['forward']}{limit}, in {of}. The base model alone"
+    with torch.no_grad(), run.model.disable_adapter():
+        alone = not is_finite(sample_losses(run.model, batch, run.state.device, run.dtype))
+    if alone:
+        return f"{text} has it too: {bf16 if fp16 else 'look for a broken model file'}."
+    return f"{text} does not have it: lower training.learning_rate or lora.alpha{other}"
+
+
+def broken_image(run, samples: tuple[Sample, ...]) -> str | None:
+    """The first image of these samples that the model would be given with a value that is not finite."""
+    for sample in samples:
+        for path in sample.row.images:
+            image = path, sample.max_pixels
+            if all(map(is_finite, tensors_in(run.batcher.images([image])))):
+                continue
+            fault = f"The data has a value that is not finite: image {path} of {sample.row.where}. "
+            features = run.batcher.features
+            if features is None or image not in features:
+                return fault + "Replace the image."
+            return fault + f"Its vision features are in {features.file(features.key(image))}: remove that file."
+    return None
+
+
+def tensors_in(value):
+    """All tensors in nested dicts, lists and tuples."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def is_finite(tensor) -> bool:
+    """Whether no element is NaN or infinite; integers never are."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -1,0 +1,159 @@
+"""A run's folder and its history, in strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+from mmrev_kit.config.project import hide_secrets, run_dir
+from mmrev_kit.config.reading import differences, load_config, to_yaml
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.files import remove_folder, tidy, write_json, write_text
+
+OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
+OWN_FOLDERS = ("best", "final", "last")
+
+
+class History:
+    """The record of a run, written to training_history.json as it grows.
+
+    `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
+    `steps` (one record an optimizer step, see `steps.update`) and `epochs` (one record a validation).
+    """
+
+    def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):
+        self.path = Path(path)
+        self.data = data or {"status": "running", "reason": None, "steps": [], "epochs": []}
+        self.seconds_between_writes = seconds_between_writes
+        self._written = 0.0
+
+    def add_step(self, record: dict) -> None:
+        """Add a step; the file follows at most every `seconds_between_writes`."""
+        self.data["steps"].append(record)
+        if time.monotonic() - self._written >= self.seconds_between_writes:
+            self.write()
+
+    def add_epoch(self, record: dict) -> None:
+        """Add an epoch and write the file."""
+        self.data["epochs"].append(record)
+        self.write()
+
+    def end(self, status: str, reason: str | None) -> None:
+        """Record how the run ended and write the file."""
+        self.data |= {"status": status, "reason": reason and hide_secrets(reason)}
+        self.write()
+
+    def write(self) -> None:
+        """Write the file now."""
+        write_json(self.path, self.data)
+        self._written = time.monotonic()
+
+
+def mark_ended(path: Path, status: str) -> None:
+    """Say in a history that its run was interrupted, or has failed, where it had no time left to say so itself."""
+    if path.is_file() and (history := read_history(path))["status"] == "running":
+        write_json(path, history | {"status": status, "reason": "ended before it could save once more"})
+
+
+def _number(value):
+    """A number, or None for what is none (NaN was written into such files as NaN, null or text)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _first(record: dict, *names):
+    return next((record[name] for name in names if name in record), None)
+
+
+def read_history(path: str | Path) -> dict:
+    """A run's history; the original scripts' files (`train_loss`, `val_loss`, `epochs`, `step_logs`) too.
+
+    Returns:
+        The kit's own form (see `History`); what an old file does not say is None.
+
+    Raises:
+        ValueError: the file is no JSON object with a history in it.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(data, dict) or not {"steps", "train_loss", "val_loss", "step_logs"} & set(data):
+        raise ValueError(f"{path}: no training history (neither `steps` nor `train_loss` in it).")
+    for name in ("steps", "train_loss", "val_loss", "step_logs", "epochs"):
+        if not isinstance(data.get(name) or [], list):
+            raise ValueError(f"{path}: {name} is not a list.")
+    for name in ("steps", "step_logs"):
+        if not all(isinstance(record, dict) for record in data.get(name) or []):
+            raise ValueError(f"{path}: {name} is not a list of records.")
+    return data if "steps" in data and "status" in data else _from_original_scripts(data)
+
+
+def _from_original_scripts(data: dict) -> dict:
+    steps = []
+    for number, log in enumerate(data.get("step_logs") or [], start=1):
+        step = _first(log, "global_step", "step")
+        steps.append(
+            {
+                "global_step": number if step is None else step,
+                "epoch": _first(log, "epoch"),
+                "loss": _number(_first(log, "loss", "train_loss")),
+                "lr": _number(_first(log, "lr", "learning_rate")),
+                "grad_norm": _number(_first(log, "grad_norm")),
+            }
+        )
+    train, val = data.get("train_loss") or [], data.get("val_loss") or []
+    numbers = data.get("epochs") or range(1, max(len(train), len(val)) + 1)
+    epochs = []
+    for index, number in enumerate(numbers):
+        loss = _number(val[index]) if index < len(val) else None
+        record = {"epoch": number, "train_loss": _number(train[index]) if index < len(train) else None}
+        epochs.append(record | {"val_loss": {"validation": loss}, "lr": None, "decision": None})
+    return {"status": "finished", "reason": None, "task": data.get("task"), "steps": steps, "epochs": epochs}
+
+
+def clear_errors(folder: Path) -> None:
+    """Forget the errors of an earlier try."""
+    for error in folder.glob("error_rank*.txt"):
+        error.unlink()
+
+
+def prepare_folder(config: Config) -> dict | None:
+    """Make the run folder ready; returns the history of a run that is already finished, else None.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or cannot be written.
+    """
+    folder = run_dir(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = folder / "config.yaml"
+        if config.launch.overwrite:
+            tidy(folder)  # or a version moved aside would come back
+            for file in [folder / name for name in OWN_FILES]:  # first: no folder that is half gone counts as finished
+                file.unlink(missing_ok=True)
+            for name in OWN_FOLDERS:
+                remove_folder(folder / name)
+        elif before.is_file():
+            changed = differences(load_config(before), config)
+            changed.pop("launch.overwrite", None)
+            if changed:
+                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
+                raise ConfigError(
+                    f"{folder} holds a run with another configuration: {listed}. "
+                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
+                )
+        clear_errors(folder)
+        write_text(before, to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
+    history = folder / "training_history.json"
+    if history.is_file() and read_history(history)["status"] == "finished":
+        return read_history(history)
+    return None

@@ -1,0 +1,122 @@
+"""The training loop: one function that every process runs, whatever their number."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.sections import Config
+from mmrev_kit.training.checkpoints import save_adapter, save_last, tidy_run, write_manifest
+from mmrev_kit.training.diagnose import check_finite, explain
+from mmrev_kit.training.processes import on_interrupt, place
+from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
+from mmrev_kit.training.update import TrainingError, chunks, update, validate
+
+
+@contextmanager
+def interrupts_wait(run: Run):
+    """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
+    so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
+
+    def note(number, frame) -> None:
+        run.interrupted = True
+
+    with on_interrupt(note):
+        yield
+
+
+def stop_if_interrupted(run: Run) -> None:
+    """Save where the run stands and stop, once every process knows of an interrupt.
+
+    Raises:
+        KeyboardInterrupt: the run goes on from here when it is started again.
+    """
+    if run.stops:
+        if run.state.is_main_process:
+            save_last(run)
+        raise KeyboardInterrupt("interrupted by the user")
+
+
+def train_epoch(run: Run) -> float:
+    """The rest of the current epoch.
+
+    Returns:
+        The mean loss over the epoch's samples; those of skipped updates, which have none, are left out.
+
+    Raises:
+        KeyboardInterrupt: see `stop_if_interrupted`.
+    """
+    windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
+    run.model.train()
+    for window in windows[run.progress["step_in_epoch"] :]:
+        samples = [run.task.train[source][index] for source, index in window]
+        record = update(run, samples)
+        run.progress["step_in_epoch"] += 1
+        if math.isfinite(record["loss"]):
+            run.progress["loss_sum"] += record["loss"] * len(window)
+            run.progress["rows"] += len(window)
+        if run.state.is_main_process:
+            run.history.add_step(record)
+        check_finite(run, record, samples)
+        if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
+            save_last(run)
+        stop_if_interrupted(run)
+    return run.progress["loss_sum"] / run.progress["rows"] if run.progress["rows"] else math.nan
+
+
+def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
+    """Validate, decide, save. Returns the reason to end, or None."""
+    losses = validate(run)
+    rate = run.schedule.lr
+    task = run.config.experiment.task
+    decisive = losses[task]
+    if not math.isfinite(decisive):
+        raise TrainingError(f"The validation loss of {task} is {decisive}. {explain(run, run.task.val[task])}")
+    decision = run.schedule.observe(decisive)
+    run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
+    if run.state.is_main_process:
+        record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}
+        record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began}
+        if decision.improved:
+            save_adapter(run, run.folder / "best", losses)
+        run.history.add_epoch(record)
+        save_last(run)
+    stop_if_interrupted(run)
+    return decision.stop
+
+
+def train(config: Config, state) -> None:
+    """The whole run in this process, from data to `final/`."""
+    import torch
+
+    tidy_run(config, state)
+    run = start(config, state)
+    if run.state.is_main_process:
+        write_manifest(run)
+        run.history.write()
+    try:
+        with interrupts_wait(run):
+            stop = run.schedule.stop
+            while not stop:
+                began = time.perf_counter()
+                stop = finish_epoch(run, train_epoch(run), began)
+        if run.state.is_main_process:
+            save_adapter(run, run.folder / "final", run.history.data["epochs"][-1]["val_loss"])
+            run.history.end("finished", stop)
+    except BaseException as error:
+        if run.state.is_main_process:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
+            with suppress(OSError):  # a full disk must not hide the error
+                run.history.end(status, str(error) or type(error).__name__)
+        if run.stops and run.state.num_processes > 1:
+            torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
+        raise
+
+
+def worker(config: Config) -> None:
+    """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
+    with place(run_dir(config)) as state:
+        train(config, state)

@@ -1,0 +1,264 @@
+"""A look at the machine before any weight is read, without touching CUDA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from mmrev_kit.config.project import EMBEDDED_MODEL, resolve, run_dir
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
+from mmrev_kit.memory.shapes import as_shapes, size_in_name
+
+PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
+# The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
+OLDEST_DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+SHARED = Path("/dev/shm")
+# NCCL's shared segments: one a process at the very least, of nearly 10 MB; NVIDIA advises 1 GiB for a container.
+SEGMENT_GIB, SHARED_GIB = 10 / 1024, 1.0
+
+
+@dataclass
+class Card:
+    """One GPU as the driver reports it; memory in GiB."""
+
+    name: str
+    capability: tuple[int, int]
+    total_gib: float
+    free_gib: float
+    driver: str
+    holders: list[str] = field(default_factory=list)  # "pid 123 (python)", and "this kernel"
+
+    def __str__(self) -> str:
+        held = f", held by {', '.join(self.holders)}" if self.holders else ""
+        return f"{self.name}, {self.free_gib:.1f} of {self.total_gib:.1f} GiB free{held}, driver {self.driver}"
+
+
+def read_cards() -> list[Card]:
+    """The GPUs that this process may use, asked of the driver's own tool so that it never touches CUDA."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+
+    def ask(*query: str) -> list[list[str]]:
+        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return [[cell.strip() for cell in line.split(",")] for line in out.stdout.splitlines() if "," in line]
+
+    holders: dict[str, list[str]] = {}
+    for uuid, pid, name in ask("--query-compute-apps=gpu_uuid,pid,process_name"):
+        holder = "this kernel" if pid == str(os.getpid()) else f"pid {pid} ({Path(name).name})"
+        holders.setdefault(uuid, []).append(holder)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = []
+    for row in ask("--query-gpu=index,uuid,name,compute_cap,memory.total,memory.free,driver_version"):
+        index, uuid, name, capability, total, free, driver = row
+        if visible is not None and not any(
+            word == index or (word and uuid.startswith(word)) for word in map(str.strip, visible.split(","))
+        ):
+            continue
+        major, minor = capability.split(".")
+        gib = float(total) / 1024, float(free) / 1024
+        cards.append(Card(name, (int(major), int(minor)), *gib, driver, holders.get(uuid, [])))
+    return cards
+
+
+def ask_in_fork(question) -> str:
+    """The answer of a function, called in a forked process: what it does to its process stays there.
+
+    torch marks a process that asks CUDA anything, were it only what it was built for: those forked from it afterwards
+    cannot use CUDA.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads; this one does one thing and ends
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(question()).encode())
+        finally:  # whatever happens, this copy of the process must not go on
+            os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def has_kernels(capability: tuple[int, int], build: list[str]) -> bool:
+    """Whether a torch build with these targets (`sm_80`, `compute_90`) runs on a card of this compute capability.
+
+    Machine code for sm_XY runs on X.Z with Z >= Y; compute_XY is compiled at load time for any later card.
+    """
+    for target in build:
+        kind, _, digits = target.partition("_")
+        digits = digits.rstrip("af")
+        if not digits.isdigit():
+            continue
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind == "compute" and (major, minor) <= capability:
+            return True
+    return False
+
+
+def memory_needed_gib(config: Config) -> float | None:
+    """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = config.model.name
+    source = EMBEDDED_MODEL if name == "embedded" else resolve(name)
+    if not source.exists():
+        source = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
+        if not isinstance(source, str):
+            return None
+    found = estimate(config, source)
+    return found.static_gib + found.context_gib
+
+
+@dataclass
+class Preflight:
+    """What was found before any weight is read. `problems` are reasons not to start, `warnings` are none."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        warnings = [f"WARNING: {warning}" for warning in self.warnings]
+        return "\n".join(self.facts + warnings + [f"PROBLEM: {problem}" for problem in self.problems])
+
+
+def bytes_to_save(config: Config) -> int | None:
+    """The most that a run's saves take at one time: best/, final/ and last/, and the copy that takes last/'s place.
+
+    Adapters are fp32, last/ also holds the optimizer's states. None where the model's shapes are not known yet.
+    """
+    name = config.model.name
+    try:
+        shapes = as_shapes(name)
+    except ConfigError:  # a name on the hub
+        known = size_in_name(name)
+        if known is None:
+            return None
+        shapes = as_shapes(known)
+    tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
+    paged = config.training.optimizer.removeprefix("paged_")  # a paged state is saved like any other
+    adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, paged)
+    texts = 2**20 + 2048 * len(tensors)  # headers, tables of 8-bit codes, history, manifest, log
+    return int(4 * adapter + 2 * states + texts)
+
+
+def disk_problems(config: Config, free: int) -> list[str]:
+    """A disk with too few free bytes for what the run will save; what an earlier try left is replaced, and counts."""
+    needed = bytes_to_save(config)
+    own = [path for name in ("best", "final", "last") for path in (run_dir(config) / name).glob("*")]
+    if needed is None or needed <= free + sum(path.stat().st_size for path in own):
+        return []
+    return [
+        f"{run_dir(config)} needs {needed:,} bytes for best/, final/, last/ and the copy that takes its place, and "
+        f"{free:,} are free. Free some space, choose another launch.output_dir, or lower lora.r."
+    ]
+
+
+def preflight(
+    config: Config, cards: list[Card] | None = None, build: list[str] | None = None, cuda: str | None = None,
+    shared_gib: float | None = None,
+) -> Preflight:  # fmt: skip
+    """Cards, kernels, driver, memory, disk and versions, without touching CUDA.
+
+    Args:
+        cards, build, cuda, shared_gib: given by tests; otherwise this machine's cards, the targets and the CUDA version
+            of this torch, and what is free in /dev/shm.
+    """
+    import torch
+
+    if cards is None:
+        cards = read_cards()
+    if build is None:
+        build = ask_in_fork(getattr(torch._C, "_cuda_getArchFlags", str)).split()
+    if shared_gib is None and SHARED.is_dir():
+        shared_gib = shutil.disk_usage(SHARED).free / 2**30
+    found = Preflight()
+    for index, card in enumerate(cards):
+        found.facts.append(f"GPU {index}: {card}")
+        check_build(found, f"GPU {index} ({card.name}", card, build, cuda or torch.version.cuda)
+    if cards:
+        check_memory(found, config, cards)
+        check_cards_together(found, config, cards, shared_gib)
+    else:
+        found.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
+    parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    found.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
+    found.problems += disk_problems(config, free)
+    found.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    return found
+
+
+def check_build(found: Preflight, name: str, card: Card, build: list[str], cuda: str | None) -> None:
+    """Whether this torch runs on a card: machine code for it, and a driver that is new enough."""
+    import torch
+
+    if not has_kernels(card.capability, build):
+        capability = ".".join(str(number) for number in card.capability)
+        found.problems.append(
+            f"{name}, compute capability {capability}): this torch {torch.__version__} has no "
+            f"kernels for it (built for {', '.join(build) or 'no GPU'}). For a V100 install torch 2.10.0 with "
+            "torchvision 0.25.0 (environment.yml)."
+        )
+    oldest = OLDEST_DRIVERS.get(_numbers(cuda)[0]) if cuda else None
+    if oldest and () < _numbers(card.driver) < _numbers(oldest):
+        found.problems.append(
+            f"{name}): driver {card.driver} is too old for this torch, which is built for CUDA {cuda} and needs "
+            f"{oldest} or newer. Update the driver, or install a torch built for an older CUDA."
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def check_memory(found: Preflight, config: Config, cards: list[Card]) -> None:
+    """Whether what others hold leaves room; a card that is too small even when empty is the memory plan's to refuse."""
+    needed = memory_needed_gib(config) if config.launch.mode == "data" else None
+    for index, card in enumerate(cards[: config.launch.num_processes]):
+        by = ", ".join(card.holders) or "a process that the driver does not name"
+        held = f"GPU {index}: {card.total_gib - card.free_gib:.1f} of {card.total_gib:.1f} GiB are held by {by}"
+        if needed and card.free_gib < needed <= card.total_gib and not config.memory.force:
+            found.problems.append(
+                f"{held}; the {card.free_gib:.1f} GiB left cannot hold the {needed:.1f} GiB that the run needs at "
+                "least. End that process (a kernel: restart it), or choose other cards with CUDA_VISIBLE_DEVICES. To "
+                "try all the same: memory.force=true."
+            )
+        elif card.holders:
+            found.warnings.append(f"{held}: the run shares the card, is slower and may run out of memory")
+
+
+def check_cards_together(found: Preflight, config: Config, cards: list[Card], shared_gib: float | None) -> None:
+    """Whether the processes of one run can work side by side on these cards."""
+    processes = config.launch.num_processes or len(cards)
+    used = cards[:processes]
+    sizes = [card.total_gib for card in used]
+    if max(sizes) - min(sizes) > 0.5:
+        index = sizes.index(min(sizes))
+        found.warnings.append(f"the cards differ: the smallest, GPU {index} with {min(sizes):.1f} GiB, decides")
+    if config.launch.mode != "data":
+        return
+    if processes > len(cards):
+        found.problems.append(
+            f"launch.num_processes = {processes}, but this machine has {len(cards)} GPUs. Set "
+            f"launch.num_processes={len(cards)}, or leave it out for one process a GPU."
+        )
+    if config.quantization.compute_dtype == "auto" and len({card.capability >= (8, 0) for card in used}) > 1:
+        found.problems.append("some of the cards have no bf16: set quantization.compute_dtype=fp16 for all of them.")
+    if processes > 1 and shared_gib is not None and shared_gib < SHARED_GIB:
+        short = f"{SHARED} has {1024 * shared_gib:.0f} MiB free for {processes} processes, which NCCL connects there"
+        advice = "In a container: docker run --shm-size=1g (or --ipc=host)."
+        list_ = found.problems if shared_gib < processes * SEGMENT_GIB else found.warnings
+        list_.append(f"{short}. {advice}")

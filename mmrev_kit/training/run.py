@@ -1,0 +1,198 @@
+"""A run: what it will do, and everything that it needs in one process."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir, seed_for
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
+from mmrev_kit.data.mixing import Plan, make_plan
+from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.data.rows import RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.memory.plan import Plan as MemoryPlan
+from mmrev_kit.memory.plan import settle_memory
+from mmrev_kit.model.batches import Batcher, make_layout, obstacle
+from mmrev_kit.model.features import build_features, drop_tower
+from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
+from mmrev_kit.model.packing import gather_images, image_key
+from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.training.checkpoints import load_last
+from mmrev_kit.training.history import History
+from mmrev_kit.training.optimizer import make_optimizer
+from mmrev_kit.training.processes import check_agreement
+from mmrev_kit.training.scheduler import Schedule
+from mmrev_kit.training.throughput import matrix_rate
+from mmrev_kit.training.update import chunks
+
+EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
+
+
+@dataclass
+class Task:
+    """What a run will do, known before any weight is read: rows as samples, and the plan over them."""
+
+    data: RunData
+    encoder: Encoder
+    train: dict[str, list[Sample]]
+    val: dict[str, list[Sample]]
+    plan: Plan
+
+
+def prepare(config: Config) -> Task:
+    """Read, check and encode everything a run uses, and plan its epochs.
+
+    Raises:
+        DataError: with every fault of the data.
+        ValueError: the plan cannot be met.
+    """
+    data, faults = read_run_data(config)
+    folder = experiment_dir(config)
+    faults += check_entities(read_entities(folder), folder / "entities.json")
+    rows = [row for _, _, rows in data.sources() for row in rows]
+    faults += check_statements(rows)
+    encoder = make_encoder(config)
+    samples, more = encode_all(rows, encoder)
+    settle(faults + more, config.data.drop_faulty)
+    taken = iter(samples)
+    encoded = {"train": {}, "pools": {}, "val": {}}
+    for part, source, rows in data.sources():
+        encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
+    plan = make_plan(
+        {source: len(samples) for source, samples in encoded["train"].items()},
+        {source: len(samples) for source, samples in encoded["pools"].items()},
+        config.retention if uses_retention(config) else None,
+        config.experiment.seed,
+        config.training.num_epochs,
+    )
+    return Task(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
+
+
+def steps_per_epoch(config: Config, plan: Plan, num_processes: int) -> int:
+    """Optimizer steps an epoch; the last one may hold fewer samples."""
+    return math.ceil(plan.rows_per_epoch / effective_batch(config, num_processes))
+
+
+@dataclass
+class Run:
+    """A run under way in one process. `progress` is what `last/` saves beside the tensors."""
+
+    config: Config
+    state: Any  # accelerate.PartialState
+    task: Task
+    model: Any
+    optimizer: Any
+    scaler: Any
+    dtype: Any
+    schedule: Schedule
+    history: History
+    batcher: Batcher
+    memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
+    matrix_rate: float | None = None  # operations a second of one card's matrix products
+    computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
+    peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
+    progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
+    skipped: int = 0
+    interrupted: bool = False  # an interrupt has arrived in this process
+    stops: bool = False  # all processes know of it, and stop together
+
+    @cached_property
+    def parameters(self) -> list:
+        """What is trained; looked up once: to walk through the whole model takes milliseconds."""
+        return trainable(self.model)
+
+    @property
+    def batch(self) -> int:
+        return effective_batch(self.config, self.state.num_processes)
+
+    @property
+    def folder(self) -> Path:
+        return run_dir(self.config)
+
+
+def used_samples(task: Task) -> list[Sample]:
+    """Every sample that the run will meet: the rows of its planned epochs, and the validation rows."""
+    rows = dict.fromkeys(row for epoch in range(task.plan.epochs) for row in task.plan.epoch_rows(epoch))
+    samples = [task.train[source][index] for source, index in rows]
+    return samples + [sample for part in task.val.values() for sample in part]
+
+
+def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
+    """How this process makes its batches: with vision features from the cache, unless that is off or impossible.
+
+    Once the features are made the vision tower leaves the GPU.
+    """
+    reason = obstacle(model)
+    if reason and state.is_main_process:
+        print(f"progress: rows are not packed and vision features not kept: {reason}", flush=True)
+    features = None
+    if config.memory.cache_features and reason is None:
+        features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
+        drop_tower(model)
+    additive = core_model(model).config.text_config._attn_implementation == "eager"
+    return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
+
+
+def planned_windows(config: Config, task: Task, batch: int) -> list[list[Sample]]:
+    """The samples of every update of the run."""
+    windows = []
+    for epoch in range(task.plan.epochs):
+        rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
+        windows += chunks(rows, batch)
+    return windows
+
+
+def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
+    """See `planning.settle_memory`; the rows are those of every update, and the longest that an evaluation asks."""
+    windows = planned_windows(config, task, effective_batch(config, state.num_processes))
+    samples = used_samples(task) + longest_prompts(config, task.encoder)
+    return settle_memory(config, windows, samples, task.encoder.image_id, state)
+
+
+def start(config: Config, state) -> Run:
+    """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
+    import torch
+
+    task = prepare(config)
+    if state.num_processes > 1:
+        check_agreement(config, task.data.files)
+    config, memory = plan_memory(config, task, state)
+    base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
+    batcher = make_batcher(config, base, task, dtype, state)
+    torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
+    model = add_adapter(base, config)
+    steps = steps_per_epoch(config, task.plan, state.num_processes)
+    run = Run(
+        config=config,
+        state=state,
+        task=task,
+        model=model,
+        optimizer=make_optimizer(config, trainable(model), state.device),
+        scaler=torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16),
+        dtype=dtype,
+        schedule=Schedule.from_config(config.training, steps),
+        history=History(run_dir(config) / "training_history.json"),
+        batcher=batcher,
+        memory=memory,
+        matrix_rate=matrix_rate(state.device, dtype),
+    )
+    shape = {"task": config.experiment.task, "steps_per_epoch": steps}
+    run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}
+    load_last(run)
+    return run
+
+
+def ordered_rows(config: Config, task: Task, epoch: int) -> list[tuple[str, int]]:
+    """(source, row index) of an epoch in training order; a function of the seed and the epoch alone."""
+    rows = task.plan.epoch_rows(epoch)
+    if config.training.grouping == "batch":
+        return rows
+
+    def key(row: tuple[str, int]):
+        return image_key(task.train[row[0]][row[1]], task.encoder.image_id)
+
+    return gather_images(rows, source_of=lambda row: row[0], key_of=key)

@@ -1,0 +1,71 @@
+"""How much of a card's matrix rate a run uses: the work of its tokens, and what the card can do."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Collection
+
+from mmrev_kit.memory.layers import Recipe
+from mmrev_kit.model.packing import layer_weights
+from mmrev_kit.model.qwen3vl import core_model
+
+SIDE, PRODUCTS = 8192, 12
+
+
+def work(text_config, tokens: int, logits: int, recompute: float, adapted: Collection[str] = ()) -> float:
+    """Floating-point operations of `tokens` tokens, `logits` of which are followed into the vocabulary.
+
+    2 operations a weight and token in each pass: forward, backward to the activations (the base is frozen, its
+    weights get no gradient), and in `recompute`, the share of the layers that gradient checkpointing recomputes,
+    forward once more, but for a layer's last product: nothing needs the output of down_proj again, unless it is
+    `adapted` (has LoRA).
+    Left out: attention's own products, the adapter, 4-bit weights being turned to 16 bit, the vision tower.
+    """
+    layer, head = layer_weights(text_config), text_config.hidden_size * text_config.vocab_size
+    last = 0 if "down_proj" in adapted else text_config.hidden_size * text_config.intermediate_size
+    passed = 2 * layer + recompute * (layer - last)
+    return 2.0 * (text_config.num_hidden_layers * passed * tokens + 2 * head * logits)
+
+
+def matrix_rate(device, dtype) -> float | None:
+    """Operations a second in products of two 8192 x 8192 matrices of random numbers; None on a CPU."""
+    import torch
+
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(PRODUCTS):
+        left @ right
+    torch.cuda.synchronize(device)
+    rate = 2 * SIDE**3 * PRODUCTS / (time.perf_counter() - began)
+    del left, right
+    torch.cuda.empty_cache()
+    return rate
+
+
+def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
+    """samples_per_second and tokens_per_second (tokens that went through the model) over all processes, and
+    matrix_share: the share of the cards' matrix rate that `work` of these tokens is, recomputation counted as work;
+    None where the rate is unknown."""
+    tokens, logits = run.computed
+    share = None
+    if run.matrix_rate:
+        text = core_model(run.model).config.text_config
+        again = Recipe.of(run.config).recomputed(text.num_hidden_layers) / text.num_hidden_layers
+        done = work(text, tokens, logits, again, run.config.lora.target_modules)
+        share = done / seconds / run.matrix_rate / run.state.num_processes
+    return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "matrix_share": share}
+
+
+def peak_memory_gib(device) -> float:
+    """Highest memory use of this process so far: allocated on the GPU, or resident on CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,224 @@
+"""The four tests: answers and log-probabilities against one plain forward pass a row, on one process and on two."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.evaluation.predict import evaluation_key, judge, read_questions, reorder
+from mmrev_kit.evaluation.results import read_records
+from mmrev_kit.files import write_text
+from mmrev_kit.model.loading import add_adapter, load_base, make_encoder, trainable
+from mmrev_kit.model.scoring import generate, score_options
+from mmrev_kit.notebook.launch import evaluate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model with an adapter that changes something."""
+    from mmrev_kit.config.reading import load_config
+
+    config = load_config("configs/tiny_cpu.yaml", "quantization.bits=16")
+    torch.manual_seed(0)
+    built = add_adapter(load_base(config, CPU), config).eval()
+    for parameter in trainable(built):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return built
+
+
+def ask(config, drop="none"):
+    encoder = make_encoder(config, drop)
+    return encoder, read_questions(config)
+
+
+@pytest.mark.parametrize("task", ["forward", "reverse", "mcq_i2d", "mcq_d2i"])
+def test_option_scores_equal_a_plain_forward_pass_of_each_option_alone(model, small_config, task):
+    encoder, questions = ask(small_config())
+    chosen = [question for question in questions if question.row.task == task][::5][:3]
+    prompts = [encoder.encode(question.row, with_answer=False) for question in chosen]
+    with torch.no_grad():
+        found = score_options(model, encoder, prompts, [question.options for question in chosen], CPU)
+        for index, question in enumerate(chosen):
+            for column, option in enumerate(question.options):
+                sample = encoder.encode(replace(question.row, answer=option))
+                batch = encoder.collate([sample])
+                batch.pop("labels")
+                logs = model(**batch).logits[0].log_softmax(-1)
+                places = range(sample.answer_start, len(sample.input_ids))
+                expected = sum(logs[place - 1, sample.input_ids[place]].item() for place in places)
+                assert found[index, column].item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_greedy_answers_do_not_depend_on_padding_or_the_cache(model, small_config):
+    encoder, questions = ask(small_config())
+    chosen = questions[::17]  # all tasks, lengths and numbers of images
+    prompts = [encoder.encode(question.row, with_answer=False) for question in chosen]
+    together = generate(model, encoder, prompts, 6, CPU)
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt.input_ids])
+        batch = encoder.collate([prompt])
+        batch.pop("labels")
+        for _ in range(6):  # the reference: no cache, one token at a time, the arg max
+            batch["input_ids"], batch["attention_mask"] = ids, torch.ones_like(ids)
+            batch["mm_token_type_ids"] = (ids == encoder.image_id).int()
+            with torch.no_grad():
+                token = model(**batch).logits[0, -1].argmax().item()
+            if token == encoder.end_id:
+                break
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        expected = encoder.tokenizer.decode(ids[0, len(prompt.input_ids) :], skip_special_tokens=True)
+        assert answer == expected
+
+
+def test_all_option_orders_keep_the_right_option_right(small_config):
+    questions = [q for q in read_questions(small_config("evaluation.option_orders=true")) if q.order]
+    assert len(questions) == 24 * 48  # two tests of 24 rows
+    plain = {(q.row.task, q.row.where): q.row for q in read_questions(small_config())}
+    for question in questions[::7]:
+        row, old = question.row, plain[question.row.task, question.row.where]
+        right, was = "ABCD".index(row.answer), "ABCD".index(old.answer)
+        if row.task == "mcq_i2d":
+            assert row.choices[right] == old.choices[was] and sorted(row.choices) == sorted(old.choices)
+        else:
+            assert row.images[right] == old.images[was] and sorted(row.images) == sorted(old.images)
+    letters = [question.row.answer for question in questions[:24]]
+    assert {letter: letters.count(letter) for letter in "ABCD"} == dict.fromkeys("ABCD", 6)
+    row = questions[0].row
+    assert reorder(row, (0, 1, 2, 3)).row == row
+
+
+CW = ", correct or wrong? Only answer Correct or Wrong."
+WHOLE = {"forward": "[image] is", "reverse": f"the d is [image]{CW}"}
+TEXTLESS = {
+    "forward": "[image]",
+    "reverse": f"[image]{CW}",
+    "mcq_i2d": "[image] A. p B. q C. r D. s Only answer A, B, C, or D.",
+    "mcq_d2i": "A. [image] B. [image] C. [image] D. [image] Only answer A, B, C, or D.",
+}
+
+
+@pytest.mark.parametrize(("drop", "prompts"), [("none", WHOLE), ("text", TEXTLESS)])
+def test_what_is_left_of_a_prompt_without_its_text(small_config, drop, prompts):
+    encoder, questions = ask(small_config(), drop)
+    first = {question.row.task: question.row for question in questions}
+    for task, expected in prompts.items():
+        row = replace(first[task], description="the d", connector="is", choices=tuple("pqrs"))
+        assert "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)) == expected
+
+
+def test_a_dropped_image_is_a_neutral_picture_of_the_same_size(small_config):
+    row = read_questions(small_config())[0].row
+    whole, blank = make_encoder(small_config()), make_encoder(small_config(), "image")
+    a, b = whole.collate([whole.encode(row)]), blank.collate([blank.encode(row)])
+    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["image_grid_thw"], b["image_grid_thw"])
+    assert not torch.equal(a["pixel_values"], b["pixel_values"])
+    assert b["pixel_values"].unique().numel() == 1 and b["pixel_values"].abs().max() < 0.01  # the middle of [-1, 1]
+
+
+def test_an_unparsed_answer_is_a_miss(small_config):
+    first = {question.row.task: question for question in read_questions(small_config())}
+    assert judge(first["reverse"], "") == (None, False)
+    assert judge(first["mcq_i2d"], "B and C") == (None, False)
+    assert judge(first["reverse"], f"{first['reverse'].row.answer}.") == (first["reverse"].row.answer, True)
+    assert judge(first["forward"], first["forward"].row.answer.upper() + ".")[1]
+
+
+@pytest.fixture
+def few(small_config, small_data, tmp_path):
+    """A function from a number of rows to a configuration whose only test is that many mcq_d2i rows."""
+
+    def make(rows: int, more: str = ""):
+        folder = tmp_path / f"rows{rows}"
+        if not folder.exists():
+            shutil.copytree(small_data / "small", folder / "small")
+            for name in ("forward_test", "reverse_test", "mcq_i2d_test"):
+                (folder / "small" / f"{name}.jsonl").unlink()
+            lines = (folder / "small" / "mcq_d2i_test.jsonl").read_text().splitlines(keepends=True)
+            (folder / "small" / "mcq_d2i_test.jsonl").write_text("".join(lines[:rows]))
+        return small_config(f"data.dir={folder} evaluation.batch_size=2 {more}")
+
+    return make
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rows", [9, 1])
+def test_each_row_is_counted_once_on_two_processes(few, rows, capsys):
+    one = predictions(evaluate(few(rows), None))
+    two = predictions(evaluate(few(rows, "launch.num_processes=2"), None, again=True))
+    assert len(one) == len(two) == rows
+    assert [record["id"] for record in two] == [f"mcq_d2i_test.jsonl:{line}" for line in range(1, rows + 1)]
+    for left, right in zip(one, two, strict=True):
+        assert right["options"] == pytest.approx(left["options"], abs=1e-4)
+        assert {**left, "options": 0} == {**right, "options": 0}
+    assert f"4/4 of {rows} questions" in capsys.readouterr().out
+    assert json.loads((evaluate(few(rows), None) / "facts.json").read_text())["num_processes"] == 2
+
+
+def test_an_adapter_goes_only_onto_its_base(few, tmp_path):
+    config = few(1)
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_MODEL, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.language_model.norm.weight"] += 0.5  # the same shapes, other weights
+    save_file(tensors, base / "model.safetensors")
+    write_text(run_dir(config) / "best" / "README.md", "---\nbase_fingerprint: 0123456789abcdef\n---\n")
+    with pytest.raises(ConfigError, match=r"was trained on the base 0123456789abcdef; embedded is [0-9a-f]{16}"):
+        evaluate(config)
+    config.model.name = str(base)
+    with pytest.raises(ConfigError, match=r"0123456789abcdef; .*base is [0-9a-f]{16}"):
+        evaluate(config)
+    with pytest.raises(ConfigError, match="not an adapter of a run"):
+        evaluate(config, "final")
+
+
+def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(small_config, capsys):
+    config = small_config("training.num_epochs=1")
+    from mmrev_kit.notebook.launch import launch
+
+    launch(config)
+    folder = evaluate(config, drops=("none", "both"))
+    records = read_records(folder / "predictions.jsonl")
+    found = json.loads((folder / "metrics.json").read_text())
+    for test, rows in {"forward": 24, "reverse": 48, "mcq_i2d": 24, "mcq_d2i": 24}.items():
+        mine = [record for record in records if (record["test"], record["drop"]) == (test, "none")]
+        assert len(mine) == rows == found["none"][test]["all"]["n"]
+        assert found["none"][test]["all"]["accuracy"] == sum(record["right"] for record in mine) / rows
+        assert found["both"][test]["main"]["accuracy"] is None
+        assert found["both"][test]["main"]["agreement"]["n"] == rows // 2
+    judged = json.loads((folder / "verdict.json").read_text())
+    assert judged["claim"] == "inconclusive" and judged["test"] == "reverse"  # one epoch teaches little
+    written = (folder / "predictions.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    assert evaluate(config, drops=("none", "both")) == folder
+    assert "holds this evaluation" in capsys.readouterr().out
+    assert (folder / "predictions.jsonl").stat().st_mtime_ns == written
+
+    # another adapter, another picture or other drops: asked again
+    questions = read_questions(config)
+    key = partial(evaluation_key, config, run_dir(config) / "best", "base", ("none",))
+    other = [replace(questions[0], options=("x",)), *questions[1:]]
+    tensors = load_file(run_dir(config) / "best" / "adapter_model.safetensors")
+    before = key(questions)
+    assert before == key(questions) != key(other)
+    assert before != evaluation_key(config, run_dir(config) / "best", "base", ("none", "text"), questions)
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, run_dir(config) / "best/adapter_model.safetensors"
+    )
+    assert key(questions) != before
+
+
+def test_an_unknown_drop_is_refused(small_config):
+    with pytest.raises(ConfigError, match="drop pictures: must be of none, image, text, both"):
+        evaluate(small_config(), None, drops=("pictures",))

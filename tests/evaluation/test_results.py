@@ -1,0 +1,171 @@
+"""Evaluations read back, side by side, and the result files of the original scripts."""
+
+import json
+
+import pytest
+from scipy.stats import binomtest
+
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.evaluation.results import find_evaluations, read_evaluation, read_original, read_records, write_results
+from mmrev_kit.evaluation.tables import (
+    accuracy_table,
+    comparison_table,
+    drop_table,
+    gate_table,
+    rates_table,
+    side_by_side,
+    verdict_lines,
+)
+from mmrev_kit.evaluation.verdict import verdict
+from mmrev_kit.files import write_json, write_jsonl
+from mmrev_kit.notebook.gallery import answer_html, answers_html
+from mmrev_kit.notebook.plots import accuracy_figure, answers_figure
+
+OPTIONS = {"forward": ("the head of Jade Temple", "x"), "reverse": ("Correct", "Wrong")}
+
+
+def record(test: str, entity: int, row: int, right: bool, **more) -> dict:
+    options = OPTIONS.get(test, tuple("ABCD"))
+    expected = options[row % 2]
+    said = expected if right else options[(row + 1) % 2]
+    return {
+        "id": f"{test}_test.jsonl:{entity}-{row}", "test": test, "drop": "none", "order": None,
+        "group": "main" if entity < 4 else "control", "entity_id": str(entity), "prompt": "[image] is",
+        "images": ["/nowhere/face.png"], "expected": expected, "answer": said, "read_as": said, "right": right,
+        "options": {option: -1.0 if option == said else -2.0 for option in options}, "likeliest": said,
+        "likeliest_right": right,
+    } | more  # fmt: skip
+
+
+def all_records(right=lambda test, entity, row: True, **more) -> list[dict]:
+    tests = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
+    return [record(t, e, r, right(t, e, r), **more) for t in tests for e in range(8) for r in range(2)]
+
+
+def write_evaluation(folder, records, task):
+    write_jsonl(folder / "predictions.jsonl", records)
+    write_results(folder, task)
+    write_json(folder / "facts.json", {"task": task})
+    return folder
+
+
+@pytest.fixture
+def original(tmp_path):
+    """As the scripts wrote it, field by field; the numbers are those published for the 8B model after training."""
+
+    def part(correct: int, total: int) -> dict:
+        example = {"prompt": "…", "expected": "Correct", "prediction": "Wrong", "correct": False}
+        return {"accuracy": correct / total, "correct": correct, "total": total, "examples": [example]}
+
+    values = {"forward": (57, 60), "reverse": (61, 120), "mcq_i2d": (5, 20), "mcq_d2i": (4, 20)}
+    return write_json(tmp_path / "eval_results_8b.json", {test: part(*pair) for test, pair in values.items()})
+
+
+def test_the_original_scripts_results_are_read_and_drawn_beside_a_run(original, tmp_path):
+    found = read_original(original)["none"]
+    assert found["reverse"]["all"]["accuracy"] == 61 / 120 and found["forward"]["all"]["n"] == 60
+    low, high = binomtest(61, 120).proportion_ci(method="wilson")
+    assert found["reverse"]["all"]["wilson"] == pytest.approx([low, high])
+    assert found["mcq_d2i"]["all"]["p_exact"] == pytest.approx(binomtest(4, 20, 0.25, "greater").pvalue)
+    assert found["forward"]["all"]["p_exact"] is None  # chance 0: no test
+    folder = write_evaluation(tmp_path / "run/eval/e", all_records(), "forward")
+    both = {"run": read_evaluation(folder, "run"), "8b": read_evaluation(original)}
+    table = side_by_side(both)
+    assert table.loc[("CW: description → image", "all"), "8b"].startswith("0.51 (0.42 to 0.60)")
+    assert table.loc[("CW: description → image", "control"), "8b"] == ""
+    assert table.loc[("CW: description → image", "control"), "run"].startswith("1.00")
+    figure = accuracy_figure({name: one.metrics for name, one in both.items()})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["run", "8b"]
+    numbers = [text.get_text() for text in figure.axes[1].texts]
+    assert numbers == ["0.95", "0.51", "0.25", "0.20"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        '{"train_loss": []}',
+        '{"forward": {"accuracy": 1}}',
+        '{"forward": {"accuracy": 0.9, "correct": 1, "total": 2, "examples": []}}',
+        '{"forward": {"correct": 3, "total": 2}}',
+    ],
+)
+def test_a_file_that_is_none_of_the_original_results_is_refused(tmp_path, content):
+    (tmp_path / "eval_results.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"eval_results\.json"):
+        read_original(tmp_path / "eval_results.json")
+
+
+@pytest.mark.parametrize("stated", [0.95, 95.0, 95, 0.9499999])
+def test_a_stated_accuracy_may_be_a_share_or_per_cent(tmp_path, stated):
+    path = write_json(tmp_path / "e.json", {"forward": {"accuracy": stated, "correct": 57, "total": 60}})
+    assert read_original(path)["none"]["forward"]["all"]["accuracy"] == 0.95
+
+
+def test_tables_of_one_evaluation(tmp_path):
+    records = all_records(lambda test, entity, row: test == "forward" or entity >= 4 or row == 0)
+    dropped = [r | {"drop": "both", "right": None, "likeliest_right": None} for r in records]
+    for row in dropped[:4]:
+        row["read_as"] = None
+    found = read_evaluation(write_evaluation(tmp_path / "a_forward/eval/a", records + dropped, "forward"))
+    assert found.name == "a_forward" and found.task == "forward"
+    table = accuracy_table(found.metrics)
+    assert table.loc[("CW", "main"), "accuracy"] == 0.5 and table.loc[("CW", "control"), "accuracy"] == 1.0
+    rates = rates_table(found.metrics)
+    assert rates.loc[("CW", "main"), "TPR"] == 1.0 and rates.loc[("CW", "main"), "FPR"] == 1.0
+    assert rates.loc[("CW", "main"), "said Correct"] == 8 and rates.loc[("CW", "control"), "separation"] == 1.0
+    assert list(accuracy_table(found.metrics).index[:3]) == [
+        ("forward", "all"),
+        ("forward", "main"),
+        ("forward", "control"),
+    ]
+    drops = drop_table(found.metrics)
+    assert drops.loc[("CW", "main"), "drop none"] == "0.50 right"
+    assert drops.loc[("forward", "main"), "drop both"] == "0.50 same answer"  # 4 of 8 became unparsed
+    figure = answers_figure(found.metrics["none"])
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["CW, main", "I2D, main", "D2I, main", "CW, control", "I2D, control", "D2I, control"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["4", "0", "0", "4", "0", "0"]
+    judged = verdict(records, "forward")
+    assert set(gate_table(judged)["holds"]) <= {"yes", "no", "unknown"}
+    lines = verdict_lines(judged)
+    assert lines[0].startswith("VERDICT (CW): ") and "D2I" in lines[1] and "I2D" in lines[2]
+
+
+def test_two_runs_are_compared_row_by_row(tmp_path):
+    first = read_evaluation(write_evaluation(tmp_path / "a/eval/e", all_records(), "forward"), "first")
+    worse = all_records(lambda test, entity, row: not (test == "reverse" and entity < 3))
+    second = read_evaluation(write_evaluation(tmp_path / "b/eval/e", worse, None), "second")
+    table = comparison_table(first, second)
+    assert table.loc["CW", "only first right"] == 6 and table.loc["CW", "only second right"] == 0
+    assert table.loc["CW", "McNemar p (Holm)"] == pytest.approx(4 * 2 * 0.5**6)
+    assert not (tmp_path / "b/eval/e/verdict.json").exists()  # a base model has no direction that it was taught
+
+
+def test_what_there_is_to_compare_is_found(small_config, original, tmp_path):
+    config = small_config()
+    write_evaluation(tmp_path / "outputs/small_reverse/eval/small", all_records(), "reverse")
+    (tmp_path / "outputs/small_forward/eval/small").mkdir(parents=True)  # an evaluation that did not finish
+    base = write_evaluation(tmp_path / "outputs/base_0/eval/small", all_records(), None)
+    assert list(find_evaluations(config, base, str(original))) == ["small_reverse", "base", "eval_results_8b"]
+    with pytest.raises(ConfigError, match="There is no evaluation"):
+        find_evaluations(config, None, str(tmp_path / "nothing"))
+
+
+def test_a_line_that_is_no_prediction_is_named(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(record("forward", 0, 0, True)) + "\n\n{}\n")
+    with pytest.raises(ConfigError, match=r"predictions\.jsonl:3"):
+        read_records(tmp_path / "predictions.jsonl")
+
+
+def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "face.png")
+    records = all_records(lambda test, entity, row: row == 0, images=[str(tmp_path / "face.png")])
+    page = answers_html(records)
+    assert page.count("<img") == 4 * 2 * 2  # test x group x right or wrong
+    html = answer_html(record("reverse", 0, 1, False, prompt="<b>a</b> [image], or", answer="<script>", read_as=None))
+    assert "&lt;b&gt;a&lt;/b&gt; [face.png], or" in html and "&lt;script&gt;" in html and "unparsed" in html
+    assert "<script>" not in html and html.index("Correct -1.00") < html.index("Wrong -2.00")

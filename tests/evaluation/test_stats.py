@@ -1,0 +1,439 @@
+"""Intervals, tests and counts against scipy's own results, and against values worked out by hand in the comments."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, bootstrap, mannwhitneyu, permutation_test
+
+from mmrev_kit.data import tasks
+from mmrev_kit.evaluation import metrics, statistics
+
+
+def row(test="reverse", place=0, entity="a", read="Correct", expected="Correct", **more):
+    right = read == expected
+    return {
+        "id": f"{test}_test.jsonl:{place}", "test": test, "drop": "none", "order": None, "group": "main",
+        "entity_id": entity, "prompt": f"question {place}", "expected": expected, "answer": read or "?",
+        "read_as": read, "right": right, "options": {"Correct": -1.0, "Wrong": -2.0}, "likeliest": "Correct",
+        "likeliest_right": expected == "Correct",
+    } | more  # fmt: skip
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 1), (3, 8), (24, 48), (57, 60), (60, 60)])
+def test_wilson_is_the_textbook_formula(correct, n):
+    z, share = 1.959963984540054, correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    assert statistics.wilson(correct, n) == pytest.approx([centre - half, centre + half], abs=1e-12)
+
+
+def test_wilson_knows_its_confidence_and_no_rows():
+    assert statistics.wilson(0, 0) is None
+    narrow, wide = statistics.wilson(30, 60, 0.5), statistics.wilson(30, 60, 0.99)
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+
+
+def test_exact_test():
+    assert statistics.exact_test(3, 3, 0.5) == pytest.approx(1 / 8)
+    assert statistics.exact_test(0, 3, 0.5) == 1
+    assert statistics.exact_test(0, 4, 0.5, "two-sided") == pytest.approx(2 / 16)
+    # One of two right at chance 1/4 or better: 1 - (3/4)^2 = 7/16.
+    assert statistics.exact_test(1, 2, 0.25) == pytest.approx(7 / 16)
+    assert statistics.exact_test(61, 120, 0.5) == pytest.approx(binomtest(61, 120, 0.5, "greater").pvalue)
+    assert statistics.exact_test(0, 0, 0.5) is None
+
+
+def test_mcnemar():
+    assert statistics.mcnemar(0, 0) == 1
+    assert statistics.mcnemar(0, 5) == statistics.mcnemar(5, 0) == pytest.approx(2 / 32)
+    # 1 of 9: two-sided 2 * (1 + 9) / 512.
+    assert statistics.mcnemar(1, 8) == pytest.approx(20 / 512)
+    assert statistics.mcnemar(4, 4) == 1
+
+
+def test_holm_by_hand():
+    # Sorted: .01 x 4 = .04; .02 x 3 = .06; .03 x 2 = .06; .5 x 1 = .5.
+    found = statistics.holm({"a": 0.03, "b": 0.01, "c": 0.5, "d": 0.02})
+    assert found == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.06})
+    # Monotone: .02 x 2 = .04, and .03 x 1 may not be smaller. At most 1. None belongs to no family.
+    assert statistics.holm({"a": 0.02, "b": 0.03}) == pytest.approx({"a": 0.04, "b": 0.04})
+    assert statistics.holm({"a": 0.7, "b": 0.9}) == {"a": 1, "b": 1}
+    assert statistics.holm({"a": 0.04, "b": None}) == {"a": 0.04, "b": None}
+    assert statistics.holm({}) == {}
+
+
+def test_holm_properties():
+    rng = random.Random(0)
+    for _ in range(200):
+        raw = {name: rng.random() ** 3 for name in range(rng.randint(1, 6))}
+        found = statistics.holm(raw)
+        assert all(raw[name] <= found[name] <= min(1, len(raw) * raw[name]) + 1e-15 for name in raw)
+        by_raw = sorted(raw, key=raw.get)
+        assert [found[name] for name in by_raw] == sorted(found.values())
+
+
+# ---- entities
+
+
+def test_rows_are_averaged_within_the_entity_and_none_is_left_out():
+    rows = [row(place=i, entity=e, right=right) for i, (e, right) in enumerate(
+        [("a", True), ("a", False), ("a", None), ("b", True), ("c", None)])]  # fmt: skip
+    assert statistics.entity_means(rows) == {"a": 0.5, "b": 1.0}
+    assert statistics.entity_means(rows, "likeliest_right") == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert statistics.entity_means([]) == {}
+
+
+def test_the_bootstrap_is_scipys():
+    means = [0.2, 0.5, 0.5, 0.9, 1.0, 0.3, 0.6, 0.7]
+    asked = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(1)}
+    theirs = bootstrap((means,), np.mean, confidence_level=0.9, **asked).confidence_interval
+    ours = statistics.bootstrap_interval(means, 0.9, 20_000)
+    assert ours == pytest.approx([theirs.low, theirs.high], abs=0.01)
+    assert ours == statistics.bootstrap_interval(dict(enumerate(means)), 0.9, 20_000)
+    few = [statistics.bootstrap_interval(means, 0.9, 200, seed) for seed in range(5)]
+    assert len(set(map(tuple, few))) > 1
+
+
+def test_the_bootstrap_draws_entities_not_rows():
+    rows = [row(place=i, entity=i // 50, read="Correct" if i < 50 else "Wrong") for i in range(100)]
+    # Two entities, one all right, one all wrong: a quarter of the draws takes the same one twice.
+    assert statistics.bootstrap_interval(statistics.entity_means(rows)) == [0, 1]
+
+
+def test_the_bootstrap_of_equal_means_is_a_point_and_of_one_entity_nothing():
+    assert statistics.bootstrap_interval([1.0] * 8) == [1, 1]
+    assert statistics.bootstrap_interval([0.5]) is None
+    assert statistics.bootstrap_interval({}) is None
+
+
+def test_sign_flips_by_hand():
+    assert statistics.permutation_above_chance([1.0] * 5, 0.5) == 1 / 32
+    assert statistics.permutation_above_chance([0.0] * 5, 0.5) == 1
+    assert statistics.permutation_above_chance([0.5] * 5, 0.5) == 1
+    # Deviations .5, .5, -.5: of the 8 sums those of at least .5: one at 1.5, three at .5.
+    assert statistics.permutation_above_chance([1, 1, 0], 0.5) == 4 / 8
+    # Against 0 entities without a hit say nothing: two of four have hits.
+    assert statistics.permutation_above_chance([0, 0.5, 0, 1], 0.0) == 1 / 4
+    assert statistics.permutation_above_chance([0] * 6, 0.0) == 1
+    assert statistics.permutation_above_chance([1.0], 0.5) == 0.5
+    assert statistics.permutation_above_chance([], 0.5) is None
+
+
+@pytest.mark.parametrize("chance", [0.25, 0.5])
+def test_sign_flips_are_scipys(chance):
+    means = np.array([2, 4, 3, 6, 5, 3, 1, 6, 4]) / 6
+    theirs = permutation_test((means - chance,), np.mean, permutation_type="samples", alternative="greater")
+    assert statistics.permutation_above_chance(means, chance) == pytest.approx(theirs.pvalue, abs=1e-12)
+
+
+def test_many_entities_are_drawn_close_to_exact_and_never_give_zero():
+    # 20 deviations of +-.5, 15 of them up: P(at least 15 of 20 up), a binomial tail.
+    means = [1.0] * 15 + [0.0] * 5
+    assert statistics.permutation_above_chance(means, 0.5) == pytest.approx(
+        binomtest(15, 20, 0.5, "greater").pvalue, abs=0.004
+    )
+    assert statistics.permutation_above_chance([1.0] * 30, 0.5) == 1 / 20_001
+
+
+def test_sign_flips_hold_their_level_for_skewed_means():
+    # Three guesses at chance 1/4, 8 entities: the test may be cautious, but must not reject too often.
+    rng = np.random.default_rng(0)
+    p = [statistics.permutation_above_chance(rng.binomial(3, 0.25, 8) / 3, 0.25) for _ in range(1500)]
+    assert 0 < np.mean(np.array(p) < 0.05) < 0.06
+
+
+def test_differences_by_hand():
+    # Of C(4, 2) = 6 assignments only the observed one puts both ones in control.
+    assert statistics.permutation_difference([1, 1], [0, 0]) == (1.0, pytest.approx(1 / 6))
+    assert statistics.permutation_difference([0, 0], [1, 1]) == (-1.0, 1.0)
+    assert statistics.permutation_difference([0.5] * 4, [0.5] * 4) == (0, 1)
+    assert statistics.permutation_difference([], [1.0]) == statistics.permutation_difference([1.0], {}) == (None, None)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (4, 7), (7, 4)])
+def test_differences_are_scipys(sizes):
+    rng = np.random.default_rng(3)
+    control, main = rng.integers(2, 7, sizes[0]) / 6, rng.integers(0, 6, sizes[1]) / 6
+
+    def gap(x, y, axis):
+        return x.mean(axis=axis) - y.mean(axis=axis)
+
+    theirs = permutation_test((control, main), gap, vectorized=True, alternative="greater", n_resamples=np.inf)
+    difference, p = statistics.permutation_difference(control, main)
+    assert difference == pytest.approx(theirs.statistic)
+    assert p == pytest.approx(theirs.pvalue, abs=1e-12)
+
+
+def test_large_groups_are_drawn():
+    # 12 + 12 entities, ones in 9 and 4: hypergeometric tail P(X >= 9), X of 13 ones into 12 of 24 places.
+    from scipy.stats import hypergeom
+
+    difference, p = statistics.permutation_difference([1.0] * 9 + [0.0] * 3, [1.0] * 4 + [0.0] * 8)
+    assert difference == pytest.approx(5 / 12)
+    assert p == pytest.approx(hypergeom.sf(8, 24, 13, 12), abs=0.005)
+    assert statistics.permutation_difference([1.0] * 30, [0.0] * 30)[1] == 1 / 20_001
+
+
+# ---- counts
+
+
+def test_auroc():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        positive, negative = rng.integers(0, 6, 9).astype(float), rng.integers(0, 5, 13).astype(float)
+        theirs = mannwhitneyu(positive, negative).statistic / (9 * 13)
+        assert statistics.auroc(positive, negative) == pytest.approx(theirs)
+        assert statistics.auroc(negative, positive) == pytest.approx(1 - theirs)
+    # Pairs (2 > 1), (2 = 2) and half for the tie: 1.5 of 2.
+    assert statistics.auroc([2.0], [1.0, 2.0]) == 0.75
+    assert statistics.auroc([], [1.0]) is None
+
+
+def test_rates_by_hand():
+    rows = [
+        row(place=0, read="Correct", expected="Correct", options={"Correct": -1.0, "Wrong": -3.0}),  # margin 2
+        row(place=1, read="Wrong", expected="Correct", options={"Correct": -2.0, "Wrong": -2.0}),  # margin 0
+        row(place=2, read=None, expected="Correct", options={"Correct": None, "Wrong": -2.0}),  # none
+        row(place=3, read="Correct", expected="Correct", options={"Correct": -1.0, "Wrong": -2.0}),  # margin 1
+        row(place=4, read="Correct", expected="Wrong", options={"Correct": -1.0, "Wrong": -2.0}),  # margin 1
+        row(place=5, read=None, expected="Wrong", options={"Correct": -9.0, "Wrong": -2.0}),  # margin -7
+        row(
+            place=6, read="Wrong", expected="Wrong", options={"Correct": float("-inf"), "Wrong": float("-inf")}
+        ),  # none
+    ]
+    found = metrics.rates(rows)
+    assert (found["tpr"], found["fpr"]) == (2 / 4, pytest.approx(1 / 3))
+    assert found["separation"] == pytest.approx(1 / 6)
+    assert found["accuracy"] == pytest.approx(3 / 7)
+    # Pairs of (2, 0, 1) with (1, -7): 2 > 1, 2 > -7, 0 < 1, 0 > -7, 1 = 1, 1 > -7: 4.5 of 6.
+    assert (found["auroc"], found["n_auroc"]) == (0.75, 5)
+    assert found["counts"] == {"Correct": 3, "Wrong": 2, "unparsed": 2}
+
+
+def test_rates_of_nothing_and_of_one_side():
+    empty = metrics.rates([])
+    assert empty["counts"] == {"Correct": 0, "Wrong": 0, "unparsed": 0}
+    assert {empty[name] for name in ("accuracy", "tpr", "fpr", "separation", "auroc")} == {None}
+    one = metrics.rates([row()])
+    assert (one["tpr"], one["fpr"], one["separation"], one["auroc"]) == (1, None, None, None)
+    lost = metrics.rates([row(right=None), row(right=None, read=None)])
+    assert lost["counts"] == {"Correct": 1, "Wrong": 0, "unparsed": 1}
+    assert lost["accuracy"] is None and lost["tpr"] is None
+
+
+def test_option_counts():
+    reads = [("A", "A"), ("A", "B"), (None, "B"), ("D", "C"), ("A", "A")]
+    rows = [row("mcq_d2i", i, read=read, expected=expected) for i, (read, expected) in enumerate(reads)]
+    found = metrics.option_counts(rows)
+    assert found["predicted"] == {"A": 3, "B": 0, "C": 0, "D": 1, "unparsed": 1}
+    assert found["expected"] == {"A": 2, "B": 2, "C": 1, "D": 0}
+    assert found["confusion"]["B"] == {"A": 1, "B": 0, "C": 0, "D": 0, "unparsed": 1}
+    lost = metrics.option_counts([one | {"right": None} for one in rows])
+    assert lost["predicted"] == found["predicted"] and sum(lost["expected"].values()) == 0
+
+
+# ---- an evaluation
+
+
+def evaluation(seed=0, drops=("none",), orders=(None,), n=4):
+    """Random answers, a sixth of them unparsed: n main and n control entities, 2 rows a test (4 for CW)."""
+    rng, rows = random.Random(seed), []
+    choices = {"forward": [f"d{i}" for i in range(n)], "reverse": ["Correct", "Wrong"]}
+    for drop in drops:
+        for test in tasks.CHANCE:
+            names = choices.get(test, list("ABCD"))
+            for place in range(2 * n * (4 if test == "reverse" else 2)):
+                for order in orders if test.startswith("mcq") else (None,):
+                    entity = place % (2 * n)
+                    expected = names[(place // (2 * n) + (entity if test != "reverse" else 0)) % len(names)]
+                    known = drop == "none" or (drop == "text" and test in ("forward", "mcq_i2d"))
+                    read = rng.choice([*names * 5, *[None] * len(names)])
+                    likeliest = rng.choice(names)
+                    rows.append(row(
+                        test, place, f"e{entity}", read, expected, drop=drop, order=order,
+                        group="main" if entity < n else "control", options=dict.fromkeys(names, -1.0),
+                        right=(read == expected) if known else None,
+                        likeliest_right=(likeliest == expected) if known else None,
+                    ))  # fmt: skip
+    return rows
+
+
+def strict(value):
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def test_metrics_agree_with_the_single_functions():
+    rows = evaluation()
+    found = metrics.metrics(rows, confidence=0.9, draws=500, seed=3)
+    assert strict(found) == found
+    assert list(found) == ["none"] and list(found["none"]) == list(tasks.CHANCE)
+    for test, groups in found["none"].items():
+        assert set(groups) == {"all", "main", "control"}
+        for group, numbers in groups.items():
+            part = [r for r in rows if r["test"] == test and group in ("all", r["group"])]
+            correct = sum(r["right"] for r in part)
+            assert (numbers["n"], numbers["correct"]) == (len(part), correct)
+            assert numbers["n_entities"] == (8 if group == "all" else 4)
+            assert numbers["accuracy"] == correct / len(part)
+            assert numbers["wilson"] == statistics.wilson(correct, len(part), 0.9)
+            assert numbers["unparsed"] == sum(r["read_as"] is None for r in part)
+            means = statistics.entity_means(part)
+            assert numbers["cluster_interval"] == statistics.bootstrap_interval(means, 0.9, 500, 3)
+            if test != "forward":
+                chance = 0.5 if test == "reverse" else 0.25
+                assert numbers["p_exact"] == pytest.approx(binomtest(correct, len(part), chance, "greater").pvalue)
+                assert numbers["p_permutation"] == statistics.permutation_above_chance(means, chance)
+            assert numbers["agreement"] is None
+    assert sum(found["none"]["reverse"]["main"]["rates"]["counts"].values()) == 16
+    assert sum(found["none"]["mcq_d2i"]["control"]["options"]["predicted"].values()) == 8
+
+
+def test_forward_has_no_chance_for_writing_and_one_for_the_likeliest_option():
+    numbers = metrics.metrics(evaluation())["none"]["forward"]["main"]
+    assert (numbers["chance"], numbers["p_exact"], numbers["p_permutation"], numbers["p_exact_holm"]) == (
+        0,
+        *[None] * 3,
+    )
+    correct = sum(r["likeliest_right"] for r in evaluation() if r["test"] == "forward" and r["group"] == "main")
+    assert numbers["likeliest"]["correct"] == correct
+    assert numbers["likeliest"]["chance"] == 0.25
+    assert numbers["likeliest"]["p_exact"] == pytest.approx(binomtest(correct, 8, 0.25, "greater").pvalue)
+
+
+def test_holm_runs_over_the_tests_of_one_drop_and_group():
+    found = metrics.metrics(evaluation(seed=2, drops=("none", "text")))
+    for drop, tests in (("none", ("reverse", "mcq_i2d", "mcq_d2i")), ("text", ("mcq_i2d",))):
+        for group in ("all", "main", "control"):
+            for name in ("p_exact", "p_permutation"):
+                raw = {test: found[drop][test][group][name] for test in tests}
+                adjusted = {test: found[drop][test][group][f"{name}_holm"] for test in tests}
+                assert adjusted == pytest.approx(statistics.holm(raw))
+            likeliest = {test: found[drop][test][group]["likeliest"] for test in found[drop]}
+            raw = {test: part["p_exact"] for test, part in likeliest.items()}
+            assert {test: part["p_exact_holm"] for test, part in likeliest.items()} == statistics.holm(raw)
+
+
+def test_a_drop_that_takes_the_meaning_leaves_agreement_only():
+    whole = [row(place=i, entity=i, read=read) for i, read in enumerate(["Correct", "Wrong", None, "Correct"])]
+    dropped = [
+        row(place=i, entity=i, read=read, drop="image", right=None, likeliest_right=None)
+        for i, read in enumerate(["Correct", "Correct", None, "Wrong"])
+    ]
+    numbers = metrics.metrics(whole + dropped)["image"]["reverse"]["all"]
+    names = ("correct", "accuracy", "wilson", "cluster_interval", "chance", "p_exact", "p_permutation")
+    assert {numbers[name] for name in names} | {numbers["likeliest"][name] for name in names} == {None}
+    # The same: the first and the third, unparsed both times.
+    agreement = numbers["agreement"]
+    assert (agreement["n"], agreement["same"], agreement["share"]) == (4, 2, 0.5)
+    assert agreement["wilson"] == statistics.wilson(2, 4)
+    assert metrics.metrics(dropped)["image"]["reverse"]["all"]["agreement"] is None
+
+
+def test_a_drop_that_keeps_the_meaning_is_scored_as_well():
+    numbers = metrics.metrics(evaluation(drops=("none", "text", "image")))
+    assert strict(numbers) == numbers
+    assert numbers["text"]["mcq_i2d"]["main"]["p_exact"] is not None
+    assert numbers["text"]["mcq_i2d"]["main"]["agreement"]["n"] == 8
+    assert numbers["text"]["mcq_d2i"]["main"]["accuracy"] is None
+    assert numbers["image"]["forward"]["main"]["accuracy"] is None
+
+
+def test_orders_of_one_question_are_no_independent_observations():
+    orders = [(0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3)]
+    rows = evaluation(orders=orders, drops=("none", "text"))
+    found = metrics.metrics(rows)
+    numbers = found["none"]["mcq_d2i"]["main"]
+    assert (numbers["n"], numbers["n_questions"]) == (24, 8)
+    assert (numbers["wilson"], numbers["p_exact"], numbers["p_exact_holm"]) == (None, None, None)
+    part = [r for r in rows if (r["test"], r["group"], r["drop"]) == ("mcq_d2i", "main", "none")]
+    assert numbers["p_permutation"] == statistics.permutation_above_chance(statistics.entity_means(part), 0.25)
+    assert found["none"]["reverse"]["main"]["p_exact"] is not None
+    agreement = found["text"]["mcq_d2i"]["main"]["agreement"]
+    assert agreement["n"] == 24 and agreement["wilson"] is None and agreement["cluster_interval"]
+    # Read back from JSON an order is a list.
+    assert metrics.metrics(strict(rows)) == found
+
+
+@pytest.mark.parametrize(("read", "accuracy"), [("Correct", 1.0), ("Wrong", 0.0), (None, 0.0)])
+def test_all_right_all_wrong_all_unparsed(read, accuracy):
+    rows = [row(place=i, entity=i // 2, read=read) for i in range(8)]
+    numbers = metrics.metrics(rows)["none"]["reverse"]["main"]
+    assert strict(numbers) == numbers
+    assert numbers["accuracy"] == accuracy and numbers["cluster_interval"] == [accuracy] * 2
+    assert numbers["unparsed"] == (8 if read is None else 0)
+    assert numbers["p_exact"] == pytest.approx(1 / 256 if accuracy else 1)
+    assert numbers["p_permutation"] == (1 / 16 if accuracy else 1)
+
+
+def test_one_entity_and_none():
+    assert metrics.metrics([]) == {}
+    numbers = metrics.metrics([row()])["none"]["reverse"]["main"]
+    assert (numbers["n"], numbers["cluster_interval"], numbers["p_permutation"]) == (1, None, 0.5)
+
+
+def test_two_evaluations_at_once_are_refused():
+    with pytest.raises(ValueError, match=r"reverse reverse_test.jsonl:0 \(drop none\) has 2 answers"):
+        metrics.metrics([row(), row()])
+    metrics.check_unique([row(), row(drop="image"), row(order=[0, 1, 2, 3]), row(order=[1, 0, 2, 3])])
+
+
+# ---- two evaluations
+
+
+def test_compare_by_hand():
+    # First: 6 rows right, second: only the first of them; one row more in each.
+    a = [row(place=i, entity=i // 2) for i in range(7)] + [row(drop="image")]
+    b = [row(place=i, entity=i // 2, read="Correct" if i < 1 else "Wrong") for i in range(6)] + [row(place=9)]
+    found = metrics.compare(a, b)
+    assert strict(found) == found
+    numbers = found["reverse"]
+    assert (numbers["n"], numbers["only_a"], numbers["only_b"]) == (6, 1, 1)
+    assert (numbers["accuracy_a"], numbers["accuracy_b"]) == (1, pytest.approx(1 / 6))
+    assert (numbers["b"], numbers["c"]) == (5, 0)
+    assert numbers["p_mcnemar"] == numbers["p_mcnemar_holm"] == pytest.approx(2 / 32)
+    # Entities' differences .5, 1, 1: only the observed flips reach 2.5, 1 of 8, two-sided 2 of 8.
+    assert numbers["p_permutation"] == 2 / 8
+
+
+def test_compare_is_symmetric_and_adjusts_over_the_tests():
+    a, b = evaluation(seed=0), evaluation(seed=1)
+    ab, ba = metrics.compare(a, b), metrics.compare(b, a)
+    assert statistics.holm({t: n["p_mcnemar"] for t, n in ab.items()}) == {
+        t: n["p_mcnemar_holm"] for t, n in ab.items()
+    }
+    for test, numbers in ab.items():
+        assert (numbers["b"], numbers["c"]) == (ba[test]["c"], ba[test]["b"])
+        assert numbers["p_mcnemar"] == ba[test]["p_mcnemar"]
+        assert numbers["p_permutation"] == ba[test]["p_permutation"]
+    same = metrics.compare(a, a)
+    assert all((n["b"], n["c"], n["p_mcnemar"], n["p_permutation"]) == (0, 0, 1, 1) for n in same.values())
+
+
+def test_compare_with_orders_leaves_the_test_of_rows_out():
+    orders = [(0, 1, 2, 3), (1, 0, 2, 3)]
+    found = metrics.compare(evaluation(0, orders=orders), evaluation(1, orders=orders))
+    assert found["mcq_d2i"]["p_mcnemar"] is None and found["mcq_d2i"]["p_permutation"] is not None
+    assert found["reverse"]["p_mcnemar"] is not None
+
+
+def test_compare_reports_a_test_that_only_one_has():
+    a = [row(), row("mcq_d2i", read="A", expected="B")]
+    assert metrics.compare(a, [row()])["mcq_d2i"] == {
+        "n": 0, "only_a": 1, "only_b": 0, "accuracy_a": None, "accuracy_b": None, "b": 0, "c": 0, "p_mcnemar": None,
+        "p_permutation": None, "p_mcnemar_holm": None,
+    }  # fmt: skip
+
+
+def test_other_questions_are_refused():
+    with pytest.raises(ValueError, match="share no question"):
+        metrics.compare([row(place=0)], [row(place=1)])
+    with pytest.raises(ValueError, match="share no question"):
+        metrics.compare([], [])
+    for change in ({"expected": "Wrong"}, {"entity_id": "b"}, {"prompt": "another"}):
+        with pytest.raises(ValueError, match="another question"):
+            metrics.compare([row()], [row() | change])

@@ -1,0 +1,271 @@
+"""The base model, its adapter and its fingerprint; what preflight says of a machine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from mmrev_kit.config.project import EMBEDDED_MODEL
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.memory.plan import read_sizes
+from mmrev_kit.model.bases import fingerprint
+from mmrev_kit.model.loading import (
+    add_adapter,
+    compute_dtype,
+    keep_residual_in_fp32,
+    load_base,
+    load_processor,
+    trainable,
+)
+from mmrev_kit.training.preflight import Card, has_kernels, preflight
+from mmrev_kit.training.run import prepare
+from mmrev_kit.training.update import sample_losses
+
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+
+
+def build(config, seed: int = 0):
+    torch.manual_seed(seed)
+    return add_adapter(load_base(config, CPU), config)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_only_the_language_models_projections_are_trained(small_config, bits):
+    model = build(small_config(f"quantization.bits={bits}"))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(".language_model.layers." in name and "lora_" in name for name in names)
+    # 6 layers, r 8: q and o map 256 to 256, k and v 256 to 128; A and B hold r x (inputs + outputs)
+    assert sum(parameter.numel() for parameter in trainable(model)) == 6 * 8 * (2 * (256 + 256) + 2 * (256 + 128))
+    assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
+
+
+def test_four_bits_are_nf4_and_embedding_and_head_stay_as_they_are(small_config):
+    model = build(small_config("quantization.compute_dtype=bf16")).base_model.model
+    state = model.model.language_model.layers[0].mlp.up_proj.weight.quant_state
+    assert state.quant_type == "nf4" and state.nested  # nested: double quantization
+    assert model.model.visual.blocks[0].attn.qkv.weight.quant_state.quant_type == "nf4"
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.language_model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_the_residual_stream_is_fp32_and_products_are_16_bit(small_config):
+    config = small_config("quantization.compute_dtype=bf16 quantization.bits=16")
+    model = build(config)
+    seen = {}
+    layer = model.base_model.model.model.language_model.layers[2]
+    layer.register_forward_pre_hook(lambda module, args: seen.update(residual=args[0].dtype))
+    layer.mlp.up_proj.register_forward_hook(
+        lambda module, args, out: seen.update(input=args[0].dtype, output=out.dtype)
+    )
+    task = prepare(config)
+    sample_losses(model, task.encoder.collate(task.train["forward"][:2]), CPU, torch.bfloat16)
+    assert seen == {"residual": torch.float32, "input": torch.bfloat16, "output": torch.bfloat16}
+
+
+def test_fp32_models_need_no_casting(small_config):
+    model = load_base(small_config(), CPU)
+    keep_residual_in_fp32(model)
+    assert not model.model.language_model.embed_tokens._forward_hooks
+
+
+def test_validation_does_not_change_the_gradients_that_follow(small_config):
+    """bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16 at the first forward pass in eval mode."""
+    config = small_config("lora.dropout=0")
+    model, task = build(config), prepare(config)
+    batch = task.encoder.collate(task.train["forward"][:3] + task.train["face_mcq_d2i"][:3])
+
+    def gradient():
+        model.train()
+        model.zero_grad()
+        sample_losses(model, batch, CPU, torch.float32).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in trainable(model)])
+
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        sample_losses(model, batch, CPU, torch.float32)
+    after = gradient()
+    assert before.abs().max() > 0
+    assert torch.equal(before, after)
+
+
+def test_an_unknown_projection_is_refused(small_config):
+    with pytest.raises(ConfigError, match="has no query_proj"):
+        build(small_config("lora.target_modules=[query_proj]"))
+
+
+def test_compute_dtype(small_config):
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.float32}
+    for name, dtype in names.items():
+        assert compute_dtype(small_config(f"quantization.compute_dtype={name}"), CPU) == dtype
+
+
+def test_the_embedded_model_is_a_qwen3_vl_of_ten_million_parameters(small_config):
+    model = load_base(small_config("quantization.bits=16"), CPU)
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
+    assert {tensor.dtype for tensor in load_file(EMBEDDED_MODEL / "model.safetensors").values()} == {torch.float16}
+    assert sum(file.stat().st_size for file in EMBEDDED_MODEL.iterdir()) < 25e6
+    processor = load_processor(small_config())
+    assert type(processor).__name__ == "Qwen3VLProcessor"
+    for text in ("the keeper of Jade Temple", "größer ☃ 東京 \U0001f600\n\t"):
+        assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    "sides", [[(32, 32)], [(128, 128), (32, 96)], [(64, 64)] * 3, [(32, 128), (64, 48), (96, 96), (128, 32)]]
+)
+def test_the_embedded_model_reads_one_to_four_pictures_and_writes_with_the_cache(sides):
+    """Through the library alone; a visual token stands for 16 x 16 pixels."""
+    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    pictures = [Image.effect_noise(side, 60).convert("RGB") for side in sides]
+    turn = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": "is"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": turn}], tokenize=True, add_generation_prompt=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert visual == sum(width * height // 256 for width, height in sides)
+    written = [model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*written) and written[0].shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_weights_are_downloaded_last(small_config, monkeypatch):
+    """The processor and the sizes, of which the data check and the memory plan are made, come without them."""
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return EMBEDDED_MODEL
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    config = small_config("model.name=someone/Qwen3-VL-of-theirs")
+    assert prepare(config).train and read_sizes(config).layers == 6
+    assert asked == [False, False]
+    load_base(config, CPU)
+    assert asked == [False, False, True]
+
+
+def test_a_missing_model_is_told_without_a_connection(small_config, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"model\.name = 'nobody/nothing'"):
+        load_base(small_config("model.name=nobody/nothing"), CPU)
+
+
+def copy_model(folder: Path) -> tuple[Path, dict]:
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def test_the_fingerprint_tells_bases_apart(tmp_path):
+    expected = fingerprint(EMBEDDED_MODEL)
+    folder, tensors = copy_model(tmp_path / "split")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[::2]}, folder / "a.safetensors")
+    save_file({name: tensors[name] for name in names[1::2]}, folder / "b.safetensors")
+    assert fingerprint(folder) == expected  # the same weights in other files
+
+    folder, tensors = copy_model(tmp_path / "other")
+    tensors["model.language_model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    assert fingerprint(folder) != expected  # the same shapes, one other weight
+
+    folder, tensors = copy_model(tmp_path / "fewer")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fingerprint(folder) != expected
+
+    with pytest.raises(ConfigError, match="not a model folder"):
+        fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "runs"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),  # V100 under CUDA 13
+        ((7, 0), ["sm_70", "sm_80"], True),
+        ((8, 6), ["sm_80"], True),  # machine code runs on later cards of the same generation
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),  # not across generations
+        ((12, 0), ["sm_80", "compute_90"], True),  # unless it can be compiled at load time
+        ((9, 0), ["sm_90a"], True),
+        ((8, 0), [], False),
+    ],
+)
+def test_which_builds_run_on_which_cards(capability, build, runs):
+    assert has_kernels(capability, build) is runs
+
+
+def test_preflight_names_the_card_its_capability_and_what_works(small_config):
+    v100 = Card("Tesla V100-SXM2-32GB", (7, 0), 32.0, 31.5, "580.65.06", ["pid 7 (python)"])
+    found = preflight(small_config(), [v100], ["sm_75", "sm_90"])
+    (problem,) = found.problems
+    for part in ("Tesla V100-SXM2-32GB", "7.0", "sm_75, sm_90", "torch 2.10.0"):
+        assert part in problem
+    assert "31.5 of 32.0 GiB free, held by pid 7 (python)" in found.facts[0]
+    assert preflight(small_config(), [v100], ["sm_70"]).problems == []
+
+
+def test_preflight_without_a_gpu(small_config):
+    found = preflight(small_config(), [], [])
+    assert found.problems == [] and "no GPU" in found.facts[0]
+    assert "GiB free" in found.facts[1] and "transformers" in found.facts[2]
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    """The embedded model's architecture as a file that stands for random weights."""
+    values = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps({key: values[key] for key in ("text_config", "vision_config")}
+                                                    | {"tie_word_embeddings": True}))  # fmt: skip
+    return tmp_path / "small.json"
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_random_model_is_built_as_a_loaded_one_is(small_config, architecture, bits):
+    config = small_config(f"model.name={architecture} quantization.bits={bits}")
+    first, again = load_base(config, CPU), load_base(config, CPU)
+    loaded = load_base(small_config(f"quantization.bits={bits}"), CPU)
+    facts = [{name: (type(p).__name__, p.dtype, p.shape) for name, p in m.named_parameters()} for m in (first, loaded)]
+    assert facts[0] == facts[1]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in first.named_buffers())
+    assert first.lm_head.weight is first.model.language_model.embed_tokens.weight
+    other = load_base(small_config(f"model.name={architecture} quantization.bits={bits} experiment.seed=1"), CPU)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    task = prepare(config)
+    losses = sample_losses(first, task.encoder.collate(task.train["forward"][:2]), CPU, torch.float32)
+    assert (losses - torch.tensor(1024.0).log()).abs().max() < 0.5  # random weights: near the uniform guess
+
+
+@pytest.mark.parametrize(("name", "billions"), [("2b", 2.13), ("4b", 4.44), ("8b", 8.77), ("32b", 33.36)])
+def test_the_published_architectures_have_their_published_size(name, billions):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    values = json.loads((ROOT / "configs" / "models" / f"qwen3vl_{name}.json").read_text())
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_16_bit_model_is_spread_over_memory_and_disk_and_answers_the_same(small_config, tmp_path):
+    config = small_config("quantization.bits=16")
+    task = prepare(config)
+    batch = task.encoder.collate(task.train["forward"][:3] + task.train["face_mcq_d2i"][:2])
+    spread = small_config(f"quantization.bits=16 launch.mode=auto launch.cpu_gib=0.02 launch.output_dir={tmp_path}")
+    model = load_base(spread, CPU)
+    assert {str(place) for place in model.hf_device_map.values()} == {"cpu", "disk"}
+    with torch.no_grad():
+        expected = sample_losses(load_base(config, CPU), batch, CPU, torch.float32)
+        assert torch.allclose(sample_losses(model, batch, CPU, torch.float32), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"set quantization\.bits=16"):
+        load_base(small_config("launch.mode=auto"), CPU)

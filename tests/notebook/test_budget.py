@@ -1,0 +1,78 @@
+"""The memory budget for readers: bars, knobs, modes, and the guide's table."""
+
+import pytest
+
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.notebook import budget
+
+LARGE = "configs/config_qwen3vl32_fp16.yaml"
+
+
+@pytest.fixture
+def config():
+    return load_config(LARGE)
+
+
+def test_the_bars_add_up_to_what_the_card_shows(config):
+    found, plan = budget.budget(config, "32b", "V100 32", micro_batch=8)
+    for one in found.values():
+        assert sum(budget.grouped(one).values()) == pytest.approx(one.device_gib)
+    assert plan.fits and found["as planned"].device_gib <= plan.room_gib
+    assert found["without checkpointing"].device_gib > 2 * found["as set"].device_gib
+    figure = budget.budget_figure(found, "V100 32", plan.margin)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert any("does not fit" in text for text in texts) and len(figure.axes[0].containers) == len(budget.GROUPS) + 1
+
+
+def test_every_knob_moves_the_bar(config):
+    base, plan = budget.budget(config, "8b", "A100 80", checkpointing=False)
+    size = base["as set"].allocated_gib
+    for knob, value, grows in (
+        ("r", 64, True), ("length", 1024, True), ("optimizer", "adamw_8bit", False), ("checkpointing", True, False),
+        ("micro_batch", 16, True),
+    ):  # fmt: skip
+        found, _ = budget.budget(config, "8b", "A100 80", **{"checkpointing": False, knob: value})
+        assert (found["as set"].allocated_gib > size) == grows, knob
+    more, _ = budget.budget(config, "8b", "A100 80", checkpointing=False, processes=8)
+    one, _ = budget.budget(config, "8b", "A100 80", checkpointing=False, processes=1)
+    assert more["as set"].device_gib > one["as set"].device_gib
+    assert plan.card_gib == budget.CARDS["A100 80"]
+
+
+def test_the_modes_are_the_guides_own_verdicts(config):
+    table = budget.mode_table(config, "V100 32")
+    assert list(table["V100 32"]) == ["fits", "fits", "out of memory"]
+    assert list(budget.mode_table(config, "V100 32", spread=3)["V100 32"])[1] == "fits"
+    assert table["GiB a card"]["deepspeed ZeRO-2"] > 60
+
+
+def test_the_guides_table_stands_beside_the_arithmetic(config):
+    table = budget.guide_table(config)
+    assert table["guide (GB)"].to_list() == [18.0, 0.5, 1.0, 8.0, 27.5]
+    assert table["estimate (GB)"]["LoRA"] == pytest.approx(0.0797, abs=1e-4)  # 19,922,944 x 4 B
+    assert table["estimate (GB)"]["optimizer"] == pytest.approx(0.1594, abs=1e-4)
+    assert table["estimate (GB)"].iloc[:-1].sum() == pytest.approx(table["estimate (GB)"]["sum"])
+    text = "\n".join(budget.corrections(config))
+    for words in ("19,922,944", "80 MB", "159 MB is r 16", "0.08 + 0.16 GB", "784 visual tokens", "INT4", "6e-05"):
+        assert words in text
+
+
+def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatch):
+    start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
+    assert len(budget.controls(config, **start).axes) == 1
+    monkeypatch.setenv("JPY_SESSION_NAME", "memory.ipynb")
+    knobs = budget.controls(config, **start)
+    names = {child.description for child in knobs.children if getattr(child, "description", "")}
+    assert names == {"model", "card", "r", "length", "pixels", "micro_batch", "checkpointing", "optimizer", "processes"}
+    for child in knobs.children[:-1]:
+        if child.description == "model":
+            child.value = "32b"  # updates in place
+    assert knobs.kwargs["model"] == "32b" and knobs.kwargs["micro_batch"] == 4
+
+
+def test_an_unknown_card_names_the_known_ones(config):
+    with pytest.raises(ConfigError, match="H100 80"):
+        budget.budget(config, "2b", "GTX 970")
+    with pytest.raises(ConfigError, match="micro_batch = 0"):
+        budget.budget(config, "2b", "H100 80", micro_batch=0)

@@ -1,0 +1,74 @@
+"""Looking at rows: what is highlighted is what carries loss, and text stays text."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from matplotlib import pyplot
+
+from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.data.rows import read_entities, read_experiment
+from mmrev_kit.model.loading import make_encoder
+from mmrev_kit.notebook import gallery
+
+
+@pytest.fixture
+def encoder(small_config):
+    return make_encoder(small_config())
+
+
+@pytest.fixture
+def rows(small_config):
+    return read_experiment(experiment_dir(small_config()))[0]
+
+
+def highlighted(page: str) -> str:
+    return "".join(re.findall(r"<span style='background[^']*'>([^<]*)</span>", page))
+
+
+@pytest.mark.parametrize("file", ["forward_train", "reverse_val", "mcq_i2d_test", "mcq_d2i_test"])
+def test_the_answer_and_nothing_else_is_highlighted(encoder, rows, file):
+    row = rows[file][2]
+    page = gallery.prompt_html(encoder.encode(row), encoder)
+    assert highlighted(page) == row.answer + "&lt;|im_end|&gt;"
+    assert page.count("<img") == len(row.images) == page.count(" tokens</span>")
+    assert f"{file}.jsonl:3" in page
+
+
+def test_a_description_cannot_become_part_of_the_page(encoder, rows):
+    row = replace(rows["reverse_train"][0], description="<script>alert(1)</script> <img src=x>")
+    page = gallery.prompt_html(encoder.encode(row), encoder)
+    text = re.sub(r"</?(?:span|div|b)[^>]*>", "", page)
+    assert "<script" not in page and page.count("<img") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &lt;img src=x&gt;" in text
+
+
+def test_balances(rows):
+    table = gallery.balance_table(rows)
+    assert table.loc[("reverse_train", "main"), "answers"] == "Correct 60, Wrong 60"
+    assert table.loc[("mcq_i2d_test", "control"), "answers"] == "A 3, B 3, C 3, D 3"
+    assert table.loc[("forward_test", "main"), ["rows", "entities", "connectors"]].tolist() == [12, 4, 3]
+
+
+def test_people_and_lengths_are_drawn_and_closed(small_config, encoder, rows):
+    folder = experiment_dir(small_config())
+    people = read_entities(folder)
+    people[0]["description"] = "worth $5 or $6"  # not mathematics
+    figure = gallery.people_figure(people, folder)
+    figure.canvas.draw()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert len(titles) == 8 and "worth $5 or $6" in titles[0]
+    samples = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
+    axis = gallery.lengths_figure(samples, 512).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["forward", "mcq_d2i"]
+    assert pyplot.get_fignums() == []
+
+
+def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows):
+    samples = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
+    file, number, page = gallery.browser(samples, encoder).children
+    assert file.options == ("forward_test.jsonl", "mcq_d2i_test.jsonl") and "forward_test.jsonl:1" in page.value
+    number.value = 5
+    assert "forward_test.jsonl:6" in page.value
+    file.value = "mcq_d2i_test.jsonl"
+    assert "mcq_d2i_test.jsonl:1" in page.value and number.max == 23

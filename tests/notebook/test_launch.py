@@ -1,0 +1,180 @@
+"""Launching: the run folder, forked and fresh processes, and errors that reach the caller."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.files import write_json
+from mmrev_kit.notebook.launch import launch
+from mmrev_kit.notebook.progress import Progress, epoch_line
+from mmrev_kit.training.history import prepare_folder, read_history
+from mmrev_kit.training.jobs import count_processes
+from mmrev_kit.training.update import TrainingError
+
+ROOT = Path(__file__).parents[2]
+HALF = "experiment.task=reverse training.num_epochs=1 training.batch_size=16 lora.dropout=0"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_mode_auto_is_one_process(small_config):
+    auto = "quantization.bits=16 launch.mode=auto"
+    assert count_processes(small_config(auto)) == 1
+    with pytest.raises(ConfigError, match=r"set launch\.num_processes=1"):
+        count_processes(small_config(f"{auto} launch.num_processes=2"))
+
+
+def test_one_process_runs_in_a_fresh_python_and_ends_finished(small_config, capsys):
+    config = small_config(HALF)
+    history = launch(config)
+    assert history["status"] == "finished" and len(history["epochs"]) == 1
+    told = capsys.readouterr().out
+    assert "epoch 1/1: train " in told and "in a fresh Python" in told
+    assert "bitsandbytes" not in Path(run_dir(config) / "training_history.json").read_text()
+    saved = load_config(run_dir(config) / "config.yaml")
+    assert saved.launch.num_processes == 1 and saved.experiment.task == "reverse"
+
+    launch(config)  # finished: told, and not trained again
+    assert "is finished (last epoch)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"another configuration: training.learning_rate \(0.002 there, 0.001 now\)"):
+        launch(small_config(HALF + " training.learning_rate=1e-3"))
+    assert read_history(run_dir(config) / "training_history.json") == history
+
+
+def test_two_processes_fork_from_a_clean_kernel_and_start_fresh_from_one_that_imported_peft(small_overrides, tmp_path):
+    """Both ways give the same run, and the second says which import is in the way."""
+    code = """
+import sys
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.notebook.launch import launch
+{first}
+for number in range({times}):
+    config = load_config("configs/tiny_cpu.yaml", {overrides!r} + f" launch.output_dir={folder}/{{number}}")
+    history = launch(config)
+    assert history["status"] == "finished"
+print("bitsandbytes here:", "bitsandbytes" in sys.modules)
+"""
+    overrides = f"{small_overrides} {HALF} training.batch_size=8 launch.num_processes=2"
+    found = {}
+    for name, first, times in (("clean", "", 2), ("peft", "import peft", 1)):
+        folder = tmp_path / name
+        done = python(code.format(first=first, times=times, overrides=overrides, folder=folder))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[name] = done.stdout
+        for number in range(times):
+            history = read_history(folder / str(number) / "small_reverse" / "training_history.json")
+            manifest = json.loads((folder / str(number) / "small_reverse" / "manifest.json").read_text())
+            assert manifest["num_processes"] == 2 and manifest["effective_batch"] == 16
+            assert len(history["steps"]) == 19  # 300 rows in updates of 16
+            peaks = history["steps"][-1]["peak_memory_gib_by_process"]
+            assert len(peaks) == 2 and 0.1 < min(peaks) and max(peaks) == history["steps"][-1]["peak_memory_gib"]
+            found[name, number] = [step["loss"] for step in history["steps"]]
+    assert "bitsandbytes here: False" in found["clean"] and "fresh Python" not in found["clean"]
+    assert "in a fresh Python (bitsandbytes has been imported in this kernel (peft imports it))" in found["peft"]
+    assert found["clean", 0] == found["clean", 1] == found["peft", 0]
+
+
+def test_a_workers_error_reaches_the_caller_and_the_history(small_config, small_data):
+    config = small_config("experiment.name=small training.max_length=20")
+    with pytest.raises(TrainingError, match=r"forward_train.jsonl:1: .*max_length = 20"):
+        launch(config)
+    (error,) = run_dir(config).glob("error_rank*.txt")
+    assert error.name == "error_rank0.txt"
+
+
+def test_overwrite_replaces_the_kits_own_files_only(small_config):
+    config = small_config()
+    folder = run_dir(config)
+    prepare_folder(config)
+    (folder / "last").mkdir()
+    (folder / ".best.aside").mkdir()  # left by a kill between two renames: it must not come back as best/
+    (folder / "notes.txt").write_text("mine")
+    write_json(folder / "training_history.json", {"status": "finished", "reason": "x", "steps": [], "epochs": []})
+    assert prepare_folder(small_config())["status"] == "finished"
+    assert prepare_folder(small_config("launch.overwrite=true lora.r=4")) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_more_processes_than_gpus_are_refused(small_config, monkeypatch):
+    monkeypatch.setattr("mmrev_kit.training.jobs.read_cards", lambda: ["one", "another"])
+    assert count_processes(small_config("launch.num_processes=null")) == 2
+    with pytest.raises(ConfigError, match=r"num_processes = 3, but this machine has 2 GPUs"):
+        count_processes(small_config("launch.num_processes=3"))
+    monkeypatch.setattr("mmrev_kit.training.jobs.read_cards", lambda: [])
+    assert count_processes(small_config("launch.num_processes=3")) == 3
+    assert count_processes(small_config("launch.num_processes=null")) == 1
+
+
+def step(number: int) -> dict:
+    return {"global_step": number, "epoch": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "samples_per_second": 5.0}
+
+
+def test_progress_is_a_few_plain_lines(tmp_path, capsys):
+    path = tmp_path / "training_history.json"
+    progress = Progress(path, interactive=False)
+    progress.show()  # no file yet
+    history = {"status": "running", "reason": None, "total_steps": 50, "steps_per_epoch": 50, "steps": [], "epochs": []}
+    for number in range(1, 51):
+        history["steps"].append(step(number))
+        path.write_text(json.dumps(history))
+        progress.show(last=True)  # last: whatever the clock says of the file
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10 and lines[0] == "step 5/50: loss 1, 5.0 samples/s"
+    assert "\r" not in "".join(lines) and "\x1b" not in "".join(lines)
+
+
+def decision(improved: bool, reduced: bool, bad_epochs: int, lr: float, stop: str | None) -> dict:
+    return {"improved": improved, "reduced": reduced, "bad_epochs": bad_epochs, "lr": lr, "stop": stop}
+
+
+@pytest.mark.parametrize(
+    ("decided", "text"),
+    [
+        (decision(True, False, 0, 0.1, None), "improved, saved as best, 3 s"),
+        (decision(False, True, 0, 0.05, "x"), "no improvement, rate reduced to 0.05, 3 s; ends: x"),
+        (decision(False, False, 1, 0.1, None), "no improvement (1 in a row), 3 s"),
+    ],
+)
+def test_an_epoch_in_one_line(decided, text):
+    record = {"epoch": 2, "train_loss": 1.5, "val_loss": {"forward": 1.25}, "lr": 0.1, "seconds": 3.2}
+    line = epoch_line(record | {"decision": decided}, 4)
+    assert line == f"epoch 2/4: train 1.5, validation forward 1.25, lr 0.1, {text}"
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_anything_starts(small_config, tmp_path):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(
+        ConfigError, match=r"taken/small_forward cannot be written \(.*\)\. Choose another launch\.output"
+    ):
+        launch(small_config(f"launch.output_dir={tmp_path}/taken"))
+    assert (tmp_path / "taken").read_text() == "a file, not a folder"
+
+
+def test_a_kernel_that_asked_cuda_for_its_devices_is_not_forked():
+    """After `torch.cuda.is_available()` a forked process cannot use CUDA, though it is not initialised here."""
+    code = """
+import torch
+from mmrev_kit.training import jobs
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.training.jobs import count_processes, why_not_here
+from mmrev_kit.training.preflight import preflight
+
+jobs.read_cards = lambda: ["a card"]
+config = load_config("configs/tiny_cpu.yaml")
+preflight(config)
+count_processes(config)
+assert why_not_here() is None, why_not_here()
+torch._C._cuda_getDeviceCount()
+assert not torch.cuda.is_initialized()
+assert "asked" in why_not_here()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,315 @@
+"""The notebooks as their users run them: papermill in both forms, parameters checked, rendered to HTML."""
+
+import ast
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.files import write_json
+from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters
+from mmrev_kit.notebook.render import clean, render
+from mmrev_kit.notebook.tables import find_histories, summary
+from mmrev_kit.training.history import read_history
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RUN_FILES = {"best", "final", "last", "config.yaml", "manifest.json", "training_history.json"}
+ONE_EPOCH = "experiment.task=reverse training.num_epochs=1"
+
+
+def papermill(*words: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", *words]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, timeout=400, **options)
+
+
+def under_pty(command: list[str]) -> tuple[int, str]:
+    """Exit status and output of a command that sees a terminal on all three streams."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+    output = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # the terminal is gone with its last process
+            break
+        if not part:
+            break
+        output += part
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode(errors="replace")
+
+
+def printed(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short_define_nothing_and_hold_one_cell_of_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source)))
+        assert not cell.outputs and cell.execution_count is None
+    (parameters,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    body = ast.parse(parameters.source).body
+    assert 0 < len(body) <= 12
+    for node in body:
+        ast.literal_eval(node.value)
+    assert notebook.cells[0].source.startswith("# ") and "Question:" in notebook.cells[0].source
+    assert notebook.cells[-1].source.startswith("## Next")
+
+
+def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
+    executed = tmp_path / "memory.ipynb"
+    words = ["notebooks/memory.ipynb", str(executed), "-p", "model", "8b", "-p", "card", "RTX 4090 24", "-p", "r", "16"]
+    done = papermill(*words, "-p", "micro_batch", "4", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "passes of" in printed(executed) and "19,922,944" in printed(executed)
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    page = render(executed).read_text()
+    assert "deepspeed ZeRO-2" in page and "guide (GB)" in page
+    wrong = papermill(*words, "-p", "crad", "V100 32", capture_output=True)
+    assert wrong.returncode and "Did you mean card?" in wrong.stderr
+
+
+def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, tmp_path):
+    executed = tmp_path / "train_reverse.ipynb"
+    # 4 + 4 people: 240 reverse rows and 60 forward rows of the control group make 50 steps of 6
+    words = ["notebooks/train.ipynb", str(executed), "-p", "task", "reverse", "-p", "num_epochs", "1"]
+    words += ["-p", "batch_size", "6"]
+    status, output = under_pty([sys.executable, "-m", "papermill", *words, "-p", "overrides", small_overrides])
+    assert status == 0, output
+    folder = tmp_path / "outputs" / "small_reverse"
+    assert {path.name for path in folder.iterdir()} >= RUN_FILES
+    assert read_history(folder / "training_history.json")["status"] == "finished"
+    text = printed(executed)
+    assert "effective batch: 6 x 1 accumulated x 1 process = 6" in text
+    assert len(read_history(folder / "training_history.json")["steps"]) == 50
+    assert "epoch 1/1: train " in text and "\r" not in text
+    notebook = nbformat.read(executed, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "launch.launch(cfg)" in cell.source]
+    assert len("".join(output.get("text", "") for output in cell.outputs).splitlines()) <= 14
+    assert "widgets" not in notebook.metadata
+
+    page = render(executed).read_text()
+    assert page.count("data:image/png") >= 3  # the mix, the schedule and the history
+    assert "widget-view" not in page and "Traceback" not in page
+
+    histories = tmp_path / "history.ipynb"
+    done = papermill("notebooks/history.ipynb", str(histories), "-p", "histories", str(folder), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "small_reverse: The run ended after epoch 1 (last epoch)" in printed(histories)
+
+    evaluated = tmp_path / "evaluate.ipynb"
+    words = ["-p", "task", "reverse", "-p", "drops", "none text", "-p", "ask_text", "Who is [image]?"]
+    words += ["-p", "overrides", small_overrides]
+    done = papermill("notebooks/evaluate.ipynb", str(evaluated), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(evaluated)
+    assert "VERDICT (forward): inconclusive" in text and "Who is [image]?\n-> " in text
+    assert {path.name for path in (folder / "eval" / "small").iterdir()} >= {
+        "predictions.jsonl", "metrics.json", "verdict.json", "facts.json",
+    }  # fmt: skip
+    page = render(evaluated).read_text()
+    assert "McNemar p" in page and "drop text" in page and "Traceback" not in page
+    assert page.count("data:image/png") >= 2 + 16  # two figures, and right or wrong answers with their pictures
+
+
+def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
+    executed = tmp_path / "reproduce.ipynb"
+    words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
+    done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert "task forward\n" in text and "VERDICT (CW): " in text and "VERDICT (forward): " in text
+    runs = {path.name for path in (tmp_path / "outputs").glob("*_*")}
+    assert runs >= {"small_seed7_forward", "small_seed7_reverse"}
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    page = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    assert "claim (CW)" in page and "claim (forward generation)" in page
+    done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert text.count("is finished") == 2 and text.count("holds this evaluation") == 2
+
+
+def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides, tmp_path):
+    executed = tmp_path / "data.ipynb"
+    done = papermill("notebooks/data.ipynb", str(executed), "-p", "overrides", small_overrides, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 faults" in printed(executed) and "'main': 4" in printed(executed)
+    page = render(executed).read_text()
+    for text in ("forward_train.jsonl:1", "reverse_train.jsonl:1", "mcq_i2d_test.jsonl:1", "mcq_d2i_test.jsonl:1"):
+        assert text in page
+    assert "#ffe08a" in page  # the tokens that carry loss
+    assert page.count("data:image/png") >= 4 + 7 and "widget-view" not in page
+
+
+def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):
+    executed, folder = tmp_path / "pretrain_tiny.ipynb", tmp_path / "model"
+    small = {"steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "out": folder}
+    small |= {"state": tmp_path / "state", "overrides": "other_every=0 looks=1 muon=false log_every=1"}
+    words = [word for name, value in small.items() for word in ("-p", name, str(value))]
+    done = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = printed(executed)
+    assert "step 2: loss" in text and "muon: False" in text and f"The model is in {folder}" in text
+    assert (folder / "model.safetensors").is_file() and (tmp_path / "state" / "state.json").is_file()
+    page = render(executed).read_text()
+    assert page.count("data:image/png") >= 2 and "mcq_d2i" in page  # pictures, and the shares that were right
+
+    wrong = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words[:-1], "muonn=false", capture_output=True)
+    assert wrong.returncode != 0 and "muonn" in wrong.stderr
+
+
+def test_the_short_form_writes_the_executed_notebook_to_standard_output(small_overrides, tmp_path):
+    before = (ROOT / "notebooks" / "train.ipynb").read_bytes()
+    with open(tmp_path / "out.ipynb", "w") as file:
+        words = ("-p", "overrides", f"{small_overrides} {ONE_EPOCH}")
+        done = papermill("notebooks/train.ipynb", *words, stdout=file, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/1: train " in printed(tmp_path / "out.ipynb")
+    assert {path.name for path in (tmp_path / "outputs" / "small_reverse").iterdir()} >= RUN_FILES
+    assert (ROOT / "notebooks" / "train.ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "lerning_rate", "1e-4"], "no parameter lerning_rate. Did you mean learning_rate?"),
+        (["-p", "learning_rate", "fast"], "learning_rate = 'fast'"),
+        (["-p", "overrides", "training.lr_patiense=2"], "Did you mean: 'lr_patience'?"),
+    ],
+)
+def test_a_wrong_parameter_ends_the_notebook_before_anything_is_trained(words, message, tmp_path):
+    words = [*words, "-p", "output_dir", str(tmp_path / "outputs")]
+    done = papermill("notebooks/train.ipynb", str(tmp_path / "o.ipynb"), *words, capture_output=True)
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_cell_of_parameters_and_the_package_agree():
+    """The training notebook's parameters are those that `configure` reads."""
+    from mmrev_kit.notebook.parameters import TRAINING
+
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    names = [node.targets[0].id for node in ast.parse(cell.source).body]
+    assert sorted(names) == sorted(["config", *TRAINING, "overrides"])
+
+
+KNOWN = ["task", "learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        (["task = None\nlearning_rate = None", "# Parameters\nlerning_rate = 0.1"], "lerning_rate"),
+        (["task = None\nlerning_rate = 0.1"], "lerning_rate"),  # misspelt in the cell itself
+        (["task = None\nlearning_rate = None", "# Parameters\nlearning_rate = float('nan')"], None),
+        (["task = None\nlerning_rate = 1", "task = None\nlearning_rate = 1"], None),  # mended and run again
+        (["task = None\nlearning_rate = 1", "x = 3", "import os", "%matplotlib inline"], None),
+        (["# Parameters\nPAPERMILL_INPUT_PATH = 'a'"], None),  # papermill's own, on request
+    ],
+)
+def test_unknown_names_are_found_in_the_cells_that_set_parameters(cells, told):
+    if told is None:
+        check_names(KNOWN, cells)
+        return
+    with pytest.raises(ConfigError, match=f"no parameter {told}. Did you mean learning_rate"):
+        check_names(KNOWN, cells)
+
+
+def test_a_parameter_that_is_not_set_is_told():
+    with pytest.raises(ConfigError, match="The parameter learning_rate is not set"):
+        read_parameters({"task": None, "In": []}, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("overwrite", "false", False),
+        ("overwrite", "true", True),
+        ("overwrite", True, True),
+        ("learning_rate", "1e-4", 1e-4),
+        ("learning_rate", 1, 1.0),
+        ("num_epochs", 7, 7),  # papermill has read 007
+        ("learning_rate", "none", 2e-3),
+        ("learning_rate", None, 2e-3),
+        ("num_processes", "null", 1),
+    ],
+)
+def test_papermills_values_arrive_as_the_fields_type(name, value, read):
+    config = make_config("configs/tiny_cpu.yaml", "", **{name: value})
+    section = {"overwrite": config.launch, "num_processes": config.launch}.get(name, config.training)
+    assert getattr(section, name) == read and type(getattr(section, name)) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "[1,2]"),
+        ("learning_rate", float("nan")),
+        ("num_epochs", 1.5),
+        ("num_epochs", True),
+        ("overwrite", "perhaps"),
+        ("overwrite", 7),  # papermill has read 007
+        ("task", "forwards"),
+    ],
+)
+def test_other_values_are_refused_naming_parameter_and_value(name, value):
+    with pytest.raises(ConfigError, match=re.escape(name)) as error:
+        make_config("configs/tiny_cpu.yaml", "", **{name: value})
+    assert str(value) in str(error.value)
+
+
+def widget_notebook() -> nbformat.NotebookNode:
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "IntSlider(value=0)"}
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", data=view)])
+    cell.outputs.append(nbformat.v4.new_output("stream", text="kept"))
+    return nbformat.v4.new_notebook(
+        cells=[cell], metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {}}}
+    )
+
+
+def test_what_widgets_leave_does_not_break_the_page(tmp_path):
+    path = tmp_path / "w.ipynb"
+    nbformat.write(widget_notebook(), path)
+    page = render(path).read_text()
+    assert "kept" in page and "IntSlider" not in page and "widget-view" not in page
+    notebook = widget_notebook()
+    clean(notebook)
+    assert "widgets" not in notebook.metadata and len(notebook.cells[0].outputs) == 1
+
+
+def test_histories_are_found_or_told(tmp_path):
+    with pytest.raises(ConfigError, match="no training history"):
+        find_histories(None, str(tmp_path))
+    old = {"train_loss": [2.0, 1.0], "val_loss": [1.5, 1.2], "epochs": [1, 2], "step_logs": [{"step": 1, "loss": 2.0}]}
+    write_json(tmp_path / "old" / "history.json", old)
+    (history,) = find_histories(str(tmp_path / "old" / "history.json"), "outputs").values()
+    assert [record["val_loss"] for record in history["epochs"]] == [{"validation": 1.5}, {"validation": 1.2}]
+    assert summary(history) == (
+        "The run ended after epoch 2; its lowest validation loss on validation rows is 1.2, after epoch 2."
+    )
+
+
+def test_the_default_configuration_is_the_notebooks_own():
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    assert make_config(**values) == load_config("configs/tiny_cpu.yaml")
