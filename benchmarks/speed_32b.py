@@ -31,9 +31,9 @@ from types import SimpleNamespace
 
 import torch
 
-from mmrev_kit.config.project import rng_for
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import Config
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import draw_face, sample_faces
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.prompts import Sample

@@ -1,10 +1,8 @@
-"""Where things are: the project's folder, a run's, an experiment's; seeds; and no secret in any file."""
+"""Where things are: the project's folder, a run's, an experiment's; and no secret in any file."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
 import re
 from pathlib import Path
 
@@ -66,14 +64,3 @@ def run_dir(config: Config) -> Path:
 def experiment_dir(config: Config) -> Path:
     """The experiment's folder: <data dir>/<experiment name>."""
     return resolve(config.data.dir) / config.experiment.name
-
-
-def seed_for(seed: int, *purpose) -> int:
-    """A 63-bit seed that depends on every word of `purpose`; equal inputs give equal seeds on every machine."""
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def rng_for(seed: int, *purpose) -> random.Random:
-    """A random generator of its own for one purpose, so that no draw depends on another."""
-    return random.Random(seed_for(seed, *purpose))

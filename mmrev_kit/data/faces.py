@@ -16,7 +16,7 @@ from importlib import resources
 
 from PIL import Image
 
-from mmrev_kit.config.project import rng_for, seed_for
+from mmrev_kit.config.seeds import rng_for, seed_for
 
 STYLE = "toon-head"
 # Attribute -> value -> how it is drawn: a colour, or the style's name for a part (None: the part is left out).

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mmrev_kit.config.project import rng_for
 from mmrev_kit.config.sections import TASKS, RetentionConfig
+from mmrev_kit.config.seeds import rng_for
 
 
 def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:

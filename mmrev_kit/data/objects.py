@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.pools import MIN_SUBJECTS, Subject, pool_rows, write_pool
 from mmrev_kit.files import fresh_folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.tasks import GROUPS
 
 FORWARD_CONNECTORS = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from mmrev_kit.config.project import rng_for
 from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import credits, draw_face, sample_faces
 from mmrev_kit.data.partners import Rows, connector_split, experiment_rows
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
 from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS, balanced_letters, place_answer
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl

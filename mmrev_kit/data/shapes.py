@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mmrev_kit.config.project import rng_for
 from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS, balanced_letters, place_answer
 from mmrev_kit.data.people import entity_record, write_experiment
 from mmrev_kit.files import fresh_folder

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 
 EXACT_LIMIT = 2**16  # up to so many sign flips or assignments all are gone through; beyond, some are drawn
 TOLERANCE = 1e-9  # equal sums added in another order may differ by rounding; they count as equal

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data import tasks
 from mmrev_kit.evaluation import metrics, statistics
 

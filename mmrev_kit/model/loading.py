@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, resolve, seed_for
+from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.model.bases import base_fingerprint, check_base, is_random, model_folder
 from mmrev_kit.model.fused import fuse

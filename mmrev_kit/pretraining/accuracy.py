@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.pools import MAX_NAMED
 from mmrev_kit.pretraining.model import answer_logits, pack, shapes_of
 from mmrev_kit.pretraining.pictures import SIZE, Pictures, make_pictures

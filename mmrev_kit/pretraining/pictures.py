@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy
 
-from mmrev_kit.config.project import rng_for, seed_for
+from mmrev_kit.config.seeds import rng_for, seed_for
 from mmrev_kit.data.faces import BACKGROUNDS as FACE_BACKGROUNDS
 from mmrev_kit.data.faces import VALUES, draw_face, share_of
 from mmrev_kit.data.objects import BACKGROUNDS, FAMILIES, draw_object

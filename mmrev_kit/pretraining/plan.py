@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.pools import MAX_NAMED
 from mmrev_kit.pretraining.questions import Sampler, place_answers
 from mmrev_kit.pretraining.text import Block, Lexicon, assemble

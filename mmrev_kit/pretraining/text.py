@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from mmrev_kit.config.project import rng_for
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, phrases
 from mmrev_kit.data.objects import FAMILIES
 from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS

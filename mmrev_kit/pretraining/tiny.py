@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, rng_for
+from mmrev_kit.config.project import EMBEDDED_MODEL
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import describe, sample_faces
 from mmrev_kit.data.objects import FAMILIES
 from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS

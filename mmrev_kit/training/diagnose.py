@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch
 from mmrev_kit.model.fused import fuse, unfuse

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir, seed_for
+from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
 from mmrev_kit.data.mixing import Plan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample

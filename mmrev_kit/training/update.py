@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 
-from mmrev_kit.config.project import seed_for
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch, from_labels
 from mmrev_kit.model.fused import takes_wanted

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mmrev_kit.config import reading as module
-from mmrev_kit.config.project import effective_batch, experiment_dir, project_root, resolve, rng_for, run_dir, seed_for
+from mmrev_kit.config.project import effective_batch, experiment_dir, project_root, resolve, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
 from mmrev_kit.config.sections import (
     Config,
@@ -18,6 +18,7 @@ from mmrev_kit.config.sections import (
     RetentionWeights,
     TrainingConfig,
 )
+from mmrev_kit.config.seeds import rng_for, seed_for
 from mmrev_kit.training.scheduler import warnings_for
 
 ROOT = Path(__file__).resolve().parents[2]

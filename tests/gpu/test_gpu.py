@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmrev_kit.config.project import run_dir, seed_for
+from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.model import fused, kernels

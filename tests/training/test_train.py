@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrev_kit.config import project
 from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.tasks import build_prompt
 from mmrev_kit.model.loading import add_adapter, load_base, trainable
@@ -257,7 +257,7 @@ def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state,
 def test_equal_seeds_give_equal_adapters_and_other_seeds_others(small_config):
     def weights(seed: int) -> torch.Tensor:
         config = small_config(f"experiment.seed={seed}")
-        torch.manual_seed(project.seed_for(seed, "adapter"))
+        torch.manual_seed(seed_for(seed, "adapter"))
         return torch.cat([p.detach().flatten() for p in trainable(add_adapter(load_base(config, CPU), config))])
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
