@@ -10,16 +10,16 @@ READY := .venv/ready-$(basename $(TORCH))
 .PHONY: run train evaluate reproduce test lint lab
 
 run: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook train -p task forward $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
 
 train: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook train -p task $(TASK) $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook train -p task $(TASK) $(ARGS)
 
 evaluate: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook evaluate -p task $(TASK) $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook evaluate -p task $(TASK) $(ARGS)
 
 reproduce: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook reproduce $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -20,7 +20,7 @@ from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, is_random
 from mmrev_kit.model.loading import compute_dtype, load_adapter, load_base, make_encoder
 from mmrev_kit.model.scoring import generate, score_options
-from mmrev_kit.training.processes import place
+from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
 TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
@@ -180,7 +180,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         adapter: a folder with an adapter, or None for the base model.
         drops: from `DROPS`.
     """
-    with place(Path(folder)) as state:
+    with worker_state(Path(folder)) as state:
         model = load_base(config, state.device)
         if adapter:
             model = load_adapter(model, Path(adapter), config)

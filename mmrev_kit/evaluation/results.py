@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmrev_kit import files
-from mmrev_kit.config.project import resolve
+from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data import tasks
 from mmrev_kit.data.tasks import TITLES
@@ -123,9 +123,9 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
     Raises:
         ConfigError: a named path holds no evaluation.
     """
-    experiment, found = config.experiment.name, {}
+    experiment, found = experiment_dir(config).name, {}
     for task in ("forward", "reverse"):
-        name = f"{experiment}_{task}"
+        name = f"{config.experiment.name}_{task}"
         folder = resolve(config.launch.output_dir) / name / "eval" / experiment
         if (folder / "facts.json").is_file():  # written last: a broken evaluation has none
             found[name] = read_evaluation(folder, name)

@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from mmrev_kit import files
+from mmrev_kit import __version__, files
 from mmrev_kit.config.project import project_root, run_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.bases import base_fingerprint
@@ -222,8 +222,9 @@ def write_manifest(run) -> None:
     import torch
 
     device = run.state.device
+    versions = {name: version(name) for name in PACKAGES}
     facts = {
-        "versions": {name: version(name) for name in ("mmrev-kit", *PACKAGES)} | {"python": platform.python_version()},
+        "versions": versions | {"mmrev-kit": __version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
         **identity(run),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -65,28 +64,6 @@ def read_cards() -> list[Card]:
         gib = float(total) / 1024, float(free) / 1024
         cards.append(Card(name, (int(major), int(minor)), *gib, driver, holders.get(uuid, [])))
     return cards
-
-
-def ask_in_fork(question) -> str:
-    """The answer of a function, called in a forked process: what it does to its process stays there.
-
-    torch marks a process that asks CUDA anything, were it only what it was built for: those forked from it afterwards
-    cannot use CUDA.
-    """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads; this one does one thing and ends
-        child = os.fork()
-    if child == 0:
-        try:
-            os.write(writing, str(question()).encode())
-        finally:  # whatever happens, this copy of the process must not go on
-            os._exit(0)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as answer:
-        text = answer.read()
-    os.waitpid(child, 0)
-    return text
 
 
 def has_kernels(capability: tuple[int, int], build: list[str]) -> bool:
@@ -181,7 +158,7 @@ def preflight(
     if cards is None:
         cards = read_cards()
     if build is None:
-        build = ask_in_fork(getattr(torch._C, "_cuda_getArchFlags", str)).split()
+        build = getattr(torch._C, "_cuda_getArchFlags", str)().split()
     if shared_gib is None and SHARED.is_dir():
         shared_gib = shutil.disk_usage(SHARED).free / 2**30
     found = Preflight()

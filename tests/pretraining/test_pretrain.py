@@ -18,7 +18,7 @@ from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.tasks import Row
-from mmrev_kit.pretraining import __main__, accuracy, run, state
+from mmrev_kit.pretraining import accuracy, command, run, state
 from mmrev_kit.pretraining.model import Optimizer, answer_logits, losses_of, orthogonal, pack, patches_of, shapes_of
 from mmrev_kit.pretraining.pictures import (  # fmt: skip
     ICONS,
@@ -498,7 +498,7 @@ def test_plans_scale_and_other_sizes_take_turns(source):
 
 
 def test_the_command_line_reads_every_field():
-    recipe, given = __main__.read_arguments(["--minutes", "0.5", "--no-muon", "--num-faces", "30", "--state", "s"])
+    recipe, given = command.read_arguments(["--minutes", "0.5", "--no-muon", "--num-faces", "30", "--state", "s"])
     assert recipe == Recipe(minutes=0.5, muon=False, num_faces=30) and (given.state, given.out) == ("s", None)
     with pytest.raises(ConfigError):
         Recipe(prompts=2)
