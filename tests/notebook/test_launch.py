@@ -3,18 +3,26 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import mmrev_kit
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.make import ensure_data
 from mmrev_kit.files import write_json
-from mmrev_kit.notebook.launch import launch
+from mmrev_kit.model import features
+from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.notebook.progress import Progress, epoch_line
+from mmrev_kit.training import checkpoints, loop, preflight
 from mmrev_kit.training.history import prepare_folder, read_history
-from mmrev_kit.training.jobs import count_processes
+from mmrev_kit.training.jobs import count_processes, job_environment
 from mmrev_kit.training.update import TrainingError
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +62,7 @@ def test_what_the_kernel_has_imported_or_computed_does_not_matter(small_override
     code = """
 import sys
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.notebook.launch import launch
+from mmrev_kit.notebook.launch import evaluate, launch
 {first}
 for number in range({times}):
     config = load_config("configs/tiny_cpu.yaml", {overrides!r} + f" launch.output_dir={folder}/{{number}}")
@@ -88,6 +96,42 @@ def test_a_workers_error_reaches_the_caller_and_the_history(small_config, small_
         launch(config)
     (error,) = run_dir(config).glob("error_rank*.txt")
     assert error.name == "error_rank0.txt"
+
+
+def test_the_cores_are_dealt_out_among_the_workers(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert job_environment(4)["OMP_NUM_THREADS"] == "16" and job_environment(100)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in job_environment(1)  # one process may have them all
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert job_environment(4)["OMP_NUM_THREADS"] == "3"  # the user's
+
+
+def test_the_kit_runs_from_its_folder_without_being_installed(small_config, monkeypatch):
+    """No metadata of it is asked for, neither before the weights are loaded nor in the manifest."""
+
+    def version(name: str) -> str:
+        if name.startswith("mmrev"):
+            raise PackageNotFoundError(name)
+        return metadata.version(name)
+
+    for module in (checkpoints, preflight, features):
+        monkeypatch.setattr(module, "version", version)
+    config = small_config("training.num_epochs=1 training.batch_size=64 retention.retention_ratio=0")
+    preflight.preflight(config)
+    state = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    loop.train(config, state)
+    manifest = json.loads((run_dir(config) / "manifest.json").read_text())
+    assert manifest["versions"]["mmrev-kit"] == mmrev_kit.__version__ == metadata.version("mmrev-kit")
+
+
+def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path):
+    before = sorted(path.name for path in small_data.rglob("*"))
+    config = small_config(f"experiment.name=other data.folder={small_data}/small {HALF} training.batch_size=64")
+    assert ensure_data(config)[0] == f"found {small_data}/small"
+    assert launch(config)["status"] == "finished" and run_dir(config) == tmp_path / "outputs" / "other_reverse"
+    assert evaluate(config) == tmp_path / "outputs" / "other_reverse" / "eval" / "small"
+    assert sorted(path.name for path in small_data.rglob("*")) == before
 
 
 def test_overwrite_replaces_the_kits_own_files_only(small_config):
