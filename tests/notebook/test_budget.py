@@ -4,6 +4,7 @@ import pytest
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.memory.plan import MARGIN
 from mmrev_kit.notebook import budget
 
 LARGE = "configs/config_qwen3vl32_fp16.yaml"
@@ -18,9 +19,9 @@ def test_the_bars_add_up_to_what_the_card_shows(config):
     found, plan = budget.budget(config, "32b", "V100 32", micro_batch=8)
     for one in found.values():
         assert sum(budget.grouped(one).values()) == pytest.approx(one.device_gib)
-    assert plan.fits and found["as planned"].device_gib <= plan.room_gib
+    assert plan.fits and found["as planned"].device_gib <= plan.card_gib * (1 - MARGIN)
     assert found["without checkpointing"].device_gib > 2 * found["as set"].device_gib
-    figure = budget.budget_figure(found, "V100 32", plan.margin)
+    figure = budget.budget_figure(found, "V100 32")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert any("does not fit" in text for text in texts) and len(figure.axes[0].containers) == len(budget.GROUPS) + 1
 
@@ -53,9 +54,6 @@ def test_the_guides_table_stands_beside_the_arithmetic(config):
     assert table["estimate (GB)"]["LoRA"] == pytest.approx(0.0797, abs=1e-4)  # 19,922,944 x 4 B
     assert table["estimate (GB)"]["optimizer"] == pytest.approx(0.1594, abs=1e-4)
     assert table["estimate (GB)"].iloc[:-1].sum() == pytest.approx(table["estimate (GB)"]["sum"])
-    text = "\n".join(budget.corrections(config))
-    for words in ("19,922,944", "80 MB", "159 MB is r 16", "0.08 + 0.16 GB", "784 visual tokens", "INT4", "6e-05"):
-        assert words in text
 
 
 def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatch):
