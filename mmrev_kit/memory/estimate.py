@@ -194,8 +194,8 @@ def adapter_components(
     found = [Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word)]
     if phase == "evaluation":
         return found
-    how = f"{optimizer}, {OPTIMIZERS[optimizer].states} states a number"
     size = optimizer_bytes(tensors, optimizer)
+    how = f"{optimizer}, {OPTIMIZERS[optimizer].states} states a number"
     found.append(Component("optimizer states", size, how, "training.optimizer=adamw_8bit"))
     if accumulates or phase == "optimizer step":
         found.append(Component("gradients", 4 * count, "4 B a trainable number", word))
