@@ -56,9 +56,6 @@ def heaviest_updates(updates: Sequence[list[Sample]], count: int = EXAMINED) -> 
 
 def padded_updates(lengths: Sequence[tuple[int, int, int]], size: int) -> Splitter:
     """The splitter of updates of `size` rows, side by side, that are known by (tokens, answer, visual tokens)."""
-    for tokens, answer, visual in lengths:
-        if tokens < 1 or answer < 0 or visual < 0 or answer + visual > tokens:
-            raise ConfigError(f"a row of {tokens} tokens, {answer} answer and {visual} visual tokens: no such row.")
     samples = [Sample(None, range(tokens), tokens - answer, 0, visual) for tokens, answer, visual in lengths]
 
     def split(limit: int) -> list[list[MicroBatch]]:
@@ -204,9 +201,11 @@ def refusal(found: Estimate, card_gib: float, name: str, what: str = "training")
     needed = found.allocated_gib + found.context_gib
     if needed <= card_gib:
         return None
-    most, change = found.costliest(), found.costliest_to_change()
+    most = max(found.components, key=lambda one: one.size)
+    changeable = [one for one in found.components if one.setting.startswith(("memory.", "training.", "lora."))]
+    change = max(changeable, key=lambda one: one.size)  # without another model
     advice = f"Change {most.setting}" if most.setting else "Choose a smaller model"
-    if change and change is not most:
+    if change is not most:
         advice += f", or {change.setting} ({change.name}: {change.gib:.2f} GiB)"
     return (
         f"{name}: {what} needs {needed:.1f} GiB and the card has {card_gib:.1f}. {most.name} takes most: "
