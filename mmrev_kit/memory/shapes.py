@@ -14,15 +14,16 @@ PUBLISHED = ("2b", "4b", "8b", "32b")
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The sizes of a Qwen3-VL that memory depends on; `v_` are those of the vision tower."""
+    """The sizes of a Qwen3-VL that memory depends on: of the language model under transformers' names (so that what
+    takes its text configuration takes these, too), of the vision tower as `v_`."""
 
-    hidden: int
-    inter: int
-    layers: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
     head_dim: int
-    vocab: int
     tied: bool
     v_depth: int
     v_hidden: int
@@ -35,82 +36,75 @@ class ModelShapes:
 
     @property
     def query(self) -> int:
-        return self.heads * self.head_dim
+        return self.num_attention_heads * self.head_dim
 
     @property
     def key(self) -> int:
-        return self.kv_heads * self.head_dim
+        return self.num_key_value_heads * self.head_dim
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear layer of a decoder layer."""
-        h, f = self.hidden, self.inter
+        h, f = self.hidden_size, self.intermediate_size
         found = {"q_proj": (h, self.query), "k_proj": (h, self.key), "v_proj": (h, self.key), "o_proj": (self.query, h)}
         return found | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
     def vision_linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of every linear layer of the vision tower."""
         h, f, wide = self.v_hidden, self.v_inter, self.v_hidden * self.v_merge
-        merger = [(wide, wide), (wide, self.hidden)]
+        merger = [(wide, wide), (wide, self.hidden_size)]
         return [(h, 3 * h), (h, h), (h, f), (f, h)] * self.v_depth + merger * (1 + self.v_deepstack)
 
 
-TEXT_FIELDS = {
-    "hidden": "hidden_size", "inter": "intermediate_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocab": "vocab_size",
-}  # fmt: skip
+TEXT_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 VISION_FIELDS = {
     "v_depth": "depth", "v_hidden": "hidden_size", "v_inter": "intermediate_size",
     "v_positions": "num_position_embeddings",
 }  # fmt: skip
 
 
-def _whole(section: dict, key: str, where: str, default: int | None = None) -> int:
-    value = section.get(key, default)
-    if value is None:
-        raise ConfigError(f"{where} has no {key}, which the memory estimate needs.")
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{where}: {key} = {value!r}: must be a whole number above 0.")
-    return value
-
-
-def read_shapes(source, name: str | None = None) -> ModelShapes:
-    """The shapes of a model.
+def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
+    """The shapes of a model, from its JSON file or the folder that holds one.
 
     Args:
-        source: a configuration as a dict or a transformers config object, or the path of its JSON file or of the
-            folder that holds one.
+        name: how messages call it; None: as the file or the folder is called.
 
     Raises:
         ConfigError: no such file, another kind of model, a field that is missing, or a size that is not positive.
     """
-    if isinstance(source, str | Path):
-        path = resolve(source)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
-        name = name or (path.parent.name if path.name == "config.json" else path.stem)
-        source = json.loads(path.read_text(encoding="utf-8"))
-    values = source if isinstance(source, dict) else source.to_dict()
-    name = name or "model"
+    path = resolve(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
+    name = name or (path.parent.name if path.name == "config.json" else path.stem)
+    values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("model_type") != "qwen3_vl":
         raise ConfigError(f"{name}: model_type = {values.get('model_type')!r}; the estimate knows qwen3_vl.")
-    sections = [values.get("text_config"), values.get("vision_config")]
-    for section, key in zip(sections, ("text_config", "vision_config"), strict=True):
-        if not isinstance(section, dict):
-            raise ConfigError(f"{name} has no {key}, which the memory estimate needs.")
-    text, vision = sections
-    found = {ours: _whole(text, key, f"{name}: text_config") for ours, key in TEXT_FIELDS.items()}
-    found |= {ours: _whole(vision, key, f"{name}: vision_config") for ours, key in VISION_FIELDS.items()}
-    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden"] // found["heads"])
-    side, where = _whole(vision, "patch_size", f"{name}: vision_config"), f"{name}: vision_config"
-    frames, merge = _whole(vision, "temporal_patch_size", where, 2), _whole(vision, "spatial_merge_size", where, 2)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(values.get(part), dict):
+            raise ConfigError(f"{name} has no {part}, which the memory estimate needs.")
+
+    def number(part: str, key: str, default: int | None = None) -> int:
+        value = values[part].get(key, default)
+        if value is None:
+            raise ConfigError(f"{name}: {part} has no {key}, which the memory estimate needs.")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"{name}: {part}: {key} = {value!r}: must be a whole number above 0.")
+        return value
+
+    text, vision = "text_config", "vision_config"
+    sizes = {key: number(text, key) for key in TEXT_FIELDS}
+    sizes |= {ours: number(vision, key) for ours, key in VISION_FIELDS.items()}
+    patch = number(vision, "in_channels", 3) * number(vision, "temporal_patch_size", 2)
+    tied = values.get("tie_word_embeddings", values[text].get("tie_word_embeddings", False))
     return ModelShapes(
-        **found,
-        head_dim=head_dim,
-        tied=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        v_patch_values=_whole(vision, "in_channels", where, 3) * frames * side * side,
-        v_merge=merge**2,
-        v_deepstack=len(vision.get("deepstack_visual_indexes") or ()),
+        **sizes,
+        head_dim=number(text, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),
+        tied=bool(tied),
+        v_patch_values=patch * number(vision, "patch_size") ** 2,
+        v_merge=number(vision, "spatial_merge_size", 2) ** 2,
+        v_deepstack=len(values[vision].get("deepstack_visual_indexes") or ()),
         name=name,
     )
 

@@ -1,7 +1,7 @@
-"""One update and one validation: the arithmetic that every split of the work must agree on.
+"""One update and one validation: the arithmetic that every split into micro-batches and processes must agree on.
 
 Gradients are summed over processes once an update, after all its samples have been through: the result depends on
-neither the micro-batch nor the number of processes, and a process without rows in a last, partial window takes part
+neither the micro-batch nor the number of processes, and a process without rows in a last, smaller update takes part
 with zeros.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+
+import torch
 
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
@@ -39,8 +41,6 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
     Raises:
         TrainingError: a sample has no answer token.
     """
-    import torch
-
     if isinstance(batch, dict):
         batch = from_labels(batch, device)
     counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
@@ -59,8 +59,6 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
 
 
 def _sum_over_processes(run, values: list[float]) -> list[float]:
-    import torch
-
     total = torch.tensor(values, dtype=torch.float64, device=run.state.device)
     if run.state.num_processes > 1:
         torch.distributed.all_reduce(total)
@@ -68,9 +66,7 @@ def _sum_over_processes(run, values: list[float]) -> list[float]:
 
 
 def _sum_gradients(run) -> None:
-    """Add up the gradients of all processes; a process that had no row in this window adds zeros."""
-    import torch
-
+    """Add up the gradients of all processes; a process that had no row in this update adds zeros."""
     parameters = run.parameters
     for parameter in parameters:
         if parameter.grad is None:
@@ -94,9 +90,9 @@ def accumulate(run, samples: list[Sample]) -> float:
     """
     losses, tokens, logits = [], 0, 0
     for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
-        found = sample_losses(run.model, batch, run.state.device, run.dtype)
-        run.scaler.scale(found.sum() / len(samples)).backward()
-        losses.append(found.detach())  # read at the end: the next batch is made while the GPU works on this one
+        batch_losses = sample_losses(run.model, batch, run.state.device, run.dtype)
+        run.scaler.scale(batch_losses.sum() / len(samples)).backward()
+        losses.append(batch_losses.detach())  # read at the end: the next batch is made while the GPU works on this one
         tokens, logits = tokens + batch.tokens, logits + len(batch.target)
     _sum_gradients(run)
     total = sum(part.double().sum().item() for part in losses)
@@ -117,8 +113,6 @@ def update(run, samples: list[Sample]) -> dict:
     Raises:
         TrainingError: a loss or gradient that is not finite (in fp16: `MAX_SKIPPED` updates in a row).
     """
-    import torch
-
     began, step = time.perf_counter(), run.progress["global_step"]
     torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, run.state.process_index))
     rate = run.schedule.lr_at(step)
@@ -144,8 +138,6 @@ def update(run, samples: list[Sample]) -> dict:
 
 def validate(run) -> dict[str, float]:
     """The mean loss of the validation rows of each source, each row counted once over all processes."""
-    import torch
-
     run.model.eval()
     totals = []
     with torch.no_grad():
