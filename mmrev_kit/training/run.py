@@ -12,9 +12,9 @@ from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
-from mmrev_kit.data.mixing import Plan, make_plan
+from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.data.rows import RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
 from mmrev_kit.memory.plan import Plan as MemoryPlan
 from mmrev_kit.memory.plan import settle_memory
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
@@ -41,7 +41,7 @@ class Task:
     encoder: Encoder
     train: dict[str, list[Sample]]
     val: dict[str, list[Sample]]
-    plan: Plan
+    plan: MixingPlan
 
 
 def prepare(config: Config) -> Task:
@@ -63,17 +63,19 @@ def prepare(config: Config) -> Task:
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
         encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
+    mixed = uses_retention(config)
     plan = make_plan(
         {source: len(samples) for source, samples in encoded["train"].items()},
         {source: len(samples) for source, samples in encoded["pools"].items()},
-        config.retention if uses_retention(config) else None,
+        source_weights(config.retention) if mixed else {},
+        config.retention.retention_ratio if mixed else 0.0,
         config.experiment.seed,
         config.training.num_epochs,
     )
     return Task(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
 
 
-def steps_per_epoch(config: Config, plan: Plan, num_processes: int) -> int:
+def steps_per_epoch(config: Config, plan: MixingPlan, num_processes: int) -> int:
     """Optimizer steps an epoch; the last one may hold fewer samples."""
     return math.ceil(plan.rows_per_epoch / effective_batch(config, num_processes))
 
