@@ -1,7 +1,7 @@
 """The mix of an epoch: which rows of which sources it holds, exact to the row, the same for any number of processes.
 
-Usable alone. An epoch holds every row of the tasks to be learned and, so that the model does not forget what it could
-before, a share of retention rows from pools of other material:
+Usable alone. An epoch holds every row of the tasks and, so that the model does not forget what it could do before, a
+share of retention rows from pools of other material:
 
     plan = make_plan({"task": 700}, {"news": 5000, "web": 90}, {"news": 2, "web": 1}, ratio=0.3, seed=0, epochs=10)
     for source, index in plan.epoch_rows(0):  # 700 of task, 200 of news, 100 of web, shuffled
@@ -59,9 +59,7 @@ class MixingPlan:
 
     Attributes:
         tasks: the sources that are tasks; the others are retention pools.
-        sizes: rows there are, by source.
-        counts: rows an epoch takes, by source.
-        asked: the share of an epoch that was asked for, by source.
+        sizes, counts, asked: rows there are, rows an epoch takes, and the share of an epoch asked for, by source.
         epochs: number of epochs planned.
     """
 
@@ -134,17 +132,14 @@ def make_plan(
             each of their rows once.
 
     Raises:
-        ValueError: there are no task rows, a retention source that should give rows has none, or a ratio, weight,
-            name or count that cannot be.
+        ValueError: there are no task rows, a pool that should give rows has none, or a number cannot be.
     """
     taken = dict(tasks) | dict(counts or {})
     for source, count in taken.items():
         there = tasks.get(source)
         if there is None or source in pools or count < there or (count and not there):
-            raise ValueError(
-                f"{count} rows of {source} an epoch, of {there}: it must be a task, no pool, and give each row once or "
-                "more."
-            )
+            rule = "it must be a task, no pool, and give each row once or more"
+            raise ValueError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
     if not 0 <= ratio < 1 or any(weight < 0 for weight in weights.values()):
         raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
     n_task = sum(taken.values())
@@ -152,17 +147,15 @@ def make_plan(
         raise ValueError("There are no task rows to train on. Make the experiment's data again.")
     exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
     n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
-    if n_retention and not any(weights.values()):
-        raise ValueError(f"retention_ratio = {ratio}, but no pool has a share: every weight is 0.")
-    drawn = {source: count for source, count in apportion(n_retention, weights).items() if n_retention}
+    used = {source: weight for source, weight in weights.items() if weight and n_retention}
+    drawn = apportion(n_retention, used)
     for source, count in drawn.items():
         if count and not pools.get(source):
             raise ValueError(
                 f"retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
                 "Make the pool, set its weight to 0, or set retention_ratio to 0."
             )
-    drawn = {source: count for source, count in drawn.items() if weights[source]}
     asked = {source: (1 - ratio) * count / n_task for source, count in taken.items()}
-    asked |= {source: ratio * weights[source] / sum(weights.values()) for source in drawn}
-    sizes = dict(tasks) | {source: pools.get(source, 0) for source in drawn}
+    asked |= {source: ratio * weight / sum(used.values()) for source, weight in used.items()}
+    sizes = dict(tasks) | {source: pools.get(source, 0) for source in used}
     return MixingPlan(tuple(tasks), sizes, taken | drawn, asked, seed, epochs)

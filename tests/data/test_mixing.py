@@ -301,26 +301,18 @@ def test_another_seed_is_another_order():
 
 
 FIRST_VERSION = {
-    # tasks, rows of the face and object pools, ratio, weights, face_share, seed: SHA-256 (16 digits) of four epochs
+    # tasks, rows of the face and object pools, ratio, weights, face_share, seed: SHA-256
     "recipe": ({"forward": 300}, {"face": 900}, 0.3, (1, 1, 1), 1.0, 0, "dd3efbd6d8266cba"),
-    "two pools": (
-        {"reverse": 240, "forward": 60},
-        {"face": 70, "object": 50},
-        0.3,
-        (1, 1, 1),
-        0.5,
-        0,
-        "c1f2c39280e2d976",
-    ),
+    "halves": ({"reverse": 240, "forward": 60}, {"face": 70, "object": 50}, 0.3, (1, 1, 1), 0.5, 0, "c1f2c39280e2d976"),
     "weights": ({"forward": 97}, {"face": 23, "object": 31}, 0.42, (3, 2, 1), 0.75, 7, "3b7008f1a84fa7f2"),
     "no cw": (
         {"forward": 50, "reverse": 41},
-        {"face": 11, "object": 200},
+        {"face": 11, "object": 99},
         0.6,
         (0, 1, 2.5),
         0.35,
-        123,
-        "c0da95a1806db63a",
+        1,
+        "dfa8beb78f72a0e8",
     ),
     "objects": ({"reverse": 33}, {"face": 5, "object": 8}, 0.2, (0.5, 0.25, 0.25), 0.0, 1, "40ebd1706bc56c5f"),
     "a tie": ({"forward": 5}, {"face": 40, "object": 40}, 0.3, (1, 1, 1), 0.5, 2, "0660116da7c33b78"),
