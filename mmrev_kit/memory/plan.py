@@ -309,9 +309,9 @@ def card_memory(config: Config, device) -> float | None:
 
 def read_sizes(config: Config) -> ModelShapes:
     """The sizes of the configured model."""
-    if is_random(config):
+    if is_random(config.model.name):
         return read_shapes(config.model.name)
-    return read_shapes(model_folder(config, weights=False), config.model.name)
+    return read_shapes(model_folder(config.model.name, config.model.revision, weights=False), config.model.name)
 
 
 def settle_memory(config: Config, windows, samples: list[Sample], image_id: int, state) -> tuple[Config, Plan | None]:

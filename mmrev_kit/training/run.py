@@ -18,10 +18,18 @@ from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_we
 from mmrev_kit.memory.plan import Plan as MemoryPlan
 from mmrev_kit.memory.plan import settle_memory
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
-from mmrev_kit.model.features import build_features, drop_tower
-from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
+from mmrev_kit.model.features import build_features
+from mmrev_kit.model.loading import (
+    adapter_arguments,
+    add_adapter,
+    base_arguments,
+    load_base,
+    torch_dtype,
+    trainable,
+)
 from mmrev_kit.model.packing import gather_images, image_key
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.processor import make_encoder
+from mmrev_kit.model.qwen3vl import drop_tower, text_config
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
@@ -136,7 +144,7 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     if config.memory.cache_features and reason is None:
         features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
         drop_tower(model)
-    additive = core_model(model).config.text_config._attn_implementation == "eager"
+    additive = text_config(model)._attn_implementation == "eager"
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
@@ -164,10 +172,11 @@ def start(config: Config, state) -> Run:
     if state.num_processes > 1:
         check_agreement(config, task.data.files)
     config, memory = plan_memory(config, task, state)
-    base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
+    base = load_base(**base_arguments(config, state.device))
+    dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
-    model = add_adapter(base, config)
+    model = add_adapter(base, **adapter_arguments(config))
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     run = Run(
         config=config,

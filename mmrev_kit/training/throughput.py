@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from mmrev_kit.memory.layers import Recipe
 from mmrev_kit.model.packing import layer_weights
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.qwen3vl import text_config
 
 SIDE, PRODUCTS = 8192, 12
 
@@ -55,7 +55,7 @@ def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
     tokens, logits = run.computed
     share = None
     if run.matrix_rate:
-        text = core_model(run.model).config.text_config
+        text = text_config(run.model)
         again = Recipe.of(run.config).recomputed(text.num_hidden_layers) / text.num_hidden_layers
         done = work(text, tokens, logits, again, run.config.lora.target_modules)
         share = done / seconds / run.matrix_rate / run.state.num_processes
