@@ -2,9 +2,9 @@
 
 `python benchmarks/memory_cells.py` measures, for each model, micro-batches of 1, 4 and 16 x checkpointing on and off x
 logits at all positions or at the answers x vision features cached or not x rows packed or not, and prints a table in
-Markdown with the card and the versions; passes that run out of memory have a row, too. A cell is two updates of one
-pass each. Rows are forward rows of one image (448 x 448: 196 visual tokens), 36 text and 9 answer tokens; packed, an
-image has eight of them.
+Markdown with the card and the versions; micro-batches that run out of memory have a row, too. A cell is two updates of
+one micro-batch each. Rows are forward rows of one image (448 x 448: 196 visual tokens), 36 text and 9 answer tokens;
+packed, an image has eight of them.
 
 `--models mmrev_kit/assets/tiny/config.json --image-size 64` runs the whole program on a CPU, where nothing is measured.
 """
@@ -26,11 +26,10 @@ import torch
 from speed_32b import Bench, forward_samples
 
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.memory.estimate import MOMENTS, estimate
-from mmrev_kit.memory.layers import Recipe
-from mmrev_kit.memory.plan import passes_of, text_sizes
-from mmrev_kit.memory.shapes import PUBLISHED, as_shapes
-from mmrev_kit.model.batches import Batcher
+from mmrev_kit.memory.estimate import PHASES, estimate
+from mmrev_kit.memory.plan import with_memory
+from mmrev_kit.memory.shapes import PUBLISHED
+from mmrev_kit.model.batches import GPU_MULTIPLE, Batcher, lay_out, shares
 from mmrev_kit.model.features import build_features
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, torch_dtype, trainable
 from mmrev_kit.model.packing import Layout, attention_scale
@@ -38,14 +37,14 @@ from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.qwen3vl import core_model, drop_tower
 from mmrev_kit.training.update import sample_losses
 
-GIB, IMAGES, PACKED_ROWS, MULTIPLE = 2**30, 16, 8, 8
+GIB, IMAGES, PACKED_ROWS = 2**30, 16, 8
 HEAD = "| model | micro-batch | checkpointing | logits | vision | rows | tokens | predicted | allocated | error "
 HEAD += "| reserved, predicted | reserved | error |"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run a pass; `micro` counts rows, or images of `PACKED_ROWS` rows where they are packed."""
+    """One way to run a micro-batch; `micro` counts rows, or images of `PACKED_ROWS` rows where they are packed."""
 
     micro: int
     checkpointing: bool
@@ -64,7 +63,7 @@ class Cell:
 
 
 def cells(micro: list[int], cached: bool) -> list[Cell]:
-    """The cells with or without the cache, small passes first."""
+    """The cells with or without the cache, small micro-batches first."""
     found = itertools.product(micro, (False, True), (True, False), (True, False))
     return [Cell(size, checks, answers, cached, packed) for size, packed, checks, answers in found]
 
@@ -80,7 +79,7 @@ def all_logits_loss(model, batch, device, dtype):
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels)
 
 
-def settle(bench: Bench, cell: Cell) -> None:
+def make_ready(bench: Bench, cell: Cell) -> None:
     """The model as the cell wants it, and a clean allocator."""
     core = core_model(bench.model)
     if cell.checkpointing:
@@ -97,7 +96,7 @@ def settle(bench: Bench, cell: Cell) -> None:
 
 def measure(bench: Bench, cell: Cell, samples: list, batcher: Batcher) -> tuple[float, float] | None:
     """GiB allocated and reserved at the peak of two updates; None where memory ran out; zeros on a CPU."""
-    settle(bench, cell)
+    make_ready(bench, cell)
     parameters, device, dtype = trainable(bench.model), bench.state.device, bench.dtype
     optimizer = torch.optim.AdamW(parameters, 1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -124,21 +123,17 @@ def measure(bench: Bench, cell: Cell, samples: list, batcher: Batcher) -> tuple[
 
 def line(bench: Bench, cell: Cell, model: str, samples: list) -> str:
     """One row of the table."""
-    config = replace(bench.config, training=replace(bench.config.training, packing="shared_prefix"))
-    if not cell.packed:
-        config = replace(config, training=replace(config.training, packing="none"))
-    shapes, limit = as_shapes(config.model.name), 1 << 30  # one pass, whatever its size
-    layout = Layout(config.training.packing, limit, attention_scale(text_sizes(shapes)), MULTIPLE)
+    packing, whole = "shared_prefix" if cell.packed else "none", 1 << 30  # one micro-batch, whatever its size
+    layout = Layout(packing, whole, attention_scale(bench.core.config.text_config), GPU_MULTIPLE)
     batcher = Batcher(layout, bench.encoder, bench.features if cell.cached else None, bench.state.device)
-    (passes,) = passes_of([samples], config, shapes, bench.encoder.image_id, 1, limit)
-    recipe = replace(
-        Recipe.of(config), checkpointing=cell.checkpointing, cached=cell.cached, answer_logits=cell.answer_logits,
-        accumulates=len(passes) > 1,
-    )  # fmt: skip
-    moments = tuple(moment for moment in MOMENTS if not (cell.cached and moment == "vision tower"))
-    wanted = estimate(config, shapes, passes, 1, recipe, moments)
+    (one,) = lay_out(shares(samples, packing, bench.encoder.image_id, 1)[0], layout)
+    if not cell.answer_logits:
+        one = replace(one, logits=one.tokens)
+    config = with_memory(bench.config, gradient_checkpointing=cell.checkpointing, cache_features=cell.cached)
+    phases = tuple(phase for phase in PHASES if not (cell.cached and phase == "vision tower"))
+    wanted = estimate(config, config.model.name, [one], accumulates=False, phases=phases)
     found = measure(bench, cell, samples, batcher)
-    words = [model, *cell.words(), f"{sum(one.tokens for one in passes):,}", f"{wanted.allocated_gib:.2f}"]
+    words = [model, *cell.words(), f"{one.tokens:,}", f"{wanted.allocated_gib:.2f}"]
     if found is None:
         words += ["out of memory", "", f"{wanted.reserved_gib:.2f}", "", ""]
     elif not bench.cuda:

@@ -25,6 +25,7 @@ import json
 import platform
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +39,7 @@ from mmrev_kit.data.faces import draw_face, sample_faces
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.data.tasks import Row
-from mmrev_kit.memory.layers import Recipe
-from mmrev_kit.memory.plan import passes_of, plan, read_sizes
+from mmrev_kit.memory.plan import configured_shapes, plan, split_updates
 from mmrev_kit.model.batches import Batcher, make_layout
 from mmrev_kit.model.features import build_features
 from mmrev_kit.model.fused import fuse, unfuse
@@ -55,7 +55,7 @@ from mmrev_kit.model.loading import (
 from mmrev_kit.model.packing import gather_images, image_key
 from mmrev_kit.model.qwen3vl import core_model, drop_tower
 from mmrev_kit.training.run import Run, prepare
-from mmrev_kit.training.throughput import matrix_rate, peak_memory_gib, work
+from mmrev_kit.training.throughput import flops, measure_peak_flops, peak_memory_gib
 from mmrev_kit.training.update import chunks, update
 
 GIB = 2**30
@@ -71,7 +71,7 @@ class Bench:
     model: object
     dtype: object
     encoder: object
-    rate: float | None
+    peak_flops: float | None
     deadline: float
     gib: float = 0.0
     features: object = None
@@ -138,19 +138,19 @@ def result(
     found |= {"updates": updates, "seconds": seconds, "tokens/s": tokens / seconds}
     found["peak GiB"] = peak_memory_gib(bench.state.device)
     found["reserved GiB"] = torch.cuda.max_memory_reserved() / GIB if bench.cuda else None
-    for key, again in (("share", recompute), ("share without recomputation", 0.0)):
-        done = work(text, tokens, logits, again, bench.config.lora.target_modules)
-        found[key] = done / seconds / bench.rate if bench.rate else None
+    for key, again in (("mfu", recompute), ("mfu without recomputation", 0.0)):
+        done = flops(text, tokens, logits, again, bench.config.lora.target_modules)
+        found[key] = done / seconds / bench.peak_flops if bench.peak_flops else None
     print(json.dumps(found), flush=True)
     return found
 
 
-def library_recipe(bench: Bench, name: str, samples: list[Sample], micro: int, passes: int, accumulate: int) -> dict:
-    """Batches through the library's own path with all logits: `passes` timed forward and backward passes."""
+def library_recipe(bench: Bench, name: str, samples: list[Sample], micro: int, count: int, accumulate: int) -> dict:
+    """Batches through the library's own path with all logits: `count` timed micro-batches."""
     optimizer = torch.optim.AdamW(trainable(bench.model), 1e-4)
     scaler = torch.amp.GradScaler(bench.state.device.type, enabled=bench.dtype == torch.float16)
     parts = chunks(samples, micro)
-    parts, tokens, rows, began = (parts * (1 + (passes + 1) // len(parts)))[: passes + 1], 0, 0, 0.0
+    parts, tokens, rows, began = (parts * (1 + (count + 1) // len(parts)))[: count + 1], 0, 0, 0.0
     for part in parts:
         bench.encoder.collate(part)  # pictures are read and scaled beforehand, as a loader's own processes would do
     clean(bench)
@@ -175,10 +175,10 @@ def library_recipe(bench: Bench, name: str, samples: list[Sample], micro: int, p
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     optimizer.zero_grad(set_to_none=True)
-    return result(bench, name, rows, seconds, tokens, tokens, passes // accumulate)
+    return result(bench, name, rows, seconds, tokens, tokens, count // accumulate)
 
 
-def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
+def others(bench: Bench, samples: list[Sample], count: int) -> list[dict]:
     """The guide's and the careful recipe, on the library's own modules and without the kit's hooks."""
     core, found = bench.core, []
     visual, language = core.model.visual, core.model.language_model
@@ -192,7 +192,7 @@ def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
     small = {name: p for name, p in core.named_parameters() if p.dtype == torch.float16 and not p.requires_grad}
     bench.model.train()
     try:
-        found.append(library_recipe(bench, "careful (8 x 1)", samples, 8, passes, 1))
+        found.append(library_recipe(bench, "careful (8 x 1)", samples, 8, count, 1))
         kept = {name: p.data.cpu() for name, p in small.items()}
         for p in small.values():
             p.data = p.data.float()
@@ -209,8 +209,8 @@ def others(bench: Bench, samples: list[Sample], passes: int) -> list[dict]:
     return found
 
 
-def kit_recipe(bench: Bench, name: str, windows: list[list[Sample]], **options) -> dict | None:
-    """The kit's own update, once to warm up and then on every further window; None where time or memory is short."""
+def kit_recipe(bench: Bench, name: str, updates: list[list[Sample]], **options) -> dict | None:
+    """The kit's own update, once to warm up and then on every further one; None where time or memory is short."""
     if time.perf_counter() > bench.deadline:
         print(f"{name}: no time left", flush=True)
         return None
@@ -230,36 +230,36 @@ def kit_recipe(bench: Bench, name: str, windows: list[list[Sample]], **options) 
         schedule=SimpleNamespace(lr_at=lambda step: 1e-4),
         history=None,
         batcher=Batcher(layout, bench.encoder, bench.features, bench.state.device),
-        matrix_rate=bench.rate,
+        peak_flops=bench.peak_flops,
     )
     bench.model.train()
     clean(bench)
     began, tokens, logits = 0.0, 0, 0
     try:
-        for number, window in enumerate(windows):
+        for number, samples in enumerate(updates):
             if number == 1:
                 began = time.perf_counter()
-            update(run, window)  # reads its loss: nothing is left running
+            update(run, samples)  # reads its loss: nothing is left running
             if number:
                 tokens, logits = tokens + run.computed[0], logits + run.computed[1]
     except torch.OutOfMemoryError:
         print(json.dumps({"recipe": name, "out of memory": True}), flush=True)
         return None
-    seconds, rows = time.perf_counter() - began, sum(map(len, windows[1:]))
-    again = Recipe.of(config).recomputed(layers) / layers
-    return result(bench, name, rows, seconds, tokens, logits, len(windows) - 1, again)
+    seconds, rows = time.perf_counter() - began, sum(map(len, updates[1:]))
+    again = config.memory.recomputed_layers(layers) / layers
+    return result(bench, name, rows, seconds, tokens, logits, len(updates) - 1, again)
 
 
-def planned(bench: Bench, windows: list[list[Sample]]) -> tuple[dict, str]:
+def planned(bench: Bench, updates: list[list[Sample]]) -> tuple[dict, str]:
     """What a run would choose for this card, or for the cap that it is under; and that in words."""
-    shapes, image_id = read_sizes(bench.config), bench.encoder.image_id
-    found = plan(
-        bench.config, bench.gib, 1, shapes, lambda limit: passes_of(windows, bench.config, shapes, image_id, 1, limit)
-    )
+    shapes, image_id = configured_shapes(bench.config), bench.encoder.image_id
+    split = partial(split_updates, updates, bench.config, shapes, image_id, 1)
+    found = plan(bench.config, bench.gib, 1, shapes, split)
     memory = found.apply(bench.config).memory
     settings = {name: getattr(memory, name) for name in ("micro_tokens", "gradient_checkpointing", "kept_layers")}
-    kept = memory.kept_layers if memory.gradient_checkpointing else shapes.layers
-    return settings, f"as planned: passes of {memory.micro_tokens:,} tokens, {kept} of {shapes.layers} layers kept"
+    layers = shapes.num_hidden_layers
+    kept = memory.kept_layers if memory.gradient_checkpointing else layers
+    return settings, f"as planned: passes of {memory.micro_tokens:,} tokens, {kept} of {layers} layers kept"
 
 
 def by_image(bench: Bench, samples: list[Sample]) -> list[Sample]:
@@ -267,7 +267,7 @@ def by_image(bench: Bench, samples: list[Sample]) -> list[Sample]:
     return gather_images(samples, lambda s: s.row.source, lambda s: image_key(s, bench.encoder.image_id))
 
 
-def forward_windows(samples: list[Sample], images: int, rows: int, count: int) -> list[list[Sample]]:
+def forward_updates(samples: list[Sample], images: int, rows: int, count: int) -> list[list[Sample]]:
     """`count` updates of `rows` rows of each of `images` images."""
     whole = images * rows
     return [(samples * count)[start : start + whole] for start in range(0, whole * count, whole)]
@@ -278,10 +278,10 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
     shuffled = list(forward)
     rng_for(0, "order").shuffle(shuffled)
     count, found = (7 if bench.cuda else 2), {"1": [], "2": []}
-    four, alone = forward_windows(forward, 4, 15, count), chunks(shuffled, 64)[:count]
+    four, alone = forward_updates(forward, 4, 15, count), chunks(shuffled, 64)[:count]
     groupings = {"batch": chunks(mixed, 64)[:count], "epoch": chunks(by_image(bench, mixed), 64)[:count]}
     if not note:  # kernels are made, and read for each shape of product, when they are first needed
-        first = [window for windows in (four, alone, *groupings.values()) for window in windows[:3]]
+        first = [samples for updates in (four, alone, *groupings.values()) for samples in updates[:3]]
         for tokens in (4096, 8192):
             kit_recipe(bench, "first updates, not in the table", first, micro_tokens=tokens)
     if "1" in parts:
@@ -291,35 +291,34 @@ def kit_recipes(bench: Bench, forward: list[Sample], mixed: list[Sample], parts:
             kit_recipe(bench, f"{name}{note}", alone, micro_tokens=4096),
         ]
         if not note:
-            many = forward_windows(forward, 16, 15, 2)
+            many = forward_updates(forward, 16, 15, 2)
             found["1"] += [
                 kit_recipe(bench, f"{name}, one pass", alone, micro_tokens=8192),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 8,192 tokens", many, micro_tokens=8192),
                 kit_recipe(bench, "kit, 16 images x 15 rows, passes of 16,384 tokens", many, micro_tokens=16384),
             ]
     if "2" in parts:
-        for name, windows in groupings.items():
+        for name, updates in groupings.items():
             for tokens in (4096,) if note else (4096, 8192):
                 label = f"kit, grouping {name}, passes of {tokens:,} tokens{note}"
-                found["2"].append(kit_recipe(bench, label, windows, micro_tokens=tokens))
+                found["2"].append(kit_recipe(bench, label, updates, micro_tokens=tokens))
             if bench.cuda:
-                options, words = planned(bench, windows)
-                found["2"].append(kit_recipe(bench, f"kit, grouping {name}, {words}{note}", windows, **options))
+                options, words = planned(bench, updates)
+                found["2"].append(kit_recipe(bench, f"kit, grouping {name}, {words}{note}", updates, **options))
     return {part: [line for line in lines if line] for part, lines in found.items()}
 
 
 def table(lines: list[dict]) -> str:
     """A Markdown table; ratios are to the guide's and to the careful recipe of the same part."""
     base = {line["recipe"].split()[0]: line["samples/s"] for line in reversed(lines)}
-    head = "| recipe | samples/s | x guide | x careful | tokens/s | peak GiB (reserved) | matrix rate, recomputation "
+    head = "| recipe | samples/s | x guide | x careful | tokens/s | peak GiB (reserved) | MFU, recomputation "
     text = [head + "counted (not counted) |", "|---|---|---|---|---|---|---|"]
     for line in lines:
         ratios = [f"{line['samples/s'] / base[name]:.1f}" if name in base else "" for name in ("guide", "careful")]
         reserved = f" ({line['reserved GiB']:.2f})" if line["reserved GiB"] else ""
-        shares = [line["share"], line["share without recomputation"]]
-        share = "{:.1%} ({:.1%})".format(*shares) if shares[0] else ""
+        mfu = f"{line['mfu']:.1%} ({line['mfu without recomputation']:.1%})" if line["mfu"] else ""
         cells = [line["recipe"], f"{line['samples/s']:.2f}", *ratios, f"{line['tokens/s']:,.0f}"]
-        text.append(f"| {' | '.join(cells)} | {line['peak GiB']:.2f}{reserved} | {share} |")
+        text.append(f"| {' | '.join(cells)} | {line['peak GiB']:.2f}{reserved} | {mfu} |")
     return "\n".join(text)
 
 
@@ -331,12 +330,12 @@ def build(given) -> Bench:
     print("\n".join(ensure_data(config)), flush=True)
     task, began = prepare(config), time.perf_counter()
     dtype = torch_dtype(config.quantization.compute_dtype, device)
-    rate = matrix_rate(device, dtype)
+    peak_flops = measure_peak_flops(device, dtype)
     model = add_adapter(load_base(**base_arguments(config, device)), **adapter_arguments(config))
     for parameter in trainable(model):  # LoRA's B starts at zero, where a backward pass has less to do
         torch.nn.init.normal_(parameter, std=0.01)
     print(f"built in {time.perf_counter() - began:.0f} s", flush=True)
-    bench = Bench(config, state, model, dtype, task.encoder, rate, time.perf_counter() + given.seconds)
+    bench = Bench(config, state, model, dtype, task.encoder, peak_flops, time.perf_counter() + given.seconds)
     rows = [row for epoch in range(2) for row in task.plan.epoch_rows(epoch)]
     bench.rows = [task.train[source][index] for source, index in rows]
     return bench
@@ -359,7 +358,7 @@ def main() -> None:
     forward = forward_samples(bench, Path(given.data) / f"speed_images{given.image_size}", 20, 15)
     card = torch.cuda.get_device_name() if given.cuda else platform.machine() + " CPU"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    rate = f"; {bench.rate / 1e12:.0f} TFLOP/s in fp16 products of 8192 x 8192" if bench.rate else ""
+    peak = f"; {bench.peak_flops / 1e12:.0f} TFLOP/s in fp16 products of 8192 x 8192" if bench.peak_flops else ""
     lines: dict[str, list[dict]] = {"1": [], "2": []}
     shuffled = list(forward)
     rng_for(0, "order").shuffle(shuffled)
@@ -380,7 +379,7 @@ def main() -> None:
         capped = kit_recipes(bench, forward, bench.rows, parts, f", under {given.cap_gib:g} GiB")
         for part, found in capped.items():
             lines[part] += found
-    text = f"{card}{rate}. {versions}.\n"
+    text = f"{card}{peak}. {versions}.\n"
     for part, title in (("1", "Forward rows"), ("2", "The mix of a whole experiment")):
         text += f"\n{title}\n\n{table(lines[part])}\n" if lines[part] else ""
     print("\n" + text)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from mmrev_kit.config.optimizers import OPTIMIZERS
+
 TASKS = ("forward", "reverse")
 
 
@@ -171,7 +173,7 @@ class TrainingConfig:
         )  # fmt: skip
         self.packing = self.packing or "none"  # the word none is no value in YAML files and overrides; here it is one
         words = {
-            "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+            "optimizer": tuple(OPTIMIZERS),
             "packing": ("none", "block", "shared_prefix"),
             "grouping": ("batch", "epoch"),
         }
@@ -204,6 +206,10 @@ class MemoryConfig:
         limits = {"kept_layers": (0, math.inf), "micro_tokens": (1, math.inf), "gpu_gib": (0.1, math.inf)}
         _check_numbers("memory", self, limits)
         _require(self.plan in ("auto", "off"), "memory.plan", self.plan, "must be auto or off")
+
+    def recomputed_layers(self, layers: int) -> int:
+        """How many of `layers` decoder layers are computed again in the backward pass: the first so many."""
+        return max(0, layers - self.kept_layers) if self.gradient_checkpointing else 0
 
 
 @dataclass

@@ -1,27 +1,38 @@
 """How much memory a run needs, from shapes alone: arithmetic, no weights, no GPU.
 
 `estimate` adds up what stays on a card for the whole run (weights, adapter, optimizer) and what comes and goes with a
-pass, at the moment when most of it is there at once. The moments are: the backward pass of the last decoder layer
+micro-batch, in the phase when most of it is there at once. The phases are: the backward pass of the last decoder layer
 (everything saved for the others is still there), the loss (logits), the optimizer's step, and the vision tower.
-The bytes of a layer are those that autograd saves in transformers' Qwen3-VL, PEFT's LoRA and bitsandbytes' Linear4bit;
-`tests/test_memory.py` compares them with the tensors that autograd really saves, and the totals with measured runs.
-All sizes are in bytes until the table, which is in GiB.
+The bytes of a layer are those that autograd saves in the kit's layers and in bitsandbytes' Linear4bit;
+`tests/memory/test_memory.py` compares them with the tensors that autograd really saves, and the totals with measured
+runs. All sizes are in bytes until the table, which is in GiB.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
+from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.memory.layers import Pass, Recipe, activations, largest_linear, logits_bytes, prefill_bytes, vision_bytes
+from mmrev_kit.memory.layers import (
+    activations,
+    largest_linear,
+    logits_bytes,
+    prefill_bytes,
+    tower_width,
+    vision_bytes,
+    width,
+)
 from mmrev_kit.memory.shapes import ModelShapes, as_shapes, visual_tokens
+from mmrev_kit.model.micro_batch import MicroBatch
 
 GIB = 2**30
 MIB = 2**20
 BLOCK, NESTED = 64, 256  # weights per constant of NF4, constants per constant of the double quantization
 MIN_8BIT, MIN_PAGED = 4096, 100_000  # bitsandbytes: smaller tensors keep fp32 states; smaller ones are not paged
-MOMENTS = ("last layer", "loss", "optimizer step", "vision tower")
+PHASES = ("last layer", "loss", "optimizer step", "vision tower")
 WORKSPACE = 2 * 32 * MIB  # cuBLAS: one workspace a thread that multiplies, forward and backward
 CONTEXT_GIB, NCCL_GIB = 0.76, 0.4  # of a process on a card, outside PyTorch's allocator: measured on an H100
 # What the allocator holds beyond what is in use, with segments that grow; fitted to the cells of configs/README.md.
@@ -29,7 +40,7 @@ SLACK_STATIC, SLACK_MOVING = 0.02, 0.04
 
 
 @dataclass(frozen=True)
-class Row:
+class Component:
     """One component: its bytes, how they come about, and the setting that changes them."""
 
     name: str
@@ -44,24 +55,26 @@ class Row:
 
 @dataclass
 class Estimate:
-    """The components at the moment of the peak.
+    """The components in the phase of the peak.
 
     Attributes:
-        moment: which moment that is.
-        moments: {moment: GiB allocated}.
+        phase: which phase that is.
+        peaks: {phase: GiB allocated}.
+        static_gib: what of it is there during the whole run.
         context_gib: what the process takes on the card outside PyTorch's allocator.
+        micro_batch: the costliest one, of which this is the memory.
     """
 
-    rows: list[Row]
-    moment: str
-    moments: dict[str, float]
+    components: list[Component]
+    phase: str
+    peaks: dict[str, float]
     static_gib: float
     context_gib: float
-    pass_: Pass
+    micro_batch: MicroBatch
 
     @property
     def allocated_gib(self) -> float:
-        return sum(row.gib for row in self.rows)
+        return sum(component.gib for component in self.components)
 
     @property
     def reserved_gib(self) -> float:
@@ -77,22 +90,22 @@ class Estimate:
     def device_gib(self) -> float:
         return self.reserved_gib + self.context_gib
 
-    def costliest(self) -> Row:
-        return max(self.rows, key=lambda row: row.size)
+    def costliest(self) -> Component:
+        return max(self.components, key=lambda component: component.size)
 
-    def costliest_to_change(self) -> Row:
+    def costliest_to_change(self) -> Component:
         """The largest component that a setting makes smaller without another model."""
-        found = [row for row in self.rows if row.setting.startswith(("memory.", "training.", "lora."))]
-        return max(found, key=lambda row: row.size)
+        starts = "memory.", "training.", "lora."
+        return max((one for one in self.components if one.setting.startswith(starts)), key=lambda one: one.size)
 
     def table(self):
         """A pandas DataFrame: component, GiB, formula, setting; then the totals."""
         import pandas
 
-        lines = [(row.name, row.gib, row.formula, row.setting) for row in self.rows]
+        lines = [(one.name, one.gib, one.formula, one.setting) for one in self.components]
         rate = f"{SLACK_STATIC:.0%} of what stays, {SLACK_MOVING:.0%} of what comes and goes"
         lines += [
-            ("= allocated", self.allocated_gib, f"the sum, at the peak: {self.moment}", ""),
+            ("= allocated", self.allocated_gib, f"the sum, at the peak: {self.phase}", ""),
             ("allocator slack", self.slack_gib, rate, ""),
             ("= reserved", self.reserved_gib, "what PyTorch holds", ""),
             ("CUDA context", self.context_gib, "kernels and handles of one process", ""),
@@ -116,115 +129,120 @@ def lora_tensors(shapes: ModelShapes, r: int, targets: list[str]) -> list[int]:
     unknown = [name for name in targets if name not in linears]
     if unknown:
         raise ConfigError(f"lora.target_modules: the language model has no {', '.join(unknown)}.")
-    return [r * side for name in targets for side in linears[name]] * shapes.layers
+    return [r * side for name in targets for side in linears[name]] * shapes.num_hidden_layers
 
 
-def optimizer_bytes(tensors: list[int], optimizer: str) -> float:
-    """Two states a number: fp32, or 8 bit with an fp32 constant per 256 numbers; paged ones are not on the card."""
-    if optimizer == "adamw":
-        return 8 * sum(tensors)
-    total = 2 * 1024  # the tables of the two 8-bit codes
+def optimizer_bytes(tensors: list[int], optimizer: str, paged_too: bool = False) -> int:
+    """The states of an optimizer for trained tensors of so many numbers: fp32, or 8 bit with an fp32 constant per 256
+    numbers; those that are paged are not on the card, and count only with `paged_too`.
+
+    Raises:
+        ConfigError: an optimizer that is not in `OPTIMIZERS`, whose states nobody has counted.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"training.optimizer = {optimizer!r}: the estimate knows {', '.join(OPTIMIZERS)}.")
+    kind = OPTIMIZERS[optimizer]
+    if kind.bits == 32:
+        return 4 * kind.states * sum(tensors)
+    total = 1024 * kind.states  # the tables of the 8-bit codes
     for count in tensors:
-        if count >= MIN_PAGED and optimizer == "paged_adamw_8bit":
+        if kind.paged and count >= MIN_PAGED and not paged_too:
             continue
-        total += 8 * count if count < MIN_8BIT else 2 * count + 8 * math.ceil(count / 256)
+        total += kind.states * (4 * count if count < MIN_8BIT else count + 4 * math.ceil(count / 256))
     return total
 
 
-def weight_rows(shapes: ModelShapes, config: Config, recipe: Recipe, tower: bool) -> list[Row]:
+def weight_components(shapes: ModelShapes, config: Config, tower: bool) -> list[Component]:
     """What the frozen model takes."""
-    quantization, four = config.quantization, config.quantization.bits == 4
+    double, four, w = config.quantization.double_quant, config.quantization.bits == 4, width(config)
     word = f"model.name (now {shapes.name})" if four else f"quantization.bits=4, or model.name (now {shapes.name})"
 
     def linear(shape):
-        return nf4_bytes(shape, quantization.double_quant) if four else recipe.width * shape[0] * shape[1]
+        return nf4_bytes(shape, double) if four else w * shape[0] * shape[1]
 
-    text = shapes.layers * sum(linear(shape) for shape in shapes.linears().values())
-    norms = shapes.layers * (2 * shapes.hidden + 2 * shapes.head_dim) + shapes.hidden
-    table = shapes.vocab * shapes.hidden
-    rest = recipe.rest_width * (norms + table * (1 if shapes.tied else 2))
-    how = (
-        "0.5 B a weight + 1 B a 64 weights + 4 B a 16,384" if quantization.double_quant else "0.5 B + 4 B a 64 weights"
-    )
-    rows = [
-        Row("decoder weights", text, how if four else f"{recipe.width} B a weight", word),
-        Row(
-            "embedding, head, norms", rest,
-            f"{recipe.rest_width} B x ({table:,} x {1 if shapes.tied else 2} + norms)", word,
+    layers, h = shapes.num_hidden_layers, shapes.hidden_size
+    text = layers * sum(linear(shape) for shape in shapes.linears().values())
+    norms = layers * (2 * h + 2 * shapes.head_dim) + h
+    table, tables = shapes.vocab_size * h, 1 if shapes.tied else 2
+    nf4 = "0.5 B a weight + 1 B a 64 weights + 4 B a 16,384" if double else "0.5 B + 4 B a 64 weights"
+    found = [
+        Component("decoder weights", text, nf4 if four else f"{w} B a weight", word),
+        Component(
+            "embedding, head, norms", w * (norms + table * tables), f"{w} B x ({table:,} x {tables} + norms)", word
         ),
-    ]  # fmt: skip
+    ]
     if tower:
-        h, merge = shapes.v_hidden, shapes.v_merge
-        small = sum(outputs for _, outputs in shapes.vision_linears()) + 4 * h * shapes.v_depth
-        small += 2 * h * (1 + merge * shapes.v_deepstack)
-        small += h * (shapes.v_patch_values + 1) + shapes.v_positions * h
-        size = sum(linear(shape) for shape in shapes.vision_linears()) + recipe.rest_width * small
-        rows.append(Row("vision tower", size, "its weights as above, its patch embedding and biases in 16 bit",
-                        "memory.cache_features=true takes it off the card"))  # fmt: skip
-    return rows
+        v, merge = shapes.v_hidden, shapes.v_merge
+        small = sum(outputs for _, outputs in shapes.vision_linears()) + 4 * v * shapes.v_depth
+        small += 2 * v * (1 + merge * shapes.v_deepstack)
+        small += v * (shapes.v_patch_values + 1) + shapes.v_positions * v
+        size = sum(linear(shape) for shape in shapes.vision_linears()) + w * small
+        how = "its weights as above, its patch embedding and biases in 16 bit"
+        found.append(Component("vision tower", size, how, "memory.cache_features=true takes it off the card"))
+    return found
 
 
-def adapter_rows(shapes: ModelShapes, config: Config, recipe: Recipe, processes: int, moment: str) -> list[Row]:
+def adapter_components(
+    shapes: ModelShapes, config: Config, processes: int, accumulates: bool, phase: str
+) -> list[Component]:
     """Adapter, optimizer and gradients, and what an optimizer step adds."""
+    if phase == "vision tower" and config.memory.cache_features:  # features are made before there is an adapter
+        return []
     tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
     count, optimizer = sum(tensors), config.training.optimizer
     word = f"lora.r (now {config.lora.r})"
-    if moment == "evaluation":
-        return [Row("LoRA adapter", 4 * count, f"4 B x {count:,}", word)]
-    rows = [
-        Row("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word),
-        Row("optimizer states", optimizer_bytes(tensors, optimizer), f"{optimizer}, two states a number",
-            "training.optimizer=adamw_8bit"),
-    ]  # fmt: skip
-    if moment == "vision tower" and recipe.cached:  # features are made before there is an adapter
-        return []
-    if recipe.accumulates or moment == "optimizer step":
-        rows.append(Row("gradients", 4 * count, "4 B a trainable number", word))
-    if recipe.width < 4 and not recipe.fused and moment != "optimizer step":
-        copies = min(shapes.layers, 1 + shapes.layers - recipe.recomputed(shapes.layers))
-        size = recipe.width * count * copies / shapes.layers
-        rows.append(Row("16-bit copies of LoRA", size, "autocast casts each once and keeps it for backward", word))
-    if moment == "optimizer step":
+    found = [Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word)]
+    if phase == "evaluation":
+        return found
+    size = optimizer_bytes(tensors, optimizer)
+    how = f"{optimizer}, {OPTIMIZERS[optimizer].states} states a number"
+    found.append(Component("optimizer states", size, how, "training.optimizer=adamw_8bit"))
+    if accumulates or phase == "optimizer step":
+        found.append(Component("gradients", 4 * count, "4 B a trainable number", word))
+    if phase == "optimizer step":
         bucket = 4 * count if processes > 1 else 0
-        rows.append(Row("step", 4 * count + bucket, "4 B for AdamW's temporaries, 4 B for the summed gradients", word))
-    return rows
+        how = "4 B for the optimizer's temporaries, 4 B for the summed gradients"
+        found.append(Component("step", 4 * count + bucket, how, word))
+    return found
 
 
-def moving_rows(shapes: ModelShapes, config: Config, recipe: Recipe, one: Pass, moment: str) -> list[Row]:
-    """What comes and goes with a pass, at one moment of it."""
-    found, word = activations(shapes, config.lora, recipe, one), "memory.micro_tokens"
-    each = (1 + shapes.v_deepstack) * shapes.hidden * (recipe.width if recipe.cached else recipe.tower_out)
-    states = 0 if recipe.cached else recipe.tower_out * shapes.v_merge * shapes.v_hidden
-    features = one.visual * (each + states) if recipe.cached or moment != "vision tower" else 0
-    pixels = 0 if recipe.cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
-    inputs = one.tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
-    rows = [
-        Row("vision features", features, f"{each + states:,.0f} B x {one.visual:,} visual tokens: "
-            f"{1 + shapes.v_deepstack} x hidden{', and the last states of the tower' if states else ''}", word),
-        Row("inputs", inputs, "ids, positions, the mask (1 B a pair of tokens); pixels without the cache", word),
+def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phase: str) -> list[Component]:
+    """What comes and goes with a micro-batch, in one phase of it."""
+    found, word, cached = activations(shapes, config, one), "memory.micro_tokens", config.memory.cache_features
+    out, tokens, layers = tower_width(config), one.tokens, shapes.num_hidden_layers
+    visual = (1 + shapes.v_deepstack) * shapes.hidden_size * (width(config) if cached else out)
+    visual += 0 if cached else out * shapes.v_merge * shapes.v_hidden
+    pixels = 0 if cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
+    inputs = tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
+    again = config.memory.recomputed_layers(layers)
+    kept = layers - again
+    setting = "memory.kept_layers" if config.memory.gradient_checkpointing else "memory.gradient_checkpointing=true"
+    states = "" if cached else ", and the last states of the tower"
+    components = [
+        Component("vision features", one.visual * visual, f"{visual:,.0f} B x {one.visual:,} visual tokens: "
+            f"{1 + shapes.v_deepstack} x hidden{states}", word),
+        Component("inputs", inputs, "ids, positions, the mask (1 B a pair of tokens); pixels without the cache", word),
+        Component("layer inputs", found.inputs * again / layers,
+            f"4 B x hidden x {again} layers x {tokens:,} tokens", word),
+        Component("saved activations", found.saved * kept,
+            f"{found.saved / tokens:,.0f} B a token and layer x {tokens:,} x {kept}", setting),
+        Component("rounding of blocks", kept * sum(map(unsplit, found.tensors)),
+            "a block's rest below 1 MiB is not split off", word),
     ]  # fmt: skip
-    again = recipe.recomputed(shapes.layers)
-    kept = shapes.layers - again
-    how = f"{recipe.residual} B x hidden x {again} layers x {one.tokens:,} tokens"
-    rows.append(Row("layer inputs", found.inputs * again / shapes.layers, how, word))
-    how = f"{found.saved / one.tokens:,.0f} B a token and layer x {one.tokens:,} x {kept}"
-    setting = "memory.kept_layers" if recipe.checkpointing else "memory.gradient_checkpointing=true"
-    rows.append(Row("saved activations", found.saved * kept, how, setting))
-    waste = kept * sum(map(unsplit, found.tensors))
-    rows.append(Row("rounding of blocks", waste, "a block's rest below 1 MiB is not split off", word))
-    if moment == "last layer":
-        if not kept:
-            how = f"{found.once / one.tokens:,.0f} B a token x {one.tokens:,}, of one layer at a time"
-            rows.append(Row("recomputed layer", found.once, how, word))
-        weight = largest_linear(shapes, recipe) if config.quantization.bits == 4 else 0
-        name, size, weight = max(found.moments(weight), key=lambda item: item[1] + item[2])
-        rows.append(Row("gradients of activations", size, f"in {name} of the last layer", word))
-        rows.append(Row("16-bit weight", weight, "one weight at a time is turned to 16 bit for its product", ""))
-    if moment == "loss":
-        size, how = logits_bytes(shapes, recipe, one)
-        setting = "memory.micro_tokens" if recipe.answer_logits else "logits for answer tokens only"
-        rows.append(Row("logits", size, how, setting))
-    return rows
+    if phase == "loss":
+        return [*components, Component("logits", *logits_bytes(shapes, one), word)]
+    if not kept:
+        how = f"{found.once / tokens:,.0f} B a token x {tokens:,}, of one layer at a time"
+        components.append(Component("recomputed layer", found.once, how, word))
+    peaks = found.backward_peaks(largest_linear(shapes, config))
+    name, size, weight = max(peaks, key=lambda peak: peak[1] + peak[2])
+    components.append(Component("gradients of activations", size, f"in {name} of the last layer", word))
+    components.append(weight_in_16_bit(weight))
+    return components
+
+
+def weight_in_16_bit(size: float) -> Component:
+    return Component("16-bit weight", size, "one weight at a time is turned to 16 bit for its product", "")
 
 
 def unsplit(size: float) -> float:
@@ -239,64 +257,65 @@ def unsplit(size: float) -> float:
 
 
 def estimate(
-    config: Config, model_config=None, passes: list[Pass] | None = None, processes: int = 1,
-    recipe: Recipe | None = None, moments: tuple[str, ...] = MOMENTS,
+    config: Config, model_config=None, micro_batches: list[MicroBatch] | None = None, processes: int = 1,
+    accumulates: bool = True, phases: tuple[str, ...] = PHASES,
 ) -> Estimate:  # fmt: skip
     """Memory of a training run on one card, by component.
 
     Args:
         model_config: anything that `read_shapes` takes, or `ModelShapes`; None for the configured model.
-        passes: the passes of the run; the costliest counts. None: the largest that the configuration allows.
+        micro_batches: those of the run; the costliest counts. None: the largest that the configuration allows.
         processes: one a card.
-        recipe: how the passes are run; None for the kit's own way with this configuration.
-        moments: those that count, of `MOMENTS`.
+        accumulates: whether gradients of an earlier micro-batch of the same update are there.
+        phases: those that count, of `PHASES`.
 
     Raises:
-        ConfigError: see `read_shapes`; sizes that are not positive.
+        ConfigError: see `read_shapes`; sizes that are not positive; an optimizer that is not known.
     """
     shapes = as_shapes(model_config if model_config is not None else config.model.name)
     if processes < 1:
         raise ConfigError(f"launch.num_processes = {processes}: must be a number from 1.")
-    recipe = recipe or Recipe.of(config)
-    passes = passes or [largest_pass(config, shapes)]
-    for one in passes:
+    micro_batches = micro_batches or [largest_micro_batch(config, shapes)]
+    for one in micro_batches:
         one.check()
+    static = partial(_static, shapes, config, processes, accumulates)
+
+    def components(one: MicroBatch, phase: str) -> list[Component]:
+        moving = []
+        if phase in ("last layer", "loss"):
+            moving = moving_components(shapes, config, one, phase)
+        if phase == "vision tower":
+            moving = [Component("vision activations", *vision_bytes(shapes, config, one), "model.max_pixels")]
+        return _present(static(phase) + moving)
+
+    peaks = {one: {phase: _gib(components(one, phase)) for phase in phases} for one in dict.fromkeys(micro_batches)}
+    costliest = max(peaks, key=lambda one: max(peaks[one].values()))
+    phase = max(peaks[costliest], key=peaks[costliest].get)
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
-    peaks = {one: _peak(shapes, config, recipe, one, processes, moments) for one in dict.fromkeys(passes)}
-    best = max(peaks, key=lambda one: max(peaks[one].values()))
-    moment = max(peaks[best], key=peaks[best].get)
-    rows = _rows(shapes, config, recipe, best, processes, moment)
-    static = sum(row.gib for row in _static(shapes, config, recipe, processes, moment))
-    return Estimate(rows, moment, peaks[best], static, context, best)
+    return Estimate(components(costliest, phase), phase, peaks[costliest], _gib(static(phase)), context, costliest)
 
 
-def _static(shapes, config, recipe, processes, moment) -> list[Row]:
-    tower = not recipe.cached or moment in ("vision tower", "evaluation")
-    rows = weight_rows(shapes, config, recipe, tower) + adapter_rows(shapes, config, recipe, processes, moment)
-    return [*rows, Row("cuBLAS workspace", WORKSPACE, "32 MiB each for the forward and the backward thread", "")]
+def _static(shapes, config: Config, processes: int, accumulates: bool, phase: str) -> list[Component]:
+    tower = not config.memory.cache_features or phase in ("vision tower", "evaluation")
+    found = weight_components(shapes, config, tower) + adapter_components(shapes, config, processes, accumulates, phase)
+    how = "32 MiB each for the forward and the backward thread"
+    return [*found, Component("cuBLAS workspace", WORKSPACE, how, "")]
 
 
-def _rows(shapes, config, recipe, one, processes, moment) -> list[Row]:
-    rows = _static(shapes, config, recipe, processes, moment)
-    if moment in ("last layer", "loss"):
-        rows += moving_rows(shapes, config, recipe, one, moment)
-    if moment == "vision tower":
-        size, how = vision_bytes(shapes, recipe, one)
-        rows.append(Row("vision activations", size, how, "model.max_pixels"))
-    return [row for row in rows if row.size > 0]
+def _present(components: list[Component]) -> list[Component]:
+    return [component for component in components if component.size > 0]
 
 
-def _peak(shapes, config, recipe, one, processes, moments) -> dict[str, float]:
-    """GiB at each moment of a pass."""
-    return {moment: sum(row.gib for row in _rows(shapes, config, recipe, one, processes, moment)) for moment in moments}
+def _gib(components: list[Component]) -> float:
+    return sum(component.gib for component in components)
 
 
-def largest_pass(config: Config, shapes: ModelShapes) -> Pass:
-    """The largest pass that a configuration allows: rows of training.max_length up to memory.micro_tokens."""
+def largest_micro_batch(config: Config, shapes: ModelShapes) -> MicroBatch:
+    """The largest that a configuration allows: rows of training.max_length up to memory.micro_tokens."""
     length, limit = config.training.max_length, config.memory.micro_tokens or 4096
     rows = max(1, limit // length)
     visual = min(length, visual_tokens(shapes, config.model.max_pixels))
-    return Pass(rows, length, rows * 32, visual * rows, masked=True)
+    return MicroBatch(rows, length, rows * 32, visual * rows)
 
 
 def evaluation(config: Config, model_config, length: int, visual: int, option: int = 9) -> Estimate:
@@ -307,26 +326,23 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
         option: tokens of the longest option.
     """
     shapes, size, word = as_shapes(model_config), config.evaluation.batch_size, "evaluation.batch_size"
-    recipe = replace(Recipe.of(config), cached=False)
-    one = Pass(size, length, size * option, visual * size, masked=True)
-    static = _static(shapes, config, recipe, 1, "evaluation")
-    weight = largest_linear(shapes, recipe) if recipe.four else 0
-    cache = 2 * recipe.width * shapes.key * shapes.layers
+    config = replace(config, memory=replace(config.memory, cache_features=False))
+    one = MicroBatch(size, length, size * option, visual * size)
+    static = _static(shapes, config, 1, True, "evaluation")
+    cache = 2 * width(config) * shapes.key * shapes.num_hidden_layers
     tokens = size * (length + max(option, config.evaluation.max_new_tokens))
-    logits, how = logits_bytes(shapes, recipe, one)
     moving = {
-        "vision tower": [Row("vision activations", *vision_bytes(shapes, recipe, one), word)],
+        "vision tower": [Component("vision activations", *vision_bytes(shapes, config, one), word)],
         "prompts": [
-            Row("keys, values and states", *prefill_bytes(shapes, recipe, one), word),
-            Row("16-bit weight", weight, "one weight at a time is turned to 16 bit for its product", ""),
+            Component("keys, values and states", *prefill_bytes(shapes, config, one), word),
+            weight_in_16_bit(largest_linear(shapes, config)),
         ],
         "options": [
-            Row("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
-            Row("logits", logits, how, word),
+            Component("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
+            Component("logits", *logits_bytes(shapes, one), word),
         ],
     }
-    found = {moment: [row for row in static + rows if row.size > 0] for moment, rows in moving.items()}
-    moments = {moment: sum(row.gib for row in rows) for moment, rows in found.items()}
-    moment = max(moments, key=moments.get)
-    still = sum(row.gib for row in static)
-    return Estimate(found[moment], moment, moments, still, CONTEXT_GIB, one)
+    found = {phase: _present(static + components) for phase, components in moving.items()}
+    peaks = {phase: _gib(components) for phase, components in found.items()}
+    phase = max(peaks, key=peaks.get)
+    return Estimate(found[phase], phase, peaks, _gib(static), CONTEXT_GIB, one)

@@ -14,15 +14,16 @@ PUBLISHED = ("2b", "4b", "8b", "32b")
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The sizes of a Qwen3-VL that memory depends on; `v_` are those of the vision tower."""
+    """The sizes of a Qwen3-VL that memory depends on: of the language model under transformers' names (so that what
+    takes its text configuration takes these, too), of the vision tower as `v_`."""
 
-    hidden: int
-    inter: int
-    layers: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
     head_dim: int
-    vocab: int
     tied: bool
     v_depth: int
     v_hidden: int
@@ -35,29 +36,28 @@ class ModelShapes:
 
     @property
     def query(self) -> int:
-        return self.heads * self.head_dim
+        return self.num_attention_heads * self.head_dim
 
     @property
     def key(self) -> int:
-        return self.kv_heads * self.head_dim
+        return self.num_key_value_heads * self.head_dim
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear layer of a decoder layer."""
-        h, f = self.hidden, self.inter
+        h, f = self.hidden_size, self.intermediate_size
         found = {"q_proj": (h, self.query), "k_proj": (h, self.key), "v_proj": (h, self.key), "o_proj": (self.query, h)}
         return found | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
     def vision_linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of every linear layer of the vision tower."""
         h, f, wide = self.v_hidden, self.v_inter, self.v_hidden * self.v_merge
-        merger = [(wide, wide), (wide, self.hidden)]
+        merger = [(wide, wide), (wide, self.hidden_size)]
         return [(h, 3 * h), (h, h), (h, f), (f, h)] * self.v_depth + merger * (1 + self.v_deepstack)
 
 
-TEXT_FIELDS = {
-    "hidden": "hidden_size", "inter": "intermediate_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocab": "vocab_size",
-}  # fmt: skip
+TEXT_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 VISION_FIELDS = {
     "v_depth": "depth", "v_hidden": "hidden_size", "v_inter": "intermediate_size",
     "v_positions": "num_position_embeddings",
@@ -99,9 +99,9 @@ def read_shapes(source, name: str | None = None) -> ModelShapes:
         if not isinstance(section, dict):
             raise ConfigError(f"{name} has no {key}, which the memory estimate needs.")
     text, vision = sections
-    found = {ours: _whole(text, key, f"{name}: text_config") for ours, key in TEXT_FIELDS.items()}
+    found = {key: _whole(text, key, f"{name}: text_config") for key in TEXT_FIELDS}
     found |= {ours: _whole(vision, key, f"{name}: vision_config") for ours, key in VISION_FIELDS.items()}
-    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden"] // found["heads"])
+    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden_size"] // found["num_attention_heads"])
     side, where = _whole(vision, "patch_size", f"{name}: vision_config"), f"{name}: vision_config"
     frames, merge = _whole(vision, "temporal_patch_size", where, 2), _whole(vision, "spatial_merge_size", where, 2)
     return ModelShapes(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import IGNORED, Encoder, Sample
 from mmrev_kit.model.features import Features
+from mmrev_kit.model.micro_batch import MicroBatch
 from mmrev_kit.model.packing import (
     Group,
     Layout,
     arrange,
     attention_mask,
     attention_scale,
+    filled_length,
     make_groups,
     micro_batches,
     pack,
@@ -23,6 +26,7 @@ from mmrev_kit.model.qwen3vl import as_model_input, takes_features, text_config
 
 CPU_TOKENS = 2048  # tokens a pass where memory is no limit
 GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
+GPU_MULTIPLE = 8  # sequences on a GPU are filled up to a multiple of this
 MASKED = ("sdpa", "eager")  # attention implementations that take a mask of any form
 
 
@@ -78,7 +82,7 @@ def make_layout(config: Config, model, device) -> Layout:
     """How this process runs its share; packing needs a model that it works with."""
     mode = config.training.packing if obstacle(model) is None else "none"
     scale = attention_scale(text_config(model))
-    return Layout(mode, micro_tokens(config, device), scale, multiple=8 if device.type == "cuda" else 1)
+    return Layout(mode, micro_tokens(config, device), scale, GPU_MULTIPLE if device.type == "cuda" else 1)
 
 
 @dataclass
@@ -101,13 +105,10 @@ class Batcher:
 
         Every sample is in exactly one batch of one process.
         """
-        if self.layout.packing == "none":
-            for part in padded(samples[process::processes], self.layout.micro_tokens):
-                yield self.plain(part)
-            return
-        groups = make_groups(samples, self.layout.packing, self.encoder.image_id)
-        for part in micro_batches(share_out(groups, processes)[process], self.layout.micro_tokens):
-            yield self.packed(part)
+        make = self.plain if self.layout.packing == "none" else self.packed
+        share = shares(samples, self.layout.packing, self.encoder.image_id, processes)[process]
+        for micro_batch in lay_out(share, self.layout):
+            yield make(micro_batch.content)
 
     def images(self, images: list[tuple[Path, int]]) -> dict:
         """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
@@ -127,11 +128,10 @@ class Batcher:
         batch.samples = tuple(samples)
         return batch
 
-    def packed(self, groups: list[Group]) -> Batch:
-        """Groups of rows as packed sequences."""
+    def packed(self, rows: list[list[Group]]) -> Batch:
+        """Packed sequences of these groups of rows."""
         import torch
 
-        rows = arrange(groups, self.layout.attention_scale, self.layout.multiple)
         found = pack(rows, self.encoder, self.layout.multiple)
 
         def tensor(array):
@@ -150,6 +150,37 @@ class Batcher:
         owner = torch.from_numpy(found.owner)
         counts = len(found.samples), found.input_ids.size
         return Batch(inputs, tensor(found.predictor), tensor(found.target), owner, *counts, tuple(found.samples))
+
+
+def shares(samples: list[Sample], packing: str, image_id: int, processes: int) -> list[list]:
+    """Each process's share of an update: its samples where nothing is packed, else its groups."""
+    if packing == "none":
+        return [samples[process::processes] for process in range(processes)]
+    return share_out(make_groups(samples, packing, image_id), processes)
+
+
+def lay_out(share: list, layout: Layout) -> Iterator[MicroBatch]:
+    """A process's share as the micro-batches that it runs one after the other, each laid out when it is asked for.
+
+    Args:
+        share: samples or groups, see `shares`.
+    """
+    if layout.packing == "none":
+        for part in padded(share, layout.micro_tokens):
+            lengths = [len(sample.input_ids) for sample in part]
+            visual, masked = sum(sample.image_tokens for sample in part), len(set(lengths)) > 1
+            yield MicroBatch(len(part), max(lengths), answer_tokens(part), visual, masked, part)
+        return
+    for groups in micro_batches(share, layout.micro_tokens):
+        rows = arrange(groups, layout.attention_scale, layout.multiple)
+        logits = sum(answer_tokens(group.samples) for group in groups)
+        visual = sum(group.samples[0].image_tokens for group in groups)  # an image that rows share is there once
+        yield MicroBatch(len(rows), filled_length(rows, layout.multiple), logits, visual, content=rows)
+
+
+def answer_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens that carry loss, each predicted at one position."""
+    return sum(len(sample.input_ids) - sample.answer_start for sample in samples)
 
 
 def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:

@@ -55,6 +55,9 @@ def attention_scale(text_config) -> float:
 
     A layer takes 2 operations per weight and token; attention takes 4 x length x heads x head_dim per token, and a
     dense mask is slower than a matrix product by `MASK_COST`. About 14,900 for the 32B, 770 for the embedded model.
+
+    Args:
+        text_config: whatever has the sizes of the language model under transformers' names.
     """
     width = text_config.num_attention_heads * text_config.head_dim
     return 2 * layer_weights(text_config) / (4 * width * MASK_COST)
@@ -200,6 +203,11 @@ def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[G
     return min((balance(groups, count) for count in counts), key=cost)
 
 
+def filled_length(rows: list[list[Group]], multiple: int) -> int:
+    """Tokens of the longest sequence, filled up to a multiple."""
+    return -(-heaviest(rows) // multiple) * multiple
+
+
 @dataclass
 class Packed:
     """Sequences ready for the model, as numpy arrays of shape (sequences, length) where nothing else is said.
@@ -230,7 +238,7 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
     """Sequences of groups as arrays."""
     import numpy
 
-    length = -(-heaviest(rows) // multiple) * multiple
+    length = filled_length(rows, multiple)
     ids = numpy.full((len(rows), length), encoder.pad_id, dtype=numpy.int64)
     positions = numpy.zeros((3, *ids.shape), dtype=numpy.int64)
     group_of, segment_of = numpy.full_like(ids, PAD), numpy.full_like(ids, PAD)

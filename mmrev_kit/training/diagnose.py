@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch
@@ -58,8 +60,6 @@ def find_fault(run, samples: list[Sample]) -> str | None:
         The first thing that is not finite, in the order data, forward, backward, and what to change; None if all is.
         The backward pass is made in training only, with the loss scale that failed.
     """
-    import torch
-
     state, scaler = run.state, run.scaler
     scale = scaler.get_scale() / scaler.get_backoff_factor() if scaler.is_enabled() else 1.0
     step = run.progress["global_step"] - 1
@@ -115,8 +115,6 @@ def _watch(met: dict[str, str], name: str, module, arguments, output) -> None:
 
 def _advice(run, batch: Batch, met: dict[str, str], rows: list[str]) -> str:
     """A fault in words: the layer, the rows, whether the base model has it by itself, and what to change."""
-    import torch
-
     fp16 = run.dtype == torch.float16
     of = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more rows" if len(rows) > 3 else "")
     bf16 = "use quantization.compute_dtype=bf16, on GPUs that have it (compute capability 8.0 or more)"
@@ -152,8 +150,6 @@ def broken_image(run, samples: tuple[Sample, ...]) -> str | None:
 
 def tensors_in(value):
     """All tensors in nested dicts, lists and tuples."""
-    import torch
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

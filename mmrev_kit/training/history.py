@@ -92,6 +92,9 @@ def read_history(path: str | Path) -> dict:
     for name in ("steps", "step_logs"):
         if not all(isinstance(record, dict) for record in data.get(name) or []):
             raise ValueError(f"{path}: {name} is not a list of records.")
+    for record in data.get("steps") or []:
+        if "matrix_share" in record:  # as the first version called it
+            record["mfu"] = record.pop("matrix_share")
     return data if "steps" in data and "status" in data else _from_original_scripts(data)
 
 

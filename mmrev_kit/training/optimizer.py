@@ -1,22 +1,21 @@
-"""The optimizers."""
+"""The configured optimizer, made from its entry in `config.optimizers`."""
 
 from __future__ import annotations
 
+import importlib
+
+from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config
 
 
 def make_optimizer(config: Config, parameters: list, device):
-    """AdamW, in 32 or 8 bit. On CPU the paged 8-bit form is the plain 8-bit one: there is nothing to page to."""
-    import torch
-
-    training = config.training
-    options = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=device.type == "cpu" or None, **options)
-    import bitsandbytes
-
-    paged = training.optimizer == "paged_adamw_8bit"
-    if paged and device.type == "cpu":
-        print("paged_adamw_8bit: on CPU this is adamw_8bit", flush=True)
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged and device.type != "cpu" else bitsandbytes.optim.AdamW8bit
-    return kind(parameters, **options)
+    """`training.optimizer` over these parameters; on a CPU the one that takes its place there, which is said once."""
+    name, options = config.training.optimizer, {}
+    if device.type == "cpu":
+        if other := OPTIMIZERS[name].on_cpu:
+            print(f"{name}: on CPU this is {other}", flush=True)
+            name = other
+        options = OPTIMIZERS[name].cpu_options
+    module, _, kind = OPTIMIZERS[name].path.rpartition(".")
+    make = getattr(importlib.import_module(module), kind)
+    return make(parameters, lr=config.training.learning_rate, weight_decay=config.training.weight_decay, **options)

@@ -148,8 +148,7 @@ def bytes_to_save(config: Config) -> int | None:
             return None
         shapes = as_shapes(known)
     tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
-    paged = config.training.optimizer.removeprefix("paged_")  # a paged state is saved like any other
-    adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, paged)
+    adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, config.training.optimizer, paged_too=True)
     texts = 2**20 + 2048 * len(tensors)  # headers, tables of 8-bit codes, history, manifest, log
     return int(4 * adapter + 2 * states + texts)
 

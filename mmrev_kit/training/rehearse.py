@@ -13,21 +13,30 @@ import tempfile
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from mmrev_kit import files
 from mmrev_kit.config.project import project_root, resolve
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.memory.plan import FREE_SETTINGS, heaviest_windows, option, passes_of, read_sizes
+from mmrev_kit.memory.estimate import GIB
+from mmrev_kit.memory.plan import (
+    FREE_SETTINGS,
+    candidate,
+    configured_shapes,
+    heaviest_updates,
+    split_updates,
+    with_memory,
+)
 from mmrev_kit.memory.shapes import size_in_name
 from mmrev_kit.training.processes import end_with, place
 from mmrev_kit.training.run import planned_windows, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
-
-GIB = 2**30
 
 
 @dataclass
@@ -117,34 +126,29 @@ def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None)
 
 def measure(config: Config, updates: int, state) -> Rehearsal:
     """The rehearsal in this process."""
-    import torch
-
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
-    windows = heaviest_windows(planned_windows(run.config, run.task, run.batch), updates)[: updates + 1]
-    windows = (windows * (updates + 1))[: updates + 1]
+    heaviest = heaviest_updates(planned_windows(run.config, run.task, run.batch), updates)[: updates + 1]
+    heaviest = (heaviest * (updates + 1))[: updates + 1]
     run.model.train()
-    rows, began = 0, 0.0
-    for number, window in enumerate(windows):
-        if number == 1:  # the first one warms up
-            began = time.perf_counter()
-        update(run, window)  # reads its loss: nothing is left running
-        rows += len(window) if number else 0
+    update(run, heaviest[0])  # warms up; an update reads its loss, so that nothing is left running
+    began = time.perf_counter()
+    for samples in heaviest[1:]:
+        update(run, samples)
     seconds = time.perf_counter() - began
     if run.memory:
         found = run.memory.chosen.estimate
     else:
-        memory, shapes = run.config.memory, read_sizes(config)
-        limit = run.batcher.layout.micro_tokens
-        work = passes_of(windows, config, shapes, run.task.encoder.image_id, 1, limit)
-        settings = limit, memory.gradient_checkpointing, memory.cache_features, memory.kept_layers
-        found = option(config, shapes, lambda _: work, 1, *settings).estimate
+        shapes, image_id = configured_shapes(config), run.task.encoder.image_id
+        configured = with_memory(run.config, micro_tokens=run.batcher.layout.micro_tokens)
+        split = partial(split_updates, heaviest, config, shapes, image_id, 1)
+        found = candidate(configured, shapes, split, 1).estimate
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
     return Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",
         seconds_to_build=built,
-        samples_per_second=rows / seconds,
+        samples_per_second=sum(map(len, heaviest[1:])) / seconds,
         allocated_gib=peak_memory_gib(state.device) if cuda else None,
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,

@@ -15,8 +15,7 @@ from mmrev_kit.data.checks import check_entities, check_statements, encode_all, 
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
-from mmrev_kit.memory.plan import Plan as MemoryPlan
-from mmrev_kit.memory.plan import settle_memory
+from mmrev_kit.memory.plan import MemoryPlan, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
 from mmrev_kit.model.features import build_features
 from mmrev_kit.model.loading import (
@@ -35,7 +34,7 @@ from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
 from mmrev_kit.training.processes import check_agreement
 from mmrev_kit.training.scheduler import Schedule
-from mmrev_kit.training.throughput import matrix_rate
+from mmrev_kit.training.throughput import measure_peak_flops
 from mmrev_kit.training.update import chunks
 
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
@@ -103,7 +102,7 @@ class Run:
     history: History
     batcher: Batcher
     memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
-    matrix_rate: float | None = None  # operations a second of one card's matrix products
+    peak_flops: float | None = None  # FLOP/s of one card's matrix products; None: not known
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
@@ -158,10 +157,10 @@ def planned_windows(config: Config, task: Task, batch: int) -> list[list[Sample]
 
 
 def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
-    """See `planning.settle_memory`; the rows are those of every update, and the longest that an evaluation asks."""
+    """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks."""
     windows = planned_windows(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
-    return settle_memory(config, windows, samples, task.encoder.image_id, state)
+    return plan_or_refuse(config, windows, samples, task.encoder.image_id, state)
 
 
 def start(config: Config, state) -> Run:
@@ -190,7 +189,7 @@ def start(config: Config, state) -> Run:
         history=History(run_dir(config) / "training_history.json"),
         batcher=batcher,
         memory=memory,
-        matrix_rate=matrix_rate(state.device, dtype),
+        peak_flops=measure_peak_flops(state.device, dtype),
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
     run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}

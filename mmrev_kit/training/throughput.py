@@ -1,4 +1,4 @@
-"""How much of a card's matrix rate a run uses: the work of its tokens, and what the card can do."""
+"""How fast training is: rows and tokens a second, and the share of the card's peak that is (MFU)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import resource
 import time
 from collections.abc import Collection
 
-from mmrev_kit.memory.layers import Recipe
+import torch
+
 from mmrev_kit.model.packing import layer_weights
 from mmrev_kit.model.qwen3vl import text_config
 
 SIDE, PRODUCTS = 8192, 12
 
 
-def work(text_config, tokens: int, logits: int, recompute: float, adapted: Collection[str] = ()) -> float:
-    """Floating-point operations of `tokens` tokens, `logits` of which are followed into the vocabulary.
+def flops(text_config, tokens: int, logits: int, recompute: float, adapted: Collection[str] = ()) -> float:
+    """FLOPs (floating-point operations) of `tokens` tokens, `logits` of which are followed into the vocabulary.
 
     2 operations a weight and token in each pass: forward, backward to the activations (the base is frozen, its
     weights get no gradient), and in `recompute`, the share of the layers that gradient checkpointing recomputes,
@@ -28,10 +29,8 @@ def work(text_config, tokens: int, logits: int, recompute: float, adapted: Colle
     return 2.0 * (text_config.num_hidden_layers * passed * tokens + 2 * head * logits)
 
 
-def matrix_rate(device, dtype) -> float | None:
-    """Operations a second in products of two 8192 x 8192 matrices of random numbers; None on a CPU."""
-    import torch
-
+def measure_peak_flops(device, dtype) -> float | None:
+    """FLOP/s in products of two 8192 x 8192 matrices of random numbers; None on a CPU."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
@@ -49,23 +48,21 @@ def matrix_rate(device, dtype) -> float | None:
 
 
 def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
-    """samples_per_second and tokens_per_second (tokens that went through the model) over all processes, and
-    matrix_share: the share of the cards' matrix rate that `work` of these tokens is, recomputation counted as work;
-    None where the rate is unknown."""
+    """samples_per_second and tokens_per_second (tokens that went through the model) over all processes, and mfu: the
+    `flops` of these tokens, recomputed ones counted, as a share of what the cards' matrix products could do in that
+    time; None where their peak is unknown."""
     tokens, logits = run.computed
-    share = None
-    if run.matrix_rate:
+    mfu = None
+    if run.peak_flops:
         text = text_config(run.model)
-        again = Recipe.of(run.config).recomputed(text.num_hidden_layers) / text.num_hidden_layers
-        done = work(text, tokens, logits, again, run.config.lora.target_modules)
-        share = done / seconds / run.matrix_rate / run.state.num_processes
-    return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "matrix_share": share}
+        again = run.config.memory.recomputed_layers(text.num_hidden_layers) / text.num_hidden_layers
+        done = flops(text, tokens, logits, again, run.config.lora.target_modules)
+        mfu = done / seconds / run.peak_flops / run.state.num_processes
+    return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds, "mfu": mfu}
 
 
 def peak_memory_gib(device) -> float:
     """Highest memory use of this process so far: allocated on the GPU, or resident on CPU."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import time
 
+import torch
+
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch, from_labels
@@ -39,8 +41,6 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
     Raises:
         TrainingError: a sample has no answer token.
     """
-    import torch
-
     if isinstance(batch, dict):
         batch = from_labels(batch, device)
     counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
@@ -59,8 +59,6 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
 
 
 def _sum_over_processes(run, values: list[float]) -> list[float]:
-    import torch
-
     total = torch.tensor(values, dtype=torch.float64, device=run.state.device)
     if run.state.num_processes > 1:
         torch.distributed.all_reduce(total)
@@ -69,8 +67,6 @@ def _sum_over_processes(run, values: list[float]) -> list[float]:
 
 def _sum_gradients(run) -> None:
     """Add up the gradients of all processes; a process that had no row in this window adds zeros."""
-    import torch
-
     parameters = run.parameters
     for parameter in parameters:
         if parameter.grad is None:
@@ -117,8 +113,6 @@ def update(run, samples: list[Sample]) -> dict:
     Raises:
         TrainingError: a loss or gradient that is not finite (in fp16: `MAX_SKIPPED` updates in a row).
     """
-    import torch
-
     began, step = time.perf_counter(), run.progress["global_step"]
     torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, run.state.process_index))
     rate = run.schedule.lr_at(step)
@@ -144,8 +138,6 @@ def update(run, samples: list[Sample]) -> dict:
 
 def validate(run) -> dict[str, float]:
     """The mean loss of the validation rows of each source, each row counted once over all processes."""
-    import torch
-
     run.model.eval()
     totals = []
     with torch.no_grad():

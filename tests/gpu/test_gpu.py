@@ -137,7 +137,7 @@ def test_a_run_trains_on_the_gpu_and_the_kernel_stays_clean(small_config, more):
     assert history["status"] == "finished"
     assert history["epochs"][-1]["val_loss"]["forward"] < 0.8 * history["steps"][0]["loss"]
     assert history["steps"][-1]["peak_memory_gib"] > 0.01
-    assert 0 < history["steps"][-1]["matrix_share"] < 1 and history["steps"][-1]["tokens_per_second"] > 0
+    assert 0 < history["steps"][-1]["mfu"] < 1 and history["steps"][-1]["tokens_per_second"] > 0
     assert torch.cuda.memory_allocated() == before
     assert "GPU 0: NVIDIA" in str(preflight(config)) and not preflight(config).problems
     assert read_history(run_dir(config) / "training_history.json") == history

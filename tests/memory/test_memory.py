@@ -2,10 +2,10 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import library_modules
 import pytest
 import torch
 
@@ -14,48 +14,49 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.memory.estimate import (
     CONTEXT_GIB,
-    MOMENTS,
+    PHASES,
     estimate,
     evaluation,
     lora_tensors,
     nf4_bytes,
     optimizer_bytes,
-    weight_rows,
+    weight_components,
 )
-from mmrev_kit.memory.layers import Pass, Recipe, activations, tower_patch
-from mmrev_kit.memory.plan import from_lengths, option, passes_of, plan
+from mmrev_kit.memory.layers import activations, tower_patch
+from mmrev_kit.memory.plan import MARGIN, candidate, padded_updates, plan, split_updates, with_memory
 from mmrev_kit.memory.shapes import as_shapes, published, read_shapes
 from mmrev_kit.model import kernels
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
+from mmrev_kit.model.micro_batch import MicroBatch
 
 CPU, GIB = torch.device("cpu"), 2**30
 ROOT = Path(__file__).parents[2]
 LARGE = "configs/config_qwen3vl32_fp16.yaml"
-# 32B, random NF4 weights, one H100 80 GB, torch 2.11.0: (name, GiB allocated, sequences, length, logits,
+# 32B, random NF4 weights, one H100 80 GB, torch 2.11.0: (name, GiB allocated, sequences, length, logits (None: all),
 # visual tokens, how). The programs kept the residual stream in 16 bit and the vision tower on the card.
-ONE, EIGHT = {}, {"accumulates": False}
-GUIDE = {"upcast": True, "eager": True, "cached": False, "answer_logits": False, "residual": 4}
-FULL = {"cached": False, "answer_logits": False}
+EIGHT, ALONE = {"accumulates": False}, {"checkpointing": False}
+GUIDE = {"upcast": True, "eager": True, "cached": False, "residual": 4}
+TOWER, MASKED = {"cached": False}, {"masked": True}
 MEASURED = [
     ("A guide 1 x 8", 23.65, 1, 241, None, 196, GUIDE),
-    ("B sdpa, 16-bit head", 19.14, 1, 241, None, 196, FULL),
-    ("C answer logits", 19.09, 1, 241, 10, 196, {"cached": False}),
-    ("D cached", 19.10, 1, 241, 10, 196, ONE),
-    ("E no checkpointing", 23.95, 1, 241, 10, 196, {"checkpointing": False}),
+    ("B sdpa, 16-bit head", 19.14, 1, 241, None, 196, TOWER),
+    ("C answer logits", 19.09, 1, 241, 10, 196, TOWER),
+    ("D cached", 19.10, 1, 241, 10, 196, {}),
+    ("E no checkpointing", 23.95, 1, 241, 10, 196, ALONE),
     ("F 8 x 1", 20.86, 8, 241, 80, 1568, EIGHT),
-    ("G 2 x 4, no checkpointing", 28.87, 2, 241, 20, 392, {"checkpointing": False}),
-    ("H 4 x 2, no checkpointing", 38.71, 4, 241, 40, 784, {"checkpointing": False}),
-    ("I 8 x 1, no checkpointing", 58.37, 8, 241, 80, 1568, EIGHT | {"checkpointing": False}),
+    ("G 2 x 4, no checkpointing", 28.87, 2, 241, 20, 392, ALONE),
+    ("H 4 x 2, no checkpointing", 38.71, 4, 241, 40, 784, ALONE),
+    ("I 8 x 1, no checkpointing", 58.37, 8, 241, 80, 1568, EIGHT | ALONE),
     ("J 16 x 1", 23.00, 16, 241, 160, 3136, EIGHT),
     ("K 32 x 1", 27.49, 32, 241, 320, 6272, EIGHT),
-    ("A with a 16-bit head", 19.16, 1, 241, None, 196, FULL | {"eager": True}),
-    ("P careful 8 x 1", 23.03, 8, 241, None, 1568, FULL | EIGHT),
-    ("Q 2 images x 8", 19.94, 2, 493, 144, 392, ONE | {"masked": True}),
-    ("Q 4 images x 8", 21.05, 4, 493, 288, 784, ONE | {"masked": True}),
-    ("Q 8 images x 8", 23.22, 8, 493, 576, 1568, EIGHT | {"masked": True}),
-    ("Q 4 images x 15", 22.10, 4, 745, 540, 784, EIGHT | {"masked": True}),
-    ("Q 2 images x 8, no checkpointing", 41.11, 2, 493, 144, 392, {"checkpointing": False, "masked": True}),
-    ("Q 16 images x 8", 27.95, 16, 493, 1152, 3136, EIGHT | {"masked": True}),
+    ("A with a 16-bit head", 19.16, 1, 241, None, 196, TOWER | {"eager": True}),
+    ("P careful 8 x 1", 23.03, 8, 241, None, 1568, TOWER | EIGHT),
+    ("Q 2 images x 8", 19.94, 2, 493, 144, 392, MASKED),
+    ("Q 4 images x 8", 21.05, 4, 493, 288, 784, MASKED),
+    ("Q 8 images x 8", 23.22, 8, 493, 576, 1568, EIGHT | MASKED),
+    ("Q 4 images x 15", 22.10, 4, 745, 540, 784, EIGHT | MASKED),
+    ("Q 2 images x 8, no checkpointing", 41.11, 2, 493, 144, 392, ALONE | MASKED),
+    ("Q 16 images x 8", 27.95, 16, 493, 1152, 3136, EIGHT | MASKED),
 ]
 
 
@@ -71,14 +72,12 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
     assert len(cells) == 192 and sum("out of memory" in row for row in cells) == 6
     for size, micro, checkpointing, logits, vision, rows, _, _, allocated, _, _, reserved, _ in cells:
         images, packed = int(micro.split()[0]), rows == "packed"
+        length, cached = 496 if packed else 241, vision == "cached"
         answers = images * (8 * 9 if packed else 9)  # packed: 8 rows an image, its 205 tokens shared, 36 of their own
-        one = Pass(images, 496 if packed else 241, answers, 196 * images, masked=packed)
-        recipe = Recipe(
-            checkpointing=checkpointing == "on", cached=vision == "cached", answer_logits=logits == "answers",
-            accumulates=False,
-        )  # fmt: skip
-        moments = tuple(moment for moment in MOMENTS if not (recipe.cached and moment == "vision tower"))
-        found = estimate(config, size.lower(), [one], recipe=recipe, moments=moments)
+        one = MicroBatch(images, length, answers if logits == "answers" else images * length, 196 * images, packed)
+        way = with_memory(config, gradient_checkpointing=checkpointing == "on", cache_features=cached)
+        phases = tuple(phase for phase in PHASES if not (cached and phase == "vision tower"))
+        found = estimate(way, size.lower(), [one], accumulates=False, phases=phases)
         if allocated == "out of memory":
             assert found.reserved_gib > 79.2  # the card's
             assert found.allocated_gib + CONTEXT_GIB > 79.18  # in no order does it fit
@@ -88,48 +87,55 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
 
 
-def kept_beside(name: str, config, recipe: Recipe, logits: int | None, visual: int) -> float:
+def kept_beside(name: str, config, logits: int | None, visual: int) -> float:
     """GiB that the measured programs held and the kit does not: the vision tower; its features in fp32 (as autocast
     leaves them) and its last states, not cast to 16 bit; in the packed ones (Q) the logits during the backward pass."""
-    if not recipe.cached:
+    if not config.memory.cache_features:
         return 0.0
-    tower = weight_rows(as_shapes("32b"), config, recipe, True)[-1].size
+    tower = weight_components(as_shapes("32b"), config, True)[-1].size
     features = visual * (4 * 2 * 5120 + 4 * 2 * 1152)
     return (tower + features + (2 * 151_936 * logits if name.startswith("Q") else 0)) / GIB
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row[0])
-def test_the_total_is_within_1_percent_of_what_was_measured(row):
+def test_the_total_is_within_1_percent_of_what_was_measured(row, monkeypatch):
     name, allocated, sequences, length, logits, visual, how = row
-    how = {"residual": 2, "fused": False} | how
-    masked = how.pop("masked", False)
-    config, recipe = load_config(LARGE), Recipe(**how)
-    found = estimate(config, "32b", [Pass(sequences, length, logits, visual, masked)], recipe=recipe)
-    kept = kept_beside(name, config, recipe, logits, visual)
-    assert found.allocated_gib + kept == pytest.approx(allocated, rel=0.01)
+    upcast, shapes = how.get("upcast", False), as_shapes("32b")
+    config = load_config(LARGE, f"model.attn_implementation={'eager' if how.get('eager') else 'sdpa'}")
+    memory = {"gradient_checkpointing": how.get("checkpointing", True), "cache_features": how.get("cached", True)}
+    config = with_memory(config, **memory)
+    library = library_modules.activations(upcast, how.get("residual", 2))
+    monkeypatch.setattr("mmrev_kit.memory.estimate.activations", library)
+    one = MicroBatch(sequences, length, logits or sequences * length, visual, how.get("masked", False))
+    found = estimate(config, "32b", [one], accumulates=how.get("accumulates", True))
+    peak = max(
+        gib + library_modules.allocated_beside(shapes, config, upcast, phase) for phase, gib in found.peaks.items()
+    )
+    assert peak + kept_beside(name, config, logits, visual) == pytest.approx(allocated, rel=0.01)
 
 
 # 32B, one H100 80 GB, torch 2.11.0: updates of 4 images x 15 rows, one pass, and of 64 rows of all tasks, of whose
 # passes this is the largest; (allocated, reserved) GiB by the last layers that keep what they computed.
+FOUR, EIGHT_ROWS = MicroBatch(4, 736, 540, 784), MicroBatch(8, 512, 104, 3152)
 KEPT = [
-    (Pass(4, 736, 540, 784), False, 0, 23.013, 23.518), (Pass(4, 736, 540, 784), False, 8, 28.161, 28.752),
-    (Pass(4, 736, 540, 784), False, 16, 33.485, 34.143), (Pass(4, 736, 540, 784), False, 40, 49.457, 50.295),
-    (Pass(8, 512, 104, 3152), True, 0, 24.823, 25.531), (Pass(8, 512, 104, 3152), True, 8, 31.375, 32.209),
-    (Pass(8, 512, 104, 3152), True, 40, 60.887, 61.773), (Pass(8, 752, 160, 4728), True, 24, 59.298, 60.453),
-    (Pass(4, 512, 44, 1576), True, 64, 50.829, 51.260), (Pass(2, 512, 12, 784), True, 64, 34.745, 35.107),
+    (FOUR, False, 0, 23.013, 23.518), (FOUR, False, 8, 28.161, 28.752),
+    (FOUR, False, 16, 33.485, 34.143), (FOUR, False, 40, 49.457, 50.295),
+    (EIGHT_ROWS, True, 0, 24.823, 25.531), (EIGHT_ROWS, True, 8, 31.375, 32.209),
+    (EIGHT_ROWS, True, 40, 60.887, 61.773), (MicroBatch(8, 752, 160, 4728), True, 24, 59.298, 60.453),
+    (MicroBatch(4, 512, 44, 1576), True, 64, 50.829, 51.260), (MicroBatch(2, 512, 12, 784), True, 64, 34.745, 35.107),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("one", "accumulates", "kept", "allocated", "reserved"), KEPT)
 def test_layers_kept_from_checkpointing_take_what_was_measured(one, accumulates, kept, allocated, reserved):
-    recipe = Recipe(kept=kept, accumulates=accumulates)
-    found = estimate(load_config(LARGE, "launch.num_processes=1"), "32b", [one], recipe=recipe)
+    config = load_config(LARGE, f"launch.num_processes=1 memory.kept_layers={kept}")
+    found = estimate(config, "32b", [one], accumulates=accumulates)
     assert found.allocated_gib == pytest.approx(allocated, rel=0.01)
     assert found.reserved_gib == pytest.approx(reserved, rel=0.03)
 
 
 def test_the_weights_of_the_32b_are_what_was_measured():
-    rows = weight_rows(as_shapes("32b"), load_config(LARGE), Recipe(), tower=True)
+    rows = weight_components(as_shapes("32b"), load_config(LARGE), tower=True)
     assert sum(row.gib for row in rows) == pytest.approx(18.22, rel=0.003)
     assert rows[1].gib == pytest.approx(2.9, rel=0.01) and rows[2].gib == pytest.approx(0.28, abs=0.02)
 
@@ -141,7 +147,7 @@ def test_an_estimate_takes_less_than_50_ms_and_explains_itself():
         found = estimate(config, "32b", processes=8)
         seconds.append(time.process_time() - began)
     assert min(seconds) < 0.05
-    assert all(row.formula for row in found.rows)
+    assert all(one.formula for one in found.components)
     table = found.table()
     assert table["GiB"]["= allocated"] == pytest.approx(found.allocated_gib)
     parts = ["= allocated", "allocator slack", "CUDA context"]
@@ -206,8 +212,7 @@ def test_a_layer_saves_what_autograd_saves(tmp_path, monkeypatch, masked, bits, 
     two, three = (tiny_config(tmp_path, layers, more) for layers in (2, 3))  # no gradient goes past the first adapter
     measured = saved_bytes(three, monkeypatch, masked) - saved_bytes(two, monkeypatch, masked)
     shapes = read_shapes(two.model.name)
-    recipe = Recipe(checkpointing=False, eager=attention == "eager", four=bits == 4)
-    found = activations(shapes, two.lora, recipe, Pass(3, 64, 3, 0, masked))
+    found = activations(shapes, two, MicroBatch(3, 64, 3, 0, masked))
     assert found.saved == pytest.approx(measured, rel=0.001)
 
 
@@ -216,16 +221,13 @@ def test_checkpointing_keeps_the_input_of_every_layer(tmp_path, monkeypatch):
     two, four = (tiny_config(tmp_path, layers, more) for layers in (2, 4))
     measured = saved_bytes(four, monkeypatch, True) - saved_bytes(two, monkeypatch, True)
     shapes = read_shapes(two.model.name)
-    assert activations(shapes, two.lora, Recipe(), Pass(3, 64, 3, 0)).inputs == pytest.approx(measured, rel=0.02)
+    assert activations(shapes, two, MicroBatch(3, 64, 3, 0)).inputs == pytest.approx(measured, rel=0.02)
 
 
 def test_a_layer_kept_from_checkpointing_saves_what_it_does_without(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, 4, "memory.gradient_checkpointing=true")
-    none, one, three = (
-        saved_bytes(replace(config, memory=replace(config.memory, kept_layers=kept)), monkeypatch, True)
-        for kept in (0, 1, 3)
-    )
-    found = activations(read_shapes(config.model.name), config.lora, Recipe(), Pass(3, 64, 3, 0))
+    none, one, three = (saved_bytes(with_memory(config, kept_layers=kept), monkeypatch, True) for kept in (0, 1, 3))
+    found = activations(read_shapes(config.model.name), config, MicroBatch(3, 64, 3, 0))
     assert three - one == pytest.approx(2 * (found.saved - found.inputs / 4), rel=0.001)
     assert none < one  # and what all kept layers share, such as the mask
 
@@ -285,7 +287,7 @@ def test_bad_sizes_are_refused_with_one_message(tmp_path):
     with pytest.raises(ConfigError, match="num_processes"):
         estimate(load_config(LARGE), "32b", processes=0)
     with pytest.raises(ConfigError, match="length = 0"):
-        estimate(load_config(LARGE), "32b", [Pass(1, 0, 1, 0)])
+        estimate(load_config(LARGE), "32b", [MicroBatch(1, 0, 1, 0)])
     for gib, processes in ((0, 1), (-5, 1), (float("nan"), 1), (32, 0)):
         with pytest.raises(ConfigError, match="above 0"):
             plan(load_config(LARGE), gib, processes, "32b")
@@ -299,36 +301,36 @@ def rows(count: int, length: int = 241, visual: int = 196):
 def test_a_plan_is_the_fastest_that_fits_and_keeps_the_effective_batch():
     config = load_config(LARGE)
     for gib in (24, 31.7, 79):
-        found = plan(config, gib, 8, "32b", from_lengths(rows(64), config, 8))
+        found = plan(config, gib, 8, "32b", padded_updates(rows(64), 8))
         assert found.fits and found.chosen.estimate.device_gib <= gib * 0.92
         applied = found.apply(config)
         assert applied.training == config.training and found.batch == 64
-        assert applied.memory.micro_tokens == found.chosen.micro_tokens
+        assert applied.memory == found.chosen.memory
         assert found.faster is None or found.faster.estimate.device_gib > gib * 0.92
         assert found.faster is None or found.faster.cost < found.chosen.cost
-    assert plan(config, 31.7, 8, "32b").chosen.checkpointing
+    assert plan(config, 31.7, 8, "32b").chosen.memory.gradient_checkpointing
 
 
 @pytest.mark.parametrize("gib", [24, 31.7, 48, 79])
 def test_a_plan_keeps_as_many_layers_from_checkpointing_as_fit(gib):
-    config, work = load_config(LARGE), from_lengths(rows(64), load_config(LARGE), update=64)
-    found = plan(config, gib, 1, "32b", work)
-    chosen, shapes = found.chosen, as_shapes("32b")
-    assert chosen.checkpointing and 0 < chosen.kept < shapes.layers
-    assert found.apply(config).memory.kept_layers == found.record()["kept_layers"] == chosen.kept
-    assert f"but for the last {chosen.kept} layers" in str(chosen)
+    config, split = load_config(LARGE), padded_updates(rows(64), 64)
+    found = plan(config, gib, 1, "32b", split)
+    chosen, shapes, kept = found.chosen, as_shapes("32b"), found.chosen.memory.kept_layers
+    assert chosen.memory.gradient_checkpointing and 0 < kept < shapes.num_hidden_layers
+    assert found.apply(config).memory.kept_layers == found.record()["kept_layers"] == kept
+    assert f"but for the last {kept} layers" in str(chosen)
     more, none = (
-        option(config, shapes, work, 1, chosen.micro_tokens, True, True, kept) for kept in (chosen.kept + 1, 0)
+        candidate(with_memory(found.apply(config), kept_layers=count), shapes, split, 1) for count in (kept + 1, 0)
     )
-    assert more.estimate.device_gib > gib * 0.92 >= chosen.estimate.device_gib > none.estimate.device_gib
-    assert none.cost - chosen.cost == pytest.approx(chosen.kept / shapes.layers * 64 * 241)
+    assert more.estimate.device_gib > gib * (1 - MARGIN) >= chosen.estimate.device_gib > none.estimate.device_gib
+    assert none.cost - chosen.cost == pytest.approx(kept / shapes.num_hidden_layers * 64 * 241)
 
 
 def test_small_models_and_fixed_passes_are_planned_too():
     config = load_config(LARGE)
-    assert not plan(config, 79, 8, "2b").chosen.checkpointing
+    assert not plan(config, 79, 8, "2b").chosen.memory.gradient_checkpointing
     fixed = load_config(LARGE, "memory.micro_tokens=700")
-    assert plan(fixed, 31.7, 8, "32b").chosen.micro_tokens == 700
+    assert plan(fixed, 31.7, 8, "32b").chosen.memory.micro_tokens == 700
 
 
 def test_a_16_bit_32b_does_not_fit_32_gib():
@@ -342,7 +344,7 @@ def card(monkeypatch):
     return lambda gib: monkeypatch.setattr("mmrev_kit.memory.plan.card_memory", lambda config, device: gib)
 
 
-def settle(config, state=None):
+def planned(config, state=None):
     from mmrev_kit.training.run import plan_memory, prepare
 
     state = state or SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=CPU)
@@ -351,7 +353,7 @@ def settle(config, state=None):
 
 def test_on_a_cpu_nothing_is_planned(small_config):
     config = small_config()
-    assert settle(config) == (config, None)
+    assert planned(config) == (config, None)
 
 
 def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkeypatch):
@@ -364,16 +366,16 @@ def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkey
     with pytest.raises(ConfigError, match=r"decoder weights takes most: 15.0 GiB.*memory.force=true"):
         start(config, state)
     config.memory.force = True
-    forced, found = settle(config)
-    assert not found.fits and forced.memory.micro_tokens == found.chosen.micro_tokens
+    forced, found = planned(config)
+    assert not found.fits and forced.memory.micro_tokens == found.chosen.memory.micro_tokens
 
 
 def test_evaluation_counts_too(small_config, card):
     card(26.0)
     name = "model.name=configs/models/qwen3vl_32b.json evaluation.batch_size"
-    assert settle(small_config(f"{name}=16"))[1].fits
+    assert planned(small_config(f"{name}=16"))[1].fits
     with pytest.raises(ConfigError, match=r"evaluation needs .* evaluation.batch_size"):
-        settle(small_config(f"{name}=512"))
+        planned(small_config(f"{name}=512"))
 
 
 def test_an_evaluations_prompts_are_those_of_its_tests(small_config, card):
@@ -384,7 +386,7 @@ def test_an_evaluations_prompts_are_those_of_its_tests(small_config, card):
     pixels = "model.min_pixels=65536 model.max_pixels=65536"
     config = small_config(f"model.name=configs/models/qwen3vl_32b.json retention.retention_ratio=0 {pixels}")
     trained = [sample for part in prepare(config).train.values() for sample in part]
-    asked, size = settle(config)[1].evaluation.pass_, config.evaluation.batch_size
+    asked, size = planned(config)[1].evaluation.micro_batch, config.evaluation.batch_size
     assert {len(sample.row.images) for sample in trained} == {1}
     assert asked.visual == 4 * size * max(sample.image_tokens for sample in trained)
     assert asked.length > asked.visual / size
@@ -392,9 +394,8 @@ def test_an_evaluations_prompts_are_those_of_its_tests(small_config, card):
 
 
 def test_the_costliest_pass_counts_and_is_the_batchers_own(small_config):
-    """19 small rows and one with four large images: the plan's passes are those that the batcher makes."""
-    from mmrev_kit.memory.plan import text_sizes
-    from mmrev_kit.model.batches import Batcher
+    """19 small rows and one with four large images: the plan's micro-batches are those that the batcher makes."""
+    from mmrev_kit.model.batches import GPU_MULTIPLE, Batcher
     from mmrev_kit.model.packing import Layout, attention_scale
     from mmrev_kit.training.run import prepare
 
@@ -406,12 +407,15 @@ def test_the_costliest_pass_counts_and_is_the_batchers_own(small_config):
     shapes = as_shapes("embedded")
     for packing in ("none", "block", "shared_prefix"):
         config.training.packing = packing
-        layout = Layout(packing, 100, attention_scale(text_sizes(shapes)), multiple=8)
-        batcher = Batcher(layout, task.encoder, None, CPU)
-        batcher.images = lambda images: {}
-        (planned,) = passes_of([[*small, large]], config, shapes, task.encoder.image_id, 1, 100)
-        made = [batch.inputs["input_ids"].shape for batch in batcher.batches([*small, large])]
-        assert sorted((one.sequences, one.length) for one in planned) == sorted(map(tuple, made))
+        layout = Layout(packing, 100, attention_scale(shapes), GPU_MULTIPLE)
+        batcher, images = Batcher(layout, task.encoder, None, CPU), []
+        batcher.images = lambda found, images=images: images.append(len(found)) or {}
+        (planned,) = split_updates([[*small, large]], config, shapes, task.encoder.image_id, 1, 100)
+        batches = list(batcher.batches([*small, large]))
+        made = [(*batch.inputs["input_ids"].shape, len(batch.target)) for batch in batches]
+        assert [(one.sequences, one.length, one.logits) for one in planned] == made
+        visual = [int((batch.inputs["input_ids"] == task.encoder.image_id).sum()) for batch in batches]
+        assert [one.visual for one in planned] == visual
         alone = estimate(config, "32b", [one for one in planned if one.length < len(large.input_ids)])
         assert estimate(config, "32b", planned).allocated_gib > alone.allocated_gib
 
@@ -433,23 +437,25 @@ def test_an_evaluation_takes_what_was_measured(size, bits, length, visual, optio
     the estimate counts one."""
     config = load_config(None, f"quantization.bits={bits} quantization.compute_dtype=fp16 evaluation.batch_size=16")
     found = evaluation(config, size, length, visual, option)
-    assert found.moment == "prompts" and found.allocated_gib == pytest.approx(measured, rel=0.01)
+    assert found.phase == "prompts" and found.allocated_gib == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(("size", "bits", "measured"), [("2b", 4, 60_571), ("8b", 4, 69_911), ("2b", 16, 36_999)])
 def test_the_tower_takes_what_was_measured(size, bits, measured):
     """Bytes a patch in a block's MLP, from a trace of what an H100 had allocated, less what attention held meanwhile
     and holds no more. In 16 bit the estimate is that of attention, which is wider."""
-    found = tower_patch(as_shapes(size), Recipe(four=bits == 4))
+    found = tower_patch(as_shapes(size), load_config(LARGE, f"quantization.bits={bits}"))
     assert found == pytest.approx(measured, rel=0.06) and found > 0.995 * measured
 
 
 def test_the_tower_counts_in_the_pass_where_features_are_not_kept():
-    config, one = load_config(LARGE), Pass(4, 900, 36, 3200)
-    kept, again = (estimate(config, "2b", [one], recipe=Recipe(cached=cached)) for cached in (True, False))
-    assert "vision tower" not in {row.name for row in kept.rows} and "vision tower" in {row.name for row in again.rows}
-    twice = estimate(config, "2b", [Pass(4, 1700, 36, 6400)], recipe=Recipe(cached=False))
-    assert twice.moments["vision tower"] > again.moments["vision tower"] > 1
+    config, one = load_config(LARGE), MicroBatch(4, 900, 36, 3200)
+    again = with_memory(config, cache_features=False)
+    kept, uncached = (estimate(way, "2b", [one]) for way in (config, again))
+    names = [{component.name for component in found.components} for found in (kept, uncached)]
+    assert "vision tower" not in names[0] and "vision tower" in names[1]
+    twice = estimate(again, "2b", [MicroBatch(4, 1700, 36, 6400)])
+    assert twice.peaks["vision tower"] > uncached.peaks["vision tower"] > 1
 
 
 def test_training_runs_as_planned_and_records_it(small_config, card):

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.memory.plan import read_sizes
+from mmrev_kit.memory.plan import configured_shapes
 from mmrev_kit.model.bases import fingerprint
 from mmrev_kit.model.loading import (
     adapter_arguments,
@@ -180,7 +180,7 @@ def test_weights_are_downloaded_last(small_config, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     config = small_config("model.name=someone/Qwen3-VL-of-theirs")
-    assert prepare(config).train and read_sizes(config).layers == 6
+    assert prepare(config).train and configured_shapes(config).num_hidden_layers == 6
     assert asked == [False, False]
     load_base(**base_arguments(config, CPU))
     assert asked == [False, False, True]

@@ -85,7 +85,7 @@ def pack_with_order(task, samples: list, mode: str, **options):
     groups = make_groups(samples, mode, task.encoder.image_id)
     for part in packing.micro_batches(groups, maker.layout.micro_tokens):
         rows = packing.arrange(part, maker.layout.attention_scale, maker.layout.multiple)
-        yield maker.packed(part), packing.pack(rows, task.encoder, maker.layout.multiple).samples
+        yield maker.packed(rows), packing.pack(rows, task.encoder, maker.layout.multiple).samples
 
 
 @pytest.mark.parametrize("mode", ["block", "shared_prefix"])
@@ -156,7 +156,7 @@ def test_suffixes_and_neighbours_do_not_see_each_other(model_and_task):
     other = [task.train["reverse"][0], task.train["face_mcq_d2i"][0]]
     groups = make_groups([*shared, *other], "shared_prefix", task.encoder.image_id)
     assert [len(group.samples) for group in groups] == [4, 1, 1]
-    inputs = batcher(task, "shared_prefix", scale=1e9).packed(groups).inputs  # one sequence
+    inputs = batcher(task, "shared_prefix", scale=1e9).packed(packing.arrange(groups, 1e9)).inputs  # one sequence
     packed = packing.pack(packing.arrange(groups, 1e9), task.encoder)
     inputs["logits_to_keep"] = torch.ones_like(inputs["logits_to_keep"])
     changed = dict(inputs, input_ids=inputs["input_ids"].clone())
@@ -310,11 +310,12 @@ def test_eager_attention_takes_the_same_mask(model_and_task):
     samples = mix(task, 5, 0)
     groups = make_groups(samples, "shared_prefix", task.encoder.image_id)
     maker = batcher(task, "shared_prefix")
-    expected = sample_losses(model, maker.packed(groups), CPU, torch.float32)
+    rows = packing.arrange(groups, maker.layout.attention_scale)
+    expected = sample_losses(model, maker.packed(rows), CPU, torch.float32)
     core.set_attn_implementation("eager")
     try:
         assert obstacle(model) is None
-        found = sample_losses(model, replace(maker, additive=True).packed(groups), CPU, torch.float32)
+        found = sample_losses(model, replace(maker, additive=True).packed(rows), CPU, torch.float32)
     finally:
         core.set_attn_implementation("sdpa")
     assert torch.allclose(found, expected, rtol=1e-5)
@@ -353,7 +354,7 @@ def test_the_hook_and_the_mask_are_looked_for_in_the_model(model_and_task, small
     assert packing.layer_weights(text) == weights  # q, k, v, o carry the adapter; gate, up, down do not
 
 
-def test_the_work_of_a_token_by_hand():
+def test_the_flops_of_a_token_by_hand():
     text = SimpleNamespace(
         hidden_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=3, intermediate_size=5,
         num_hidden_layers=2, vocab_size=11,
@@ -362,11 +363,11 @@ def test_the_work_of_a_token_by_hand():
     assert packing.layer_weights(text) == layer
     forward = 2 * 2 * layer * 10
     head = 2 * 4 * 11 * 3
-    assert throughput.work(text, 10, 3, recompute=False) == 2 * (forward + head)
+    assert throughput.flops(text, 10, 3, recompute=False) == 2 * (forward + head)
     down = 2 * 2 * (4 * 5) * 10
-    assert throughput.work(text, 10, 3, recompute=True) == 3 * forward - down + 2 * head
-    assert throughput.work(text, 10, 3, recompute=True, adapted=["up_proj", "down_proj"]) == 3 * forward + 2 * head
-    assert throughput.work(text, 10, 3, recompute=0.5) == 2.5 * forward - down / 2 + 2 * head
+    assert throughput.flops(text, 10, 3, recompute=True) == 3 * forward - down + 2 * head
+    assert throughput.flops(text, 10, 3, recompute=True, adapted=["up_proj", "down_proj"]) == 3 * forward + 2 * head
+    assert throughput.flops(text, 10, 3, recompute=0.5) == 2.5 * forward - down / 2 + 2 * head
 
 
 @pytest.mark.parametrize("kept", [0, 2])

@@ -142,7 +142,7 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
     assert [step["global_step"] for step in history["steps"]] == list(range(1, history["total_steps"] + 1))
     for step in history["steps"]:
         assert step["tokens_per_second"] > 20 * step["samples_per_second"] > 0  # every row has more than 20 tokens
-        assert step["matrix_share"] is None  # not known on a CPU
+        assert step["mfu"] is None  # not known on a CPU
     rows = sum(record["rows per epoch"] for record in manifest["plan"])
     assert history["total_steps"] == 2 * math.ceil(rows / 8)
     for record in history["epochs"]:  # the epoch's loss is the mean over its samples, the smaller last window included
