@@ -13,7 +13,7 @@ from PIL import Image
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.data.checks import check_statements, encode_all, settle
 from mmrev_kit.data.rows import read_rows
-from mmrev_kit.model.loading import make_encoder
+from mmrev_kit.model.processor import make_encoder
 
 ROWS, SIDE = 1000, 256
 

@@ -30,10 +30,11 @@ from mmrev_kit.memory.estimate import PHASES, estimate
 from mmrev_kit.memory.plan import with_memory
 from mmrev_kit.memory.shapes import PUBLISHED
 from mmrev_kit.model.batches import GPU_MULTIPLE, Batcher, lay_out, shares
-from mmrev_kit.model.features import build_features, drop_tower
-from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
+from mmrev_kit.model.features import build_features
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, torch_dtype, trainable
 from mmrev_kit.model.packing import Layout, attention_scale
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.processor import make_encoder
+from mmrev_kit.model.qwen3vl import core_model, drop_tower
 from mmrev_kit.training.update import sample_losses
 
 GIB, IMAGES, PACKED_ROWS = 2**30, 16, 8
@@ -157,9 +158,9 @@ def build(given, architecture: str, folder: str) -> Bench:
         f"quantization.compute_dtype={given.dtype if given.cuda else 'auto'}",
     )
     began = time.perf_counter()
-    model = add_adapter(load_base(config, device), config)
+    model = add_adapter(load_base(**base_arguments(config, device)), **adapter_arguments(config))
     print(f"{architecture}: built in {time.perf_counter() - began:.0f} s", flush=True)
-    dtype = compute_dtype(config, device)
+    dtype = torch_dtype(config.quantization.compute_dtype, device)
     return Bench(config, state, model, dtype, make_encoder(config), None, 0.0)
 
 

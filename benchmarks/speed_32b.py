@@ -41,11 +41,19 @@ from mmrev_kit.data.prompts import Sample
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.memory.plan import configured_shapes, plan, split_updates
 from mmrev_kit.model.batches import Batcher, make_layout
-from mmrev_kit.model.features import build_features, drop_tower
+from mmrev_kit.model.features import build_features
 from mmrev_kit.model.fused import fuse, unfuse
-from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, set_recomputed, trainable
+from mmrev_kit.model.loading import (
+    adapter_arguments,
+    add_adapter,
+    base_arguments,
+    load_base,
+    set_recomputed,
+    torch_dtype,
+    trainable,
+)
 from mmrev_kit.model.packing import gather_images, image_key
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.qwen3vl import core_model, drop_tower
 from mmrev_kit.training.run import Run, prepare
 from mmrev_kit.training.throughput import flops, measure_peak_flops, peak_memory_gib
 from mmrev_kit.training.update import chunks, update
@@ -208,7 +216,7 @@ def kit_recipe(bench: Bench, name: str, updates: list[list[Sample]], **options) 
         return None
     config = replace(bench.config, memory=replace(bench.config.memory, **options))
     layers = bench.core.config.text_config.num_hidden_layers
-    set_recomputed(bench.core, config)
+    set_recomputed(bench.core, config.memory.kept_layers)
     parameters = trainable(bench.model)
     layout = make_layout(config, bench.model, bench.state.device)
     run = Run(
@@ -321,9 +329,9 @@ def build(given) -> Bench:
     config = configure(given)
     print("\n".join(ensure_data(config)), flush=True)
     task, began = prepare(config), time.perf_counter()
-    dtype = compute_dtype(config, device)
+    dtype = torch_dtype(config.quantization.compute_dtype, device)
     peak_flops = measure_peak_flops(device, dtype)
-    model = add_adapter(load_base(config, device), config)
+    model = add_adapter(load_base(**base_arguments(config, device)), **adapter_arguments(config))
     for parameter in trainable(model):  # LoRA's B starts at zero, where a backward pass has less to do
         torch.nn.init.normal_(parameter, std=0.01)
     print(f"built in {time.perf_counter() - began:.0f} s", flush=True)

@@ -22,8 +22,9 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.folder import FolderError, make_folder_experiment
 from mmrev_kit.data.rows import DataError, read_entities, read_rows, read_run_data
 from mmrev_kit.files import write_jsonl
-from mmrev_kit.model.bases import base_fingerprint, check_base
-from mmrev_kit.model.loading import load_base, load_processor
+from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
+from mmrev_kit.model.loading import base_arguments, load_base
+from mmrev_kit.model.processor import load_processor
 from mmrev_kit.notebook import launch
 from mmrev_kit.notebook.render import execute
 from mmrev_kit.training.checkpoints import load_last, save_last
@@ -81,11 +82,11 @@ def test_an_adapter_that_is_no_safetensors_file_is_refused(small_config, tmp_pat
     config, ran = small_config(), tmp_path / "ran"
     adapter = run_dir(config) / "best"
     adapter.mkdir(parents=True)
-    (adapter / "README.md").write_text(f"base_fingerprint: {base_fingerprint(config)}\n")
+    (adapter / "README.md").write_text(f"base_fingerprint: {base_fingerprint(**base_of(config))}\n")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (adapter / name).write_bytes(pickle.dumps(Bomb(ran)))
     with pytest.raises(ConfigError, match="no adapter_model"):
-        check_base(adapter, base_fingerprint(config), "embedded")
+        check_base(adapter, base_fingerprint(**base_of(config)), "embedded")
     with pytest.raises(ConfigError, match="no adapter_model"):
         launch.evaluate(config)
     assert not ran.exists()
@@ -119,11 +120,11 @@ def test_code_beside_a_model_is_never_run(small_config, model, tmp_path, known, 
         (model / "preprocessor_config.json").unlink()
     config = small_config(f"model.name={model}")
     if known:
-        assert type(load_processor(config)).__name__ == "Qwen3VLProcessor"
+        assert type(load_processor(config.model.name)).__name__ == "Qwen3VLProcessor"
     else:
         with pytest.raises(ValueError, match="trust_remote_code"):
-            load_processor(config)
-    load_base(config, torch.device("cpu"))
+            load_processor(config.model.name)
+    load_base(**base_arguments(config, torch.device("cpu")))
     assert not (tmp_path / "ran").exists()
 
 
@@ -133,13 +134,13 @@ def test_weights_come_from_safetensors_only_and_a_base_brings_no_adapter(small_c
     config = small_config(f"model.name={model}")
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ConfigError, match="holds an adapter"):
-        load_base(config, torch.device("cpu"))
+        load_base(**base_arguments(config, torch.device("cpu")))
     (model / "adapter_config.json").unlink()
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     torch.save(tensors, model / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        load_base(config, torch.device("cpu"))
+        load_base(**base_arguments(config, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,28 @@
-"""The retention plan: which rows an epoch holds, exact to the row, the same for any number of processes."""
+"""The mix of an epoch: which rows of which sources it holds, exact to the row, the same for any number of processes.
+
+Usable alone. An epoch holds every row of the tasks and, so that the model does not forget what it could do before, a
+share of retention rows from pools of other material:
+
+    plan = make_plan({"task": 700}, {"news": 5000, "web": 90}, {"news": 2, "web": 1}, ratio=0.3, seed=0, epochs=10)
+    for source, index in plan.epoch_rows(0):  # 700 of task, 200 of news, 100 of web, shuffled
+        train_on(rows[source][index])
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mmrev_kit.config.sections import TASKS, RetentionConfig
 from mmrev_kit.config.seeds import rng_for
 
 
-def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
+def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Split `total` in proportion to `weights`, exactly, by largest remainder (Hamilton's method).
 
-    Keys such as face_cw name two things; a tie goes to the key whose two parts are furthest below their own shares,
-    so that pools and tasks both keep theirs, and then to the key named first. Weights of 0 get nothing.
+    A tie goes to the key named first. Where the keys are a whole table of two parts, such as face_cw, face_mcq,
+    object_cw and object_mcq, it goes before that to the key whose row and column of the table are furthest below their
+    own shares, so that both keep theirs. Weights of 0 get nothing.
 
     Raises:
         ValueError: no weight is above 0 while there is something to share out.
@@ -26,39 +35,35 @@ def apportion(total: int, weights: dict[str, float]) -> dict[str, int]:
         return dict.fromkeys(weights, 0)
     quota = {key: total * weight / whole for key, weight in exact.items()}
     counts = {key: int(value) for key, value in quota.items()}
+    parts = {key: key.partition("_")[::2] for key in quota}
+    kinds, columns = map(set, zip(*parts.values(), strict=True))
+    is_table = len(kinds) * len(columns) == len(quota)
 
-    def below(part: str) -> Fraction:
-        """How much all keys with this part lack."""
-        return sum((quota[key] - counts[key] for key in quota if part in key.split("_", 1)), Fraction(0))
+    def lacking(key: str) -> tuple[Fraction, Fraction]:
+        """How much this key lacks; and the sum of how much its row and its column lack."""
+        lack = {other: quota[other] - counts[other] for other in quota}
+        lines = [[other for other in quota if parts[other][axis] == parts[key][axis]] for axis in (0, 1)]
+        return lack[key], sum((lack[other] for line in lines for other in line), Fraction(0)) if is_table else 0
 
     left = [key for key in quota if quota[key] > counts[key]]
     for _ in range(total - sum(counts.values())):
-        best = max(left, key=lambda key: (quota[key] - counts[key], sum(below(part) for part in key.split("_", 1))))
+        best = max(left, key=lacking)
         left.remove(best)
         counts[best] += 1
     return counts
 
 
-def source_weights(retention: RetentionConfig) -> dict[str, float]:
-    """The share of each retention source, such as face_cw, before it is turned into rows."""
-    weights = retention.weights
-    tasks = {"cw": weights.cw, "mcq_i2d": weights.mcq_i2d, "mcq_d2i": weights.mcq_d2i}
-    kinds = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
-    kinds = {kind: share for kind, share in kinds.items() if share}
-    return {f"{kind}_{task}": share * weight for kind, share in kinds.items() for task, weight in tasks.items()}
-
-
 @dataclass(frozen=True)
-class Plan:
+class MixingPlan:
     """What every epoch of a run holds.
 
     Attributes:
-        sizes: rows there are, by source.
-        counts: rows an epoch takes, by source; task sources are taken whole.
-        asked: the share of an epoch that the configuration asks for, by source.
+        tasks: the sources that are tasks; the others are retention pools.
+        sizes, counts, asked: rows there are, rows an epoch takes, and the share of an epoch asked for, by source.
         epochs: number of epochs planned.
     """
 
+    tasks: tuple[str, ...]
     sizes: dict[str, int]
     counts: dict[str, int]
     asked: dict[str, float]
@@ -72,24 +77,24 @@ class Plan:
     @property
     def retention_share(self) -> float:
         """The actual share of retention rows in an epoch."""
-        return sum(count for source, count in self.counts.items() if source not in TASKS) / self.rows_per_epoch
+        return sum(count for source, count in self.counts.items() if source not in self.tasks) / self.rows_per_epoch
 
     def epoch_rows(self, epoch: int) -> list[tuple[str, int]]:
         """(source, row index) of epoch `epoch` (from 0) in training order; depends on (seed, epoch) alone.
 
-        A source is walked through in shuffled passes, each a fresh order, so that no row comes twice before every
-        row of its source has come once, over epochs too.
+        A source is walked through in shuffled cycles, each a fresh order, so that no row comes twice before every row
+        of its source has come once, over epochs too.
         """
         rows = []
         for source, count in self.counts.items():
             size = self.sizes[source]
             orders: dict[int, list[int]] = {}
-            for position in range(epoch * count, (epoch + 1) * count):
-                turn, place = divmod(position, size)
-                if turn not in orders:
-                    orders[turn] = list(range(size))
-                    rng_for(self.seed, "mix", source, turn).shuffle(orders[turn])
-                rows.append((source, orders[turn][place]))
+            for drawn in range(epoch * count, (epoch + 1) * count):
+                cycle, position = divmod(drawn, size)
+                if cycle not in orders:
+                    orders[cycle] = list(range(size))
+                    rng_for(self.seed, "mix", source, cycle).shuffle(orders[cycle])
+                rows.append((source, orders[cycle][position]))
         rng_for(self.seed, "order", epoch).shuffle(rows)
         return rows
 
@@ -110,37 +115,47 @@ class Plan:
 
 
 def make_plan(
-    task_sizes: dict[str, int], pool_sizes: dict[str, int], retention: RetentionConfig | None, seed: int, epochs: int
-) -> Plan:
-    """The plan of a run: all task rows, and round(n_task * r / (1 - r)) retention rows.
+    tasks: Mapping[str, int], pools: Mapping[str, int], weights: Mapping[str, float], ratio: float, seed: int,
+    epochs: int, counts: Mapping[str, int] | None = None,
+) -> MixingPlan:  # fmt: skip
+    """The plan of a run: n task rows, and round(n * ratio / (1 - ratio)) retention rows, an epoch.
 
     Args:
-        task_sizes: rows of each task source.
-        pool_sizes: rows of each retention source, e.g. face_cw.
-        retention: None when the run is not mixed.
+        tasks: rows there are of each task source.
+        pools: rows there are of each retention source; its names are free, but none of the tasks'.
+        weights: how the retention rows are shared among the pools: 2 and 1 are two thirds and one third. A pool
+            without a weight gives nothing.
+        ratio: the share of an epoch's rows that are retention rows, from 0 up to but not including 1.
+        seed: of all draws.
+        epochs: number of epochs planned; `epoch_rows` gives others too.
+        counts: rows an epoch of task sources that are to be repeated, e.g. as often as another's; the others give
+            each of their rows once.
 
     Raises:
-        ValueError: there are no task rows, or a retention source that should give rows has none.
+        ValueError: there are no task rows, a pool that should give rows has none, or a number cannot be.
     """
-    n_task = sum(task_sizes.values())
+    taken = dict(tasks) | dict(counts or {})
+    for source, count in taken.items():
+        there = tasks.get(source)
+        if there is None or source in pools or count < there or (count and not there):
+            rule = "it must be a task, no pool, and give each row once or more"
+            raise ValueError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
+    if not 0 <= ratio < 1 or any(weight < 0 for weight in weights.values()):
+        raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
+    n_task = sum(taken.values())
     if n_task == 0:
         raise ValueError("There are no task rows to train on. Make the experiment's data again.")
-    ratio = retention.retention_ratio if retention else 0.0
     exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
     n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
-    weights = source_weights(retention) if retention else {}
-    if n_retention and not any(weights.values()):
-        raise ValueError(f"retention.retention_ratio = {ratio}, but no pool has a share: set retention.face_share.")
-    taken = apportion(n_retention, weights)
-    for source, count in taken.items():
-        if count and not pool_sizes.get(source):
+    used = {source: weight for source, weight in weights.items() if weight and n_retention}
+    drawn = apportion(n_retention, used)
+    for source, count in drawn.items():
+        if count and not pools.get(source):
             raise ValueError(
-                f"retention.retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
-                "Make the pool, set the weight to 0, or set retention.retention_ratio=0."
+                f"retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
+                "Make the pool, set its weight to 0, or set retention_ratio to 0."
             )
-    taken = {source: count for source, count in taken.items() if n_retention and weights[source]}
-    asked = {source: (1 - ratio) * size / n_task for source, size in task_sizes.items()}
-    whole = sum(weights.values()) or 1.0
-    asked |= {source: ratio * weights[source] / whole for source in taken}
-    sizes = task_sizes | {source: pool_sizes.get(source, 0) for source in taken}
-    return Plan(sizes=sizes, counts=task_sizes | taken, asked=asked, seed=seed, epochs=epochs)
+    asked = {source: (1 - ratio) * count / n_task for source, count in taken.items()}
+    asked |= {source: ratio * weight / sum(used.values()) for source, weight in used.items()}
+    sizes = dict(tasks) | {source: pools.get(source, 0) for source in used}
+    return MixingPlan(tuple(tasks), sizes, taken | drawn, asked, seed, epochs)

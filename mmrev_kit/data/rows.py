@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import Config, RetentionConfig
 from mmrev_kit.data.images import ImageError, find_image, image_roots
 from mmrev_kit.data.tasks import FIELDS, LETTERS, POOL_TASKS, Row
 
@@ -225,6 +226,14 @@ def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[
 def uses_retention(config: Config) -> bool:
     """Whether this run's task is mixed with retention rows."""
     return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
+
+
+def source_weights(retention: RetentionConfig) -> dict[str, float]:
+    """The share of each retention source, such as face_cw, before it is turned into rows."""
+    kinds = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
+    kinds = {kind: share for kind, share in kinds.items() if share}
+    weights = vars(retention.weights)
+    return {f"{kind}_{task}": share * weight for kind, share in kinds.items() for task, weight in weights.items()}
 
 
 def _file_of_pool(folder: Path, task: str, split: str) -> Path:

@@ -10,7 +10,8 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.tasks import IMAGE_MARK, Row
-from mmrev_kit.model.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate
 
 
@@ -30,11 +31,11 @@ class Asker:
         disable_progress_bar()  # a bar would stay in the notebook
         self.config = config
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.dtype = compute_dtype(config, self.device)
+        self.dtype = torch_dtype(config.quantization.compute_dtype, self.device)
         self.encoder = make_encoder(config)
-        self.model = load_base(config, self.device)
+        self.model = load_base(**base_arguments(config, self.device))
         if adapter:
-            self.model = load_adapter(self.model, run_dir(config) / adapter, config)
+            self.model = load_adapter(self.model, run_dir(config) / adapter)
         self.model.eval()
 
     def __call__(self, image: str | Path, text: str) -> str:

@@ -17,8 +17,9 @@ from mmrev_kit.data.rows import read_experiment
 from mmrev_kit.data.tasks import LETTERS, Row
 from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.files import write_json, write_jsonl
-from mmrev_kit.model.bases import base_fingerprint, is_random
-from mmrev_kit.model.loading import compute_dtype, load_adapter, load_base, make_encoder
+from mmrev_kit.model.bases import base_fingerprint, base_of, is_random
+from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
 from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
@@ -113,7 +114,8 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
         return pairs[place][0].row.task, len(pairs[place][0].options)
 
     order = sorted(range(len(pairs)), key=lambda place: (kind(place), len(pairs[place][1].input_ids), place))
-    mine, records, dtype = order[state.process_index :: state.num_processes], [], compute_dtype(config, state.device)
+    dtype = torch_dtype(config.quantization.compute_dtype, state.device)
+    mine, records = order[state.process_index :: state.num_processes], []
     size, told = config.evaluation.batch_size, 0
     alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
     with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
@@ -161,9 +163,9 @@ def facts(config: Config, adapter: str | None, prompts: int, seconds: float, pea
 
     cuda = state.device.type == "cuda"
     return {
-        "base": {"name": config.model.name, "fingerprint": base_fingerprint(config)},
+        "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
         "adapter": adapter,
-        "processor": "stand-in: the embedded tokenizer" if is_random(config) else "the model's own",
+        "processor": "stand-in: the embedded tokenizer" if is_random(config.model.name) else "the model's own",
         "prompts": prompts,
         "prompts_per_second": prompts / seconds,
         "seconds": seconds,
@@ -181,9 +183,9 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         drops: from `DROPS`.
     """
     with worker_state(Path(folder)) as state:
-        model = load_base(config, state.device)
+        model = load_base(**base_arguments(config, state.device))
         if adapter:
-            model = load_adapter(model, Path(adapter), config)
+            model = load_adapter(model, adapter)
         model.eval()
         questions, found, began = read_questions(config), [], time.perf_counter()
         for drop in drops:

@@ -234,9 +234,9 @@ def card_memory(config: Config, device) -> float | None:
 
 def configured_shapes(config: Config) -> ModelShapes:
     """The sizes of the configured model."""
-    if is_random(config):
+    if is_random(config.model.name):
         return read_shapes(config.model.name)
-    return read_shapes(model_folder(config, weights=False), config.model.name)
+    return read_shapes(model_folder(config.model.name, config.model.revision, weights=False), config.model.name)
 
 
 def plan_or_refuse(

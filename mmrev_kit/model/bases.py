@@ -14,16 +14,22 @@ from mmrev_kit.model.qwen3vl import read_architecture
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
 
 
-def model_folder(config: Config, weights: bool = True) -> Path:
-    """The folder with the base model's files; a name on the hub is downloaded (or found in the cache) first.
+def base_of(config: Config) -> dict:
+    """Which base a configuration means, as the arguments of `base_fingerprint`."""
+    chosen = {"name": config.model.name, "revision": config.model.revision, "bits": config.quantization.bits}
+    return chosen | {"seed": config.experiment.seed}
+
+
+def model_folder(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder with a base model's files; a name on the hub is downloaded (or found in the cache) first.
 
     Args:
+        name: "embedded", a folder, or a name on the hub.
         weights: False where sizes and the processor are enough: a run that cannot fit downloads no more than that.
 
     Raises:
         ConfigError: neither a folder nor a model that the hub or its cache has.
     """
-    name = config.model.name
     if name == "embedded":
         return EMBEDDED_MODEL
     if resolve(name).is_dir():
@@ -33,15 +39,15 @@ def model_folder(config: Config, weights: bool = True) -> Path:
 
     try:
         wanted = SMALL_FILES + (WEIGHTS if weights else [])
-        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = hide_secrets(str(error).strip().splitlines()[0])
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
 
 
-def is_random(config: Config) -> bool:
-    """Whether model.name is an architecture file, which stands for that model with seeded random weights."""
-    return config.model.name.endswith(".json")
+def is_random(name: str) -> bool:
+    """Whether a model's name is an architecture file, which stands for that model with seeded random weights."""
+    return name.endswith(".json")
 
 
 def read_fingerprint(adapter: Path) -> str:
@@ -58,26 +64,26 @@ def read_fingerprint(adapter: Path) -> str:
     return found[1]
 
 
-def check_base(adapter: Path, found: str, name: str) -> None:
-    """Refuse an adapter that was trained on another base than `name` with the fingerprint `found`.
+def check_base(adapter: Path, base: str, name: str) -> None:
+    """Refuse an adapter that was trained on another base than `name` with the fingerprint `base`.
 
     Raises:
         ConfigError: naming both fingerprints; or the adapter is not in safetensors.
     """
     wanted = read_fingerprint(adapter)
-    if wanted != found:
-        raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {found}.")
+    if wanted != base:
+        raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {base}.")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 
 
-def base_fingerprint(config: Config) -> str:
-    """`fingerprint` of the configured base; of a random model, a digest of its architecture and seed."""
-    if not is_random(config):
-        return fingerprint(model_folder(config))
-    values = read_architecture(config).to_dict()
+def base_fingerprint(name: str, revision: str | None = None, bits: int = 4, seed: int = 0) -> str:
+    """`fingerprint` of a base by its name; of a random model, a digest of its architecture, seed and bits."""
+    if not is_random(name):
+        return fingerprint(model_folder(name, revision))
+    values = read_architecture(name).to_dict()
     values.pop("transformers_version", None)
-    text = json.dumps([values, config.experiment.seed, config.quantization.bits], sort_keys=True, default=str)
+    text = json.dumps([values, seed, bits], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

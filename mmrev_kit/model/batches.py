@@ -22,7 +22,7 @@ from mmrev_kit.model.packing import (
     pack,
     share_out,
 )
-from mmrev_kit.model.qwen3vl import as_model_input, core_model, takes_features
+from mmrev_kit.model.qwen3vl import as_model_input, takes_features, text_config
 
 CPU_TOKENS = 2048  # tokens a pass where memory is no limit
 GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
@@ -56,7 +56,7 @@ def obstacle(model) -> str | None:
     """Why rows cannot be packed and vision features not be given to this model, or None."""
     if not takes_features(model):
         return "the model takes no precomputed vision features (mm_encoder_outputs)"
-    name = core_model(model).config.text_config._attn_implementation
+    name = text_config(model)._attn_implementation
     if name not in MASKED:
         return f"attention implementation {name} takes no mask of four dimensions"
     return None
@@ -81,7 +81,7 @@ def micro_tokens(config: Config, device) -> int:
 def make_layout(config: Config, model, device) -> Layout:
     """How this process runs its share; packing needs a model that it works with."""
     mode = config.training.packing if obstacle(model) is None else "none"
-    scale = attention_scale(core_model(model).config.text_config)
+    scale = attention_scale(text_config(model))
     return Layout(mode, micro_tokens(config, device), scale, GPU_MULTIPLE if device.type == "cuda" else 1)
 
 
@@ -116,7 +116,7 @@ class Batcher:
 
         if self.features is not None and all(image in self.features for image in images):
             features = [self.features.get(image) for image in images]
-            return {"mm_encoder_outputs": as_model_input(features, self.device)}
+            return as_model_input(features, self.device)
         pixels = [self.encoder.pixels(*image) for image in images]
         values, grids = (torch.cat(parts).to(self.device) for parts in zip(*pixels, strict=True))
         return {"pixel_values": values, "image_grid_thw": grids}

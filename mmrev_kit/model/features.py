@@ -17,12 +17,14 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from mmrev_kit import files
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.model.bases import base_fingerprint
-from mmrev_kit.model.qwen3vl import core_model, tower_outputs
+from mmrev_kit.model.bases import base_fingerprint, base_of
+from mmrev_kit.model.qwen3vl import feature_shape, tower_outputs
 
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
@@ -39,7 +41,7 @@ def identity(config: Config, encoder: Encoder, dtype, device) -> str:
         "format": FORMAT,
         "processor": settings,
         "blank": encoder.blank,
-        "base": base_fingerprint(config),
+        "base": base_fingerprint(**base_of(config)),
         "quantization": [config.quantization.bits, config.quantization.double_quant],
         "attention": config.model.attn_implementation,
         "dtype": str(dtype),
@@ -132,8 +134,6 @@ class Features:
 
 def checksum(tensor) -> str:
     """A CRC-32 of a tensor's bytes."""
-    import torch
-
     return f"{zlib.crc32(memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())):08x}"
 
 
@@ -148,8 +148,6 @@ def compute(features: Features, model, images: list[Image], device, tell) -> Non
     Args:
         tell: called with the number of images done.
     """
-    import torch
-
     compute_dtype = features.dtype
     while images:
         pixels, grids, taken = [], [], []
@@ -160,8 +158,8 @@ def compute(features: Features, model, images: list[Image], device, tell) -> Non
             taken.append(images.pop(0))
         autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
         with torch.no_grad(), autocast:
-            found = tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
-        for image, tensor in zip(taken, found, strict=True):
+            outputs = tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
+        for image, tensor in zip(taken, outputs, strict=True):
             features.write(image, tensor)
         tell(len(taken))
 
@@ -173,12 +171,9 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
         model: the base model with its vision tower.
         state: this process among the launched ones (`accelerate.PartialState`).
     """
-    import torch
-
-    vision = core_model(model).config.vision_config
-    shape = 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size
     folder = resolve(config.launch.output_dir) / "features"
-    features = Features(encoder, folder, identity(config, encoder, dtype, state.device), shape, dtype)
+    known = identity(config, encoder, dtype, state.device)
+    features = Features(encoder, folder, known, feature_shape(model), dtype)
     by_key = {features.key(image): image for image in images_of(samples)}
     images, began = list(by_key.values()), time.perf_counter()
     missing = [image for image in images if not features.read(image)]
@@ -205,13 +200,3 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
         line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"
         print(f"progress: {line}, {time.perf_counter() - began:.1f} s", flush=True)
     return features
-
-
-def drop_tower(model) -> None:
-    """Take the vision tower off the GPU: it is frozen, and every feature that a run needs has been made."""
-    import torch
-
-    core = core_model(model).model
-    if next(core.visual.parameters()).device.type == "cuda":
-        core.visual = None
-        torch.cuda.empty_cache()

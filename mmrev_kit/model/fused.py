@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from mmrev_kit.model.kernels import functions, head_class
+import torch
+
+from mmrev_kit.model.kernels import FusedHead, Gated, Lora, Norm, Rotated
+from mmrev_kit.model.qwen3vl import language_model
 
 
 @cache
@@ -20,19 +23,17 @@ def classes() -> dict:
     """From a stock class of the model to its fused one."""
     from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-    norm_function, gated_function, rotated_function, _ = functions()
-
     class FusedNorm(stock.Qwen3VLTextRMSNorm):
         out_dtype = None  # the input's
 
         def forward(self, hidden_states):
             rows, dtype = hidden_states.flatten(0, -2), self.out_dtype or hidden_states.dtype
-            return norm_function.apply(rows, self.weight, self.variance_epsilon, dtype).view(hidden_states.shape)
+            return Norm.apply(rows, self.weight, self.variance_epsilon, dtype).view(hidden_states.shape)
 
     class FusedMLP(stock.Qwen3VLTextMLP):
         def forward(self, x):
             gate, up = self.gate_proj(x), self.up_proj(x)
-            return self.down_proj(gated_function.apply(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
+            return self.down_proj(Gated.apply(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
 
     class FusedLayer(stock.Qwen3VLTextDecoderLayer):
         def forward(self, hidden_states, wanted=None, **more):
@@ -54,8 +55,8 @@ def classes() -> dict:
             )
             cosine, sine = (part.expand(*shape, -1).flatten(0, 1) for part in position_embeddings)
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon
-            turned = rotated_function.apply(query.flatten(0, 1), key.flatten(0, 1), *norms, cosine, sine)
-            query, key = (new.view(old.shape) for new, old in zip(turned, (query, key), strict=True))
+            rotated = Rotated.apply(query.flatten(0, 1), key.flatten(0, 1), *norms, cosine, sine)
+            query, key = (new.view(old.shape) for new, old in zip(rotated, (query, key), strict=True))
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx, kwargs=more)
@@ -76,9 +77,6 @@ def classes() -> dict:
 @cache
 def lora_class(stock):
     """The fused class of one of PEFT's LoRA layers."""
-    import torch
-
-    lora_function = functions()[-1]
 
     class FusedLora(stock):
         def forward(self, x, *args, **more):
@@ -93,7 +91,7 @@ def lora_class(stock):
                 return super().forward(x)
             p = getattr(self.lora_dropout[names[0]], "p", 0.0) if self.training else 0.0
             rows, scaling = x.reshape(-1, width), self.scaling[names[0]]
-            out = lora_function.apply(rows, down.weight, up.weight, self.base_layer, scaling, p)
+            out = Lora.apply(rows, down.weight, up.weight, self.base_layer, scaling, p)
             return out.view(*x.shape[:-1], -1)
 
     return FusedLora
@@ -127,26 +125,26 @@ def fuse(model) -> None:
     Modules of another class, with another activation, or with a forward of their own (as accelerate's hooks for a
     model spread over devices set one) stay as they are.
     """
-    for module in model.model.language_model.modules():
+    for module in language_model(model).modules():
         module.__class__ = fused_class(module) or type(module)
     head = model.lm_head
-    plain = type(head) is head_class().__base__ and head.bias is None and "forward" not in vars(head)
+    plain = type(head) is torch.nn.Linear and head.bias is None and "forward" not in vars(head)
     if plain and not head.weight.requires_grad:
-        head.__class__ = head_class()
+        head.__class__ = FusedHead
 
 
 def takes_wanted(model) -> bool:
     """Whether this Qwen3-VL is to be given `wanted`: its last decoder layer is fused, adds no vision features, and is
     on a CPU. On a GPU that would spare the 32B 1 % of its work, and memory is estimated without it."""
-    layers = model.model.language_model.layers
+    layers = language_model(model).layers
     fused = type(layers[-1]).__module__ == __name__ and model.device.type == "cpu"
     return fused and len(layers) > len(model.config.vision_config.deepstack_visual_indexes)
 
 
 def unfuse(model) -> None:
     """Give them the library's own again."""
-    for module in model.model.language_model.modules():
+    for module in language_model(model).modules():
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__mro__[1]
-    if isinstance(model.lm_head, head_class()):
-        model.lm_head.__class__ = head_class().__base__
+    if isinstance(model.lm_head, FusedHead):
+        model.lm_head.__class__ = torch.nn.Linear

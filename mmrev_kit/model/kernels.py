@@ -1,4 +1,9 @@
-"""The joined operations that `fused` puts into a model, forward and backward; LoRA's dropout; the head."""
+"""The joined operations that `fused` puts into a model, forward and backward.
+
+First the elementwise ones (RMSNorm, the gated product, RMSNorm with rotary positions) as plain functions, which `run`
+calls as kernels where torch.compile can make them; then the linear layer with LoRA and its dropout; last the head,
+16-bit weights to fp32 logits.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,16 @@ import os
 import shutil
 from functools import cache
 
+import torch
+from torch.nn.functional import silu
+from torch.utils._triton import has_triton
+
+LANES = 4  # 16-bit numbers in one draw of 64 bits, see `kept`
 MIN_ROWS = 256  # below, as in generation token by token, a kernel is not worth the call through torch.compile
 
 
 def norm_forward(rows, weight, eps: float, dtype):
     """(n, ..., h) normalised over h in fp32 and times the weight, in `dtype`; and 1/rms (n, ..., 1), fp32."""
-    import torch
-
     values = rows.float()
     scale = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * (values * scale)).to(dtype), scale
@@ -24,58 +32,44 @@ def norm_backward(gradient, rows, scale, weight):
     return (scale * (weighted - normal * (weighted * normal).mean(-1, keepdim=True))).to(rows.dtype)
 
 
-def turn(values, cosine, sine, sign: int):
-    """Values (n, heads, d) turned by the angles of `cosine` and `sine`, (n, d) with both halves alike; `sign` -1: to
+def rotate(values, cosine, sine, sign: int):
+    """Values (n, heads, d) rotated by the angles of `cosine` and `sine`, (n, d) with both halves alike; `sign` -1: to
     their positions, as `apply_rotary_pos_emb` does; 1: back."""
-    turned = values * cosine[:, None]
+    rotated = values * cosine[:, None]
     (left, right), (half, _) = values.chunk(2, -1), sine[:, None].chunk(2, -1)
-    to_left, to_right = turned.chunk(2, -1)
+    to_left, to_right = rotated.chunk(2, -1)
     to_left.addcmul_(right, half, value=sign)
     to_right.addcmul_(left, half, value=-sign)
-    return turned
+    return rotated
 
 
 def rotated_forward(queries, keys, of_query, of_key, eps: float, cosine, sine):
-    """Queries (n, heads, d) and keys (n, key heads, d) normalised with weights (d,) and turned; and both 1/rms."""
-    import torch
-
-    found = []
-    for rows, weight in ((queries, of_query), (keys, of_key)):
-        normal, scale = norm_forward(rows, weight, eps, torch.float32)
-        found += [turn(normal, cosine, sine, -1).to(rows.dtype), scale]
-    return found[0], found[2], found[1], found[3]
+    """Queries (n, heads, d) and keys (n, key heads, d) normalised with weights (d,) and rotated; and both 1/rms."""
+    normal, query_scale = norm_forward(queries, of_query, eps, torch.float32)
+    query = rotate(normal, cosine, sine, -1).to(queries.dtype)
+    normal, key_scale = norm_forward(keys, of_key, eps, torch.float32)
+    return query, rotate(normal, cosine, sine, -1).to(keys.dtype), query_scale, key_scale
 
 
 def rotated_backward(of_queries, of_keys, queries, keys, query_scale, key_scale, of_query, of_key, cosine, sine):
-    """The gradients of queries and keys: turned back, then through the norms."""
-    parts = (of_queries, queries, query_scale, of_query), (of_keys, keys, key_scale, of_key)
-    found = (
-        norm_backward(turn(gradient.float(), cosine, sine, 1), rows, scale, weight)
-        for gradient, rows, scale, weight in parts
-    )
-    return tuple(found)
+    """The gradients of queries and keys: rotated back, then through the norms."""
+    query = norm_backward(rotate(of_queries.float(), cosine, sine, 1), queries, query_scale, of_query)
+    return query, norm_backward(rotate(of_keys.float(), cosine, sine, 1), keys, key_scale, of_key)
 
 
 def gated_forward(gate, up):
     """SiLU(gate) x up, (n, f)."""
-    from torch.nn.functional import silu
-
     return silu(gate) * up
 
 
 def gated_backward(gradient, gate, up):
     """The gradients of gate and up; SiLU is computed again, so that it need not be kept."""
-    import torch
-
     of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-    return of_gate, torch.nn.functional.silu(gate).mul_(gradient)
+    return of_gate, silu(gate).mul_(gradient)
 
 
 def can_compile(device) -> bool:
     """Whether torch.compile makes kernels for this GPU: compute capability 8.0 or later, Triton, a C compiler."""
-    import torch
-    from torch.utils._triton import has_triton
-
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
@@ -84,15 +78,11 @@ def can_compile(device) -> bool:
 @cache
 def compiled(function, device):
     """`function` as kernels for `device`, or as it is."""
-    import torch
-
     return torch.compile(function) if can_compile(device) else function
 
 
 def run(function, *arguments):
     """Call `function`, as a kernel where that is worth it. The first axis of its tensors varies, the others do not."""
-    import torch
-
     tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.ndim > 1]
     if tensors[0].device.type != "cuda" or len(tensors[0]) < MIN_ROWS:
         return function(*arguments)
@@ -102,77 +92,73 @@ def run(function, *arguments):
     return compiled(function, tensors[0].device)(*arguments)
 
 
-@cache
-def functions():
-    """The autograd functions: norm, gated, rotated, lora; made on first use, since importing torch takes seconds."""
-    import torch
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, eps, dtype):
+        out, scale = run(norm_forward, rows, weight, eps, dtype)
+        ctx.save_for_backward(rows, scale, weight)
+        return out
 
-    class Norm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, rows, weight, eps, dtype):
-            out, scale = run(norm_forward, rows, weight, eps, dtype)
-            ctx.save_for_backward(rows, scale, weight)
-            return out
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, scale, weight = ctx.saved_tensors
+        return run(norm_backward, gradient.contiguous(), rows, scale, weight), None, None, None
 
-        @staticmethod
-        def backward(ctx, gradient):
-            rows, scale, weight = ctx.saved_tensors
-            return run(norm_backward, gradient.contiguous(), rows, scale, weight), None, None, None
 
-    class Gated(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, gate, up):
-            ctx.save_for_backward(gate, up)
-            return run(gated_forward, gate, up)
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return run(gated_forward, gate, up)
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return run(gated_backward, gradient.contiguous(), *ctx.saved_tensors)
+    @staticmethod
+    def backward(ctx, gradient):
+        return run(gated_backward, gradient.contiguous(), *ctx.saved_tensors)
 
-    class Rotated(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, queries, keys, of_query, of_key, eps, cosine, sine):
-            own = (of_query, of_key, eps, cosine, sine)
-            *turned, query_scale, key_scale = run(rotated_forward, queries, keys, *own)
-            ctx.save_for_backward(queries, keys, query_scale, key_scale, of_query, of_key, cosine, sine)
-            return tuple(turned)
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            gradients = [gradient.contiguous() for gradient in gradients]
-            return *run(rotated_backward, *gradients, *ctx.saved_tensors), None, None, None, None, None
+class Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries, keys, of_query, of_key, eps, cosine, sine):
+        own = (of_query, of_key, eps, cosine, sine)
+        *rotated, query_scale, key_scale = run(rotated_forward, queries, keys, *own)
+        ctx.save_for_backward(queries, keys, query_scale, key_scale, of_query, of_key, cosine, sine)
+        return tuple(rotated)
 
-    class Lora(torch.autograd.Function):
-        """layer(x) + s drop(x) A' B'; the layer's weight gets no gradient."""
+    @staticmethod
+    def backward(ctx, *gradients):
+        gradients = [gradient.contiguous() for gradient in gradients]
+        return *run(rotated_backward, *gradients, *ctx.saved_tensors), None, None, None, None, None
 
-        @staticmethod
-        def forward(ctx, rows, down, up, layer, scaling, p):
-            dropped, mask, factor, left = drop(rows, p) if p > 0 else (rows, None, None, 1.0)
-            low = dropped @ down.t().to(rows.dtype)
-            ctx.layer, ctx.scaling, ctx.factor = layer, scaling * left, factor
-            ctx.save_for_backward(dropped if factor is None else rows, mask, low, down, up)
-            return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=ctx.scaling)
 
-        @staticmethod
-        def backward(ctx, gradient):
-            rows, mask, low, down, up = ctx.saved_tensors
-            of_low = (gradient @ up.to(gradient.dtype)).mul_(ctx.scaling)
-            of_up = (gradient.t() @ low).to(up.dtype).mul_(ctx.scaling)
-            dropped = rows if ctx.factor is None else redrop(rows, mask, ctx.factor)
-            of_down, of_rows = (of_low.t() @ dropped).to(down.dtype), None
-            if ctx.needs_input_grad[0]:
-                del dropped
-                of_rows = gradient @ weight_of(ctx.layer, gradient.dtype)
-                of_dropped = of_low @ down.to(gradient.dtype)
-                if mask is None:
-                    of_rows += of_dropped
-                elif ctx.factor is None:
-                    of_rows.addcmul_(of_dropped, mask)
-                else:
-                    of_rows += redrop(of_dropped, mask, ctx.factor)
-            return of_rows, of_down, of_up, None, None, None
+class Lora(torch.autograd.Function):
+    """layer(x) + s drop(x) A' B'; the layer's weight gets no gradient."""
 
-    return Norm, Gated, Rotated, Lora
+    @staticmethod
+    def forward(ctx, rows, down, up, layer, scaling, p):
+        dropped, mask, factor, left = drop(rows, p) if p > 0 else (rows, None, None, 1.0)
+        low = dropped @ down.t().to(rows.dtype)
+        ctx.layer, ctx.scaling, ctx.factor = layer, scaling * left, factor
+        ctx.save_for_backward(dropped if factor is None else rows, mask, low, down, up)
+        return layer(rows).addmm_(low, up.t().to(rows.dtype), alpha=ctx.scaling)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, mask, low, down, up = ctx.saved_tensors
+        of_low = (gradient @ up.to(gradient.dtype)).mul_(ctx.scaling)
+        of_up = (gradient.t() @ low).to(up.dtype).mul_(ctx.scaling)
+        dropped = rows if ctx.factor is None else redrop(rows, mask, ctx.factor)
+        of_down, of_rows = (of_low.t() @ dropped).to(down.dtype), None
+        if ctx.needs_input_grad[0]:
+            del dropped
+            of_rows = gradient @ weight_of(ctx.layer, gradient.dtype)
+            of_dropped = of_low @ down.to(gradient.dtype)
+            if mask is None:
+                of_rows += of_dropped
+            elif ctx.factor is None:
+                of_rows.addcmul_(of_dropped, mask)
+            else:
+                of_rows += redrop(of_dropped, mask, ctx.factor)
+        return of_rows, of_down, of_up, None, None, None
 
 
 def weight_of(layer, dtype):
@@ -185,9 +171,6 @@ def weight_of(layer, dtype):
     return dequantize_4bit(layer.weight.data.view(-1, 1), state).to(dtype)
 
 
-LANES = 4  # 16-bit numbers in one draw of 64 bits
-
-
 def kept(shape, p: float, dtype):
     """Which numbers dropout keeps on a CPU, as 0 and 1, and the factor 1 / (1 - p) for those.
 
@@ -195,8 +178,6 @@ def kept(shape, p: float, dtype):
     so that p is taken in steps of 2^-16. Booleans would be turned into numbers again at every use, which takes longer
     than the product.
     """
-    import torch
-
     dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-shape.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[: shape.numel()].view(shape)
@@ -212,8 +193,6 @@ def drop(rows, p: float):
         kept instead, as on a CPU, where time counts and not memory), and the factor that is left to apply: on a CPU
         it goes where the numbers are few.
     """
-    import torch
-
     if rows.device.type == "cpu":
         mask, factor = kept(rows.shape, p, rows.dtype)
         return rows * mask, mask, None, factor
@@ -222,44 +201,30 @@ def drop(rows, p: float):
 
 def redrop(values, mask, factor: float):
     """values x mask x factor, in one kernel."""
-    import torch
-
     return torch.ops.aten.native_dropout_backward(values, mask, factor)
 
 
-@cache
-def head_function():
-    """The autograd function; made on first use, since importing torch takes seconds."""
-    import torch
+class Head(torch.autograd.Function):
+    """Rows (n, h) and the head's frozen weight (v, h), both in 16 bit, to logits (n, v) in fp32."""
 
-    class Head(torch.autograd.Function):
-        """Rows (n, h) and the head's frozen weight (v, h), both in 16 bit, to logits (n, v) in fp32."""
+    @staticmethod
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            if rows.device.type == "cuda":
+                return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+            return rows.float() @ weight.float().t()  # no such product on CPUs
 
-        @staticmethod
-        def forward(ctx, rows, weight):
-            ctx.save_for_backward(weight)
-            with torch.autocast(rows.device.type, enabled=False):
-                if rows.device.type == "cuda":
-                    return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-                return rows.float() @ weight.float().t()  # no such product on CPUs
-
-        @staticmethod
-        def backward(ctx, gradient):
-            (weight,) = ctx.saved_tensors
-            return gradient.to(weight.dtype) @ weight, None
-
-    return Head
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
 
 
-@cache
-def head_class():
-    """The class that a model's frozen head, a linear layer without bias, may be given instead of its own."""
-    import torch
+class FusedHead(torch.nn.Linear):
+    """What a model's frozen head, a linear layer without bias, may be given instead of its own class."""
 
-    class FusedHead(torch.nn.Linear):
-        def forward(self, x):
-            if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
-                return super().forward(x)
-            return head_function().apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
-
-    return FusedHead
+    def forward(self, x):
+        if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return Head.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)

@@ -1,120 +1,147 @@
-"""The base model in 4 or 16 bit with its adapter, and the base's fingerprint."""
+"""A base model in 4 or 16 bit with a LoRA adapter, for training and for answering.
+
+Usable alone; it knows nothing of the kit's data or of its training loop:
+
+    model = load_base("Qwen/Qwen3-VL-8B-Instruct", bits=4)
+    model = add_adapter(model, r=8, alpha=16, target_modules=("q_proj", "v_proj"))
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
+import torch
+
+from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.model.bases import base_fingerprint, check_base, is_random, model_folder
+from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.fused import fuse
-from mmrev_kit.model.qwen3vl import read_architecture
+from mmrev_kit.model.qwen3vl import (
+    complete,
+    empty_model,
+    language_model,
+    load_weights,
+    projections,
+    read_architecture,
+    text_config,
+)
 from mmrev_kit.model.vision import use_fast_tower
 
-
-def load_processor(config: Config):
-    """The base model's own processor. Code that lies beside a model is never run.
-
-    A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
-    """
-    from transformers import AutoProcessor
-
-    if not is_random(config):
-        return AutoProcessor.from_pretrained(model_folder(config, weights=False), trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
-    vision = read_architecture(config).vision_config
-    processor.image_processor.patch_size = vision.patch_size
-    processor.image_processor.merge_size = vision.spatial_merge_size
-    processor.image_processor.temporal_patch_size = vision.temporal_patch_size
-    return processor
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def make_encoder(config: Config, drop: str = "none") -> Encoder:
-    """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`."""
-    limits = config.model.min_pixels, config.model.max_pixels, config.training.max_length
-    return Encoder(load_processor(config), *limits, drop=drop)
+def torch_dtype(name: str, device) -> torch.dtype:
+    """The dtype of matrix products on `device`: fp16, bf16 or fp32 as named; `auto` is bf16 where the GPU has it, else
+    fp16, and fp32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def compute_dtype(config: Config, device):
-    """The dtype of matrix products on `device`: as configured; `auto` is bf16 where the GPU has it, else fp16, and
-    fp32 on CPU."""
-    import torch
-
-    name = config.quantization.compute_dtype
-    if name == "auto":
-        if torch.device(device).type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def load_base(config: Config, device):
-    """The frozen base model on `device`: NF4 for bits = 4, else 16-bit weights (fp32 where `auto` means fp32).
+def load_base(
+    name: str, *, revision: str | None = None, bits: int = 4, double_quant: bool = True, compute_dtype: str = "auto",
+    device=None, attn_implementation: str = "sdpa", seed: int = 0, spread: bool = False, cpu_gib: float | None = None,
+    offload_folder: str | Path | None = None,
+):  # fmt: skip
+    """A frozen Qwen3-VL: NF4 for bits = 4, else 16-bit weights (fp32 where the compute dtype is that).
 
     The embedding and the head stay as they are: turning them to fp32 costs memory and buys only an fp32 residual
     stream, which `keep_residual_in_fp32` gives as well.
-    """
-    from transformers import Qwen3VLForConditionalGeneration
 
-    if is_random(config):
-        return finish_base(random_model(read_architecture(config), config, device))
-    spread = config.launch.mode == "auto"
-    options = {"quantization_config": nf4_config(config, device)} if config.quantization.bits == 4 else {}
-    if spread:
-        options |= spread_options(config)
-    folder = model_folder(config)
-    if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
-        raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        folder,
-        use_safetensors=True,  # never a pickle
-        dtype=compute_dtype(config, device),
-        device_map="auto" if spread else {"": str(device)},
-        attn_implementation=config.model.attn_implementation,
-        **options,
-    )
+    Args:
+        name: "embedded" (the 10 million parameters that come with the kit), a folder, a name on the Hugging Face hub,
+            or an architecture file (.json), which stands for that model with random weights.
+        revision: of a model on the hub.
+        bits: 4 or 16.
+        double_quant: whether NF4's scales are quantized too.
+        compute_dtype: of matrix products: fp16, bf16, fp32 or auto, see `torch_dtype`.
+        device: None: the first GPU, or the CPU where there is none.
+        attn_implementation: as in transformers.
+        seed: of random weights.
+        spread: put the layers of a 16-bit model on all visible GPUs, then in the host's memory, then on disk.
+        cpu_gib: GiB of the host's memory that `spread` may take; the rest goes to `offload_folder`. None: all of it.
+
+    Returns:
+        A `Qwen3VLForConditionalGeneration`; its `name_or_path` is `name`, and `fingerprint()` tells its weights from
+        those of other bases.
+
+    Raises:
+        ConfigError: there is no such model, the folder holds an adapter, or 4-bit weights are to be spread.
+    """
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    dtype = torch_dtype(compute_dtype, device)
+    nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
+    if is_random(name):
+        model = random_model(read_architecture(name), dtype, device, seed, nf4)
+        model.set_attn_implementation(attn_implementation)
+    else:
+        placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
+        folder = model_folder(name, revision)
+        if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
+            raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
+        placement |= {"quantization_config": nf4} if nf4 else {}
+        model = load_weights(folder, dtype=dtype, attn_implementation=attn_implementation, **placement)
+    model.name_or_path = name  # what PEFT writes into an adapter
+    model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
     return finish_base(model)
 
 
-def nf4_config(config: Config, device):
+def base_arguments(config: Config, device) -> dict:
+    """The arguments of `load_base` that a configuration stands for."""
+    quantization, launch = config.quantization, config.launch
+    return base_of(config) | {
+        "double_quant": quantization.double_quant,
+        "compute_dtype": quantization.compute_dtype,
+        "device": device,
+        "attn_implementation": config.model.attn_implementation,
+        "spread": launch.mode == "auto",
+        "cpu_gib": launch.cpu_gib,
+        "offload_folder": resolve(launch.output_dir) / "offload",
+    }
+
+
+def nf4_config(double_quant: bool, dtype: torch.dtype):
     """What transformers is told about NF4: everything but the head, which stays in 16 bit as the embedding does."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=config.quantization.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype(config, device),
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head"],
     )
 
 
-def spread_options(config: Config) -> dict:
-    """Mode `auto`: layers over all visible GPUs, then the host's memory, then disk.
+def spread_options(bits: int, cpu_gib: float | None, offload_folder: str | Path | None) -> dict:
+    """Layers over all visible GPUs, then the host's memory, then disk.
 
     Raises:
         ConfigError: 4-bit weights, which are not spread.
     """
-    import torch
-
-    if config.quantization.bits != 16:
+    if bits != 16:
         raise ConfigError("launch.mode = 'auto' spreads a 16-bit model: set quantization.bits=16.")
-    if config.launch.cpu_gib is None:
-        return {}
+    options = {"device_map": "auto"}
+    if cpu_gib is None:
+        return options
     gpus = range(torch.cuda.device_count())
     limits = {index: int(0.9 * torch.cuda.mem_get_info(index)[0]) for index in gpus}
-    folder = resolve(config.launch.output_dir) / "offload"
-    folder.mkdir(parents=True, exist_ok=True)
-    return {"max_memory": limits | {"cpu": int(config.launch.cpu_gib * 2**30)}, "offload_folder": str(folder)}
+    Path(offload_folder).mkdir(parents=True, exist_ok=True)
+    return options | {"max_memory": limits | {"cpu": int(cpu_gib * 2**30)}, "offload_folder": str(offload_folder)}
 
 
 def finish_base(model):
     """What every base needs, wherever its weights come from: frozen, unpacked on CPU, elementwise steps fused, summed
     in fp32, and a vision tower that takes images together."""
     model.requires_grad_(False)
-    model.config.use_cache = model.config.text_config.use_cache = False  # evaluation asks for it where it wants it
+    model.config.use_cache = text_config(model).use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)
     fuse(model)
     keep_residual_in_fp32(model)
@@ -122,47 +149,40 @@ def finish_base(model):
     return model
 
 
-def random_model(architecture, config: Config, device):
+def random_model(architecture, dtype: torch.dtype, device, seed: int = 0, nf4=None):
     """The architecture with seeded random weights (normal, std 0.02), made and quantized layer by layer on `device`.
 
     Args:
         architecture: a `Qwen3VLConfig`.
+        nf4: a `BitsAndBytesConfig`, see `nf4_config`; None: weights of `dtype`.
 
     Returns:
         A `Qwen3VLForConditionalGeneration`; equal seeds give equal weights on one kind of device.
     """
-    import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import Qwen3VLForConditionalGeneration
     from transformers.integrations import replace_with_bnb_linear
 
-    dtype, four = compute_dtype(config, device), config.quantization.bits == 4
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(architecture)
-        if four:
-            wanted, model.is_loaded_in_4bit = nf4_config(config, device), True  # PEFT asks, to take its 4-bit adapter
-            model = replace_with_bnb_linear(model, wanted.llm_int8_skip_modules, quantization_config=wanted)
-    model.set_attn_implementation(config.model.attn_implementation)
+        model = empty_model(architecture)
+        if nf4:
+            model.is_loaded_in_4bit = True  # PEFT asks, to take its 4-bit adapter
+            model = replace_with_bnb_linear(model, nf4.llm_int8_skip_modules, quantization_config=nf4)
     for name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if f"{name}.{key}" == "lm_head.weight" and architecture.tie_word_embeddings:
                 continue
-            random = torch.Generator(device).manual_seed(seed_for(config.experiment.seed, "weights", name, key))
+            random = torch.Generator(device).manual_seed(seed_for(seed, "weights", name, key))
             value = torch.zeros(parameter.shape, dtype=dtype, device=device)
             if parameter.ndim > 1:
                 value.normal_(std=0.02, generator=random)
             elif key == "weight":
                 value += 1
-            if four and key == "weight" and isinstance(module, Linear4bit):
-                options = {"quant_type": "nf4", "compress_statistics": config.quantization.double_quant}
+            if nf4 and key == "weight" and isinstance(module, Linear4bit):
+                options = {"quant_type": "nf4", "compress_statistics": nf4.bnb_4bit_use_double_quant}
                 setattr(module, key, Params4bit(value, requires_grad=False, module=module, **options).to(device))
             else:
                 setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
-    if architecture.tie_word_embeddings:
-        model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    text, vision = model.model.language_model, model.model.visual
-    text.rotary_emb = type(text.rotary_emb)(architecture.text_config).to(device)
-    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(architecture.vision_config).to(device)
+    complete(model, device)
     return model
 
 
@@ -183,12 +203,10 @@ def keep_residual_in_fp32(model) -> None:
     The embedding's output is cast up once; each layer norm's output is cast down again, so that every product and
     stored activation keeps the 16-bit dtype.
     """
-    import torch
-
     dtype = model.dtype
     if dtype == torch.float32:
         return
-    language = model.model.language_model
+    language = language_model(model)
     language.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
     norms = [language.norm]
     for layer in language.layers:
@@ -200,56 +218,73 @@ def keep_residual_in_fp32(model) -> None:
             norm.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
-def add_adapter(model, config: Config):
+def add_adapter(
+    model, *, r: int = 8, alpha: int = 16, dropout: float = 0.05,
+    target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"), gradient_checkpointing: bool = True,
+    kept_layers: int = 0,
+):  # fmt: skip
     """A fresh LoRA adapter, fp32, on the named projections of the language model only.
+
+    Args:
+        model: from `load_base`; it is changed. Its random numbers are torch's: call `torch.manual_seed` before.
+        r, alpha, dropout: LoRA's rank, scale (alpha / r is what the adapter is multiplied by) and dropout.
+        target_modules: of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+        gradient_checkpointing: compute the layers again in the backward pass instead of keeping their activations.
+        kept_layers: with it, the last so many layers keep them all the same.
 
     Returns:
         A `peft.PeftModel` whose trainable parameters are exactly the adapter's.
 
     Raises:
-        ConfigError: lora.target_modules names a module that the language model does not have.
+        ConfigError: target_modules names a module that the language model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
-    lora = config.lora
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.model.language_model.layers.named_modules()}
-    unknown = [name for name in lora.target_modules if name not in names]
+    names = {name.rsplit(".", 1)[-1] for name, _ in language_model(model).layers.named_modules()}
+    unknown = [name for name in target_modules if name not in names]
     if unknown:
         raise ConfigError(f"lora.target_modules: the language model has no {', '.join(unknown)}.")
-    adapter = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=rf"model\.language_model\.layers\..*\.({'|'.join(lora.target_modules)})",
-        task_type="CAUSAL_LM",
-    )
-    peft_model = get_peft_model(model, adapter)
-    peft_model.peft_config["default"].base_model_name_or_path = config.model.name
+    lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": projections(target_modules)}
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     fuse(model)
-    if config.memory.gradient_checkpointing:
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        set_recomputed(model, config)
+        set_recomputed(model, kept_layers)
     return peft_model
 
 
-def set_recomputed(model, config: Config) -> None:
-    """Which layers of a model with checkpointing are recomputed: the first, but for `memory.kept_layers`."""
-    layers = model.model.language_model.layers
-    again = len(layers) - config.memory.kept_layers
+def adapter_arguments(config: Config) -> dict:
+    """The arguments of `add_adapter` that a configuration stands for."""
+    memory = config.memory
+    return asdict(config.lora) | {
+        "gradient_checkpointing": memory.gradient_checkpointing, "kept_layers": memory.kept_layers,
+    }  # fmt: skip
+
+
+def set_recomputed(model, kept_layers: int) -> None:
+    """Which layers of a model with checkpointing are recomputed: the first, but for the last `kept_layers`."""
+    layers = language_model(model).layers
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < again
+        layer.gradient_checkpointing = number < len(layers) - kept_layers
 
 
-def load_adapter(model, adapter: Path, config: Config):
+def load_adapter(model, folder: str | Path):
     """A saved adapter on its base, for inference.
+
+    Args:
+        model: from `load_base`; it is changed.
+        folder: with the adapter and its model card, as a run's `best/` and `final/` are.
+
+    Returns:
+        A `peft.PeftModel`.
 
     Raises:
         ConfigError: the adapter was trained on another base; both fingerprints are named.
     """
     from peft import PeftModel
 
-    check_base(adapter, base_fingerprint(config), config.model.name)
-    peft_model = PeftModel.from_pretrained(model, adapter)
+    check_base(Path(folder), model.fingerprint(), model.name_or_path)
+    peft_model = PeftModel.from_pretrained(model, folder)
     fuse(model)
     return peft_model
 

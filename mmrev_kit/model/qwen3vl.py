@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from inspect import signature
 
+import torch
+
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
-from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data.prompts import Sample
+from mmrev_kit.config.sections import ConfigError
 
 
-def read_architecture(config: Config):
+def read_architecture(name: str):
     """The architecture file of a random model as a `Qwen3VLConfig`, with the special tokens of the embedded tokenizer.
 
     Raises:
@@ -18,9 +19,9 @@ def read_architecture(config: Config):
     """
     from transformers import AutoTokenizer, Qwen3VLConfig
 
-    path = resolve(config.model.name)
+    path = resolve(name)
     if not path.is_file():
-        raise ConfigError(f"model.name = {config.model.name!r}: there is no such architecture file.")
+        raise ConfigError(f"model.name = {name!r}: there is no such architecture file.")
     values = json.loads(path.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
@@ -29,14 +30,58 @@ def read_architecture(config: Config):
     return Qwen3VLConfig(**values | dict(zip(keys, ids, strict=True)))
 
 
+def load_weights(folder, **options):
+    """The model in a folder; `options` are those of transformers' `from_pretrained`."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    return Qwen3VLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, **options)  # never a pickle
+
+
+def empty_model(architecture):
+    """The model of a `Qwen3VLConfig`, on torch's default device."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    return Qwen3VLForConditionalGeneration(architecture)
+
+
+def complete(model, device) -> None:
+    """Put in place what a model made on the device `meta` lacks beside its parameters: the tied head, the angles."""
+    text, vision = language_model(model), model.model.visual
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = text.embed_tokens.weight
+    text.rotary_emb = type(text.rotary_emb)(model.config.text_config).to(device)
+    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(model.config.vision_config).to(device)
+
+
 def core_model(model):
     """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def language_model(model):
+    """The language model without its head: `embed_tokens`, `layers`, `norm`."""
+    return core_model(model).model.language_model
+
+
+def text_config(model):
+    """The sizes of the language model, under transformers' names."""
+    return core_model(model).config.text_config
+
+
+def projections(names) -> str:
+    """A regular expression for the linear layers of these names in the language model, and nowhere else."""
+    return rf"model\.language_model\.layers\..*\.({'|'.join(names)})"
+
+
 def takes_features(model) -> bool:
     """Whether the model's forward pass accepts precomputed vision features."""
     return "mm_encoder_outputs" in signature(core_model(model).forward).parameters
+
+
+def feature_shape(model) -> tuple[int, int]:
+    """(1 + DeepStack layers, hidden): what `tower_outputs` gives for a visual token."""
+    vision = core_model(model).config.vision_config
+    return 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size
 
 
 def tower_outputs(model, pixel_values, grid) -> list:
@@ -46,15 +91,12 @@ def tower_outputs(model, pixel_values, grid) -> list:
         One (1 + DeepStack layers, visual tokens, hidden) tensor an image: what takes the place of its tokens, then
         what is added after the first layers.
     """
-    import torch
-
     out = core_model(model).model.get_image_features(pixel_values, grid)
     return [torch.stack(parts) for parts in zip(out.pooler_output, *out.deepstack_features, strict=True)]
 
 
 def as_model_input(features: list, device) -> dict:
-    """Features of images, in the order of their tokens, as the model's `mm_encoder_outputs`."""
-    import torch
+    """Features of images, in the order of their tokens, as a keyword argument of the model's forward pass."""
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     if device.type == "cuda":  # through pinned memory, which PyTorch keeps for the next time: nothing waits for it
@@ -66,26 +108,52 @@ def as_model_input(features: list, device) -> dict:
     else:
         joined = torch.cat(features, dim=1)
     layers = [[part] for part in joined[1:]]
-    return {"image": BaseModelOutputWithDeepstackFeatures(pooler_output=[joined[0]], deepstack_features=layers)}
+    outputs = BaseModelOutputWithDeepstackFeatures(pooler_output=[joined[0]], deepstack_features=layers)
+    return {"mm_encoder_outputs": {"image": outputs}}
 
 
-def row_positions(sample: Sample, grids: list[tuple[int, int]], image_id: int):
-    """The M-RoPE positions of a row, (3, tokens) integers: time, height, width, as `get_rope_index` gives them."""
+def drop_tower(model) -> None:
+    """Take the vision tower off the GPU: it is frozen, and every feature that a run needs has been made."""
+    core = core_model(model).model
+    if next(core.visual.parameters()).device.type == "cuda":
+        core.visual = None
+        torch.cuda.empty_cache()
+
+
+def prompt_positions(model, batch: dict):
+    """The M-RoPE positions of a padded batch with images, (3, samples, tokens)."""
+    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+    return core_model(model).model.get_rope_index(**{name: batch[name] for name in names})[0]
+
+
+def positions_after(positions, count: int):
+    """The M-RoPE positions (3, samples, count) of text that follows a prompt with `positions`."""
+    following = positions.amax(dim=(0, 2))[:, None] + 1
+    return (following + torch.arange(count, device=positions.device))[None].expand(3, -1, -1)
+
+
+def row_positions(input_ids, grids: list[tuple[int, int]], image_id: int):
+    """The M-RoPE positions of a row, (3, tokens) integers: time, height, width, as `get_rope_index` gives them.
+
+    Args:
+        input_ids: of the row; every visual token is an `image_id`.
+        grids: visual tokens (rows, columns) of each image.
+    """
     import numpy
 
-    ids = numpy.asarray(sample.input_ids)
+    ids = numpy.asarray(input_ids)
     positions = numpy.empty((3, len(ids)), dtype=numpy.int64)
-    start, place = 0, 0  # the next position, the next token
+    start, token = 0, 0  # the next position, the next token
     marks = numpy.flatnonzero(ids == image_id)
     for rows, columns in grids:
         first = int(marks[0])
-        positions[:, place:first] = numpy.arange(start, start + first - place)
-        start += first - place
-        place = first + rows * columns
-        positions[0, first:place] = start
-        positions[1, first:place] = start + numpy.repeat(numpy.arange(rows), columns)
-        positions[2, first:place] = start + numpy.tile(numpy.arange(columns), rows)
+        positions[:, token:first] = numpy.arange(start, start + first - token)
+        start += first - token
+        token = first + rows * columns
+        positions[0, first:token] = start
+        positions[1, first:token] = start + numpy.repeat(numpy.arange(rows), columns)
+        positions[2, first:token] = start + numpy.tile(numpy.arange(columns), rows)
         start += max(rows, columns)
         marks = marks[rows * columns :]
-    positions[:, place:] = numpy.arange(start, start + len(ids) - place)
+    positions[:, token:] = numpy.arange(start, start + len(ids) - token)
     return positions

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.model.qwen3vl import core_model, positions_after, prompt_positions
 
 
 def generate(model, encoder: Encoder, samples: list[Sample], max_new_tokens: int, device) -> list[str]:
     """Greedy answers to one left-padded batch, with the cache; the end token is not part of an answer."""
-    import torch
-
     batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
     batch.pop("labels")
     ids = model.generate(
@@ -31,18 +32,13 @@ def score_options(model, encoder: Encoder, samples: list[Sample], options: list[
     Returns:
         (samples, options) log-probabilities in nats.
     """
-    import torch
-
     batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
     batch.pop("labels")
-    core = getattr(model, "base_model", model)
-    core = getattr(core, "model", core) if hasattr(model, "peft_config") else model
-    rope = {name: batch[name] for name in ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")}
-    positions, _ = core.model.get_rope_index(**rope)
+    core = core_model(model)
+    positions = prompt_positions(core, batch)
     out = core(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
     start = out.logits[:, -1].float().log_softmax(-1)
     cache = out.cache
-    following = positions.amax(dim=(0, 2))[:, None] + 1
     columns = []
     for texts in zip(*options, strict=True):
         tokens = [[*encoder.text_ids(text), encoder.end_id] for text in texts]
@@ -50,9 +46,9 @@ def score_options(model, encoder: Encoder, samples: list[Sample], options: list[
         ids = torch.tensor([row + [encoder.pad_id] * (longest - len(row)) for row in tokens], device=device)
         real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
         total = start.gather(1, ids[:, :1])[:, 0]
-        places = (following + torch.arange(longest - 1, device=device))[None].expand(3, -1, -1)
+        after = positions_after(positions, longest - 1)
         mask = torch.cat([batch["attention_mask"], real[:, :-1]], dim=1)
-        more = core(input_ids=ids[:, :-1], attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        more = core(input_ids=ids[:, :-1], attention_mask=mask, position_ids=after, cache=cache, use_cache=True)
         logs = more.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         columns.append(total + (logs * real[:, 1:]).sum(1))
         cache.crop(1 - longest)  # a negative number removes that many tokens

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
 PARTS = (
     "patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list", "num_grid_per_side",
     "interpolation_mode", "interpolation_align_corners", "deepstack_visual_indexes", "spatial_merge_size",
@@ -50,7 +53,6 @@ def positions(visual, rows: int, columns: int, device):
         indices, weights: (patches, taps), where in the position table and how much of it.
         cos, sin: (patches, head dimension), fp32.
     """
-    import torch
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
     known = visual.__dict__.setdefault("_positions", {})
@@ -68,16 +70,14 @@ def positions(visual, rows: int, columns: int, device):
                 align_corners=visual.interpolation_align_corners,
                 spatial_merge_size=merge,
             )
-            places = get_vision_position_ids(grid, merge)
-            cos, sin = visual.rotary_pos_emb(torch.zeros(1, device=device), places)
+            position_ids = get_vision_position_ids(grid, merge)
+            cos, sin = visual.rotary_pos_emb(torch.zeros(1, device=device), position_ids)
         known[key] = (indices, weights, cos.float(), sin.float())
     return known[key]
 
 
 def _rotate(states, cos, sin):
     """Rotary positions, in fp32 as the stock tower does."""
-    import torch
-
     values = states.float()
     left, right = values.chunk(2, dim=-1)
     return (values * cos + torch.cat((-right, left), dim=-1) * sin).to(states.dtype)
@@ -85,8 +85,6 @@ def _rotate(states, cos, sin):
 
 def attend(attention, hidden, cos, sin):
     """Attention on (images, patches, hidden), all patches of an image attending to each other."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     images, patches, _ = hidden.shape
     states = attention.qkv(hidden).view(images, patches, 3, attention.num_heads, -1)
     query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
@@ -111,8 +109,6 @@ def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
     Returns:
         hidden (images, patches, hidden), merged (images, tokens, out), and one such tensor a deepstack layer.
     """
-    from torch.nn.functional import linear
-
     indices, weights, cos, sin = positions(visual, rows, columns, pixels.device)
     images, patches, _ = pixels.shape
     projection = visual.patch_embed.proj
@@ -142,8 +138,6 @@ def tower_outputs(visual, pixel_values, grid):
     Returns:
         hidden (patches, hidden), merged (tokens, out), and a list of (tokens, out), one a deepstack layer.
     """
-    import torch
-
     frames = [(rows, columns) for count, rows, columns in grid.tolist() for _ in range(count)]
     pixels = pixel_values.to(visual.patch_embed.proj.weight.dtype)
     if len(set(frames)) == 1:
@@ -151,13 +145,13 @@ def tower_outputs(visual, pixel_values, grid):
         hidden, merged, deepstack = equal_sized(visual, pixels.view(len(frames), rows * columns, -1), rows, columns)
         return hidden.flatten(0, 1), merged.flatten(0, 1), [part.flatten(0, 1) for part in deepstack]
     pieces = pixels.split([rows * columns for rows, columns in frames])
-    found: list = [None] * len(frames)
+    outputs: list = [None] * len(frames)
     for size in dict.fromkeys(frames):
-        places = [place for place, other in enumerate(frames) if other == size]
-        hidden, merged, deepstack = equal_sized(visual, torch.stack([pieces[place] for place in places]), *size)
-        for number, place in enumerate(places):
-            found[place] = (hidden[number], merged[number], *(part[number] for part in deepstack))
-    hidden, merged, *deepstack = (torch.cat(parts) for parts in zip(*found, strict=True))
+        alike = [index for index, other in enumerate(frames) if other == size]
+        hidden, merged, deepstack = equal_sized(visual, torch.stack([pieces[index] for index in alike]), *size)
+        for number, index in enumerate(alike):
+            outputs[index] = (hidden[number], merged[number], *(part[number] for part in deepstack))
+    hidden, merged, *deepstack = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return hidden, merged, deepstack
 
 
@@ -170,10 +164,10 @@ def _fast_class(stock: type) -> type:
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             return stock.forward(self, hidden_states, grid_thw, **kwargs)
         hidden, merged, deepstack = tower_outputs(self, hidden_states, grid_thw)
-        found = BaseModelOutputWithDeepstackFeatures(
+        outputs = BaseModelOutputWithDeepstackFeatures(
             last_hidden_state=hidden, pooler_output=merged, deepstack_features=deepstack
         )
-        return found.to_tuple() if kwargs.get("return_dict") is False else found
+        return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
     return type(f"Fast{stock.__name__}", (stock,), {"forward": forward, "__module__": __name__})
 

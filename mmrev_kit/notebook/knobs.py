@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import Config, TrainingConfig
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import IMAGE_MARK
 from mmrev_kit.evaluation.ask import Asker, example
 from mmrev_kit.notebook import gallery, plots
 from mmrev_kit.notebook.progress import is_interactive
-from mmrev_kit.training.scheduler import simulate
+from mmrev_kit.training.scheduler import Schedule
 
 
 def form(asker: Asker, image: str | Path, text: str):
@@ -38,6 +38,24 @@ def form(asker: Asker, image: str | Path, text: str):
 def assumed_losses(num_epochs: int, first: float = 2.0, floor: float = 0.3, half_life: float = 1.0) -> list[float]:
     """Validation losses that fall towards a floor, for trying a schedule before any training."""
     return [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(num_epochs)]
+
+
+def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
+    """What the schedule would do for these validation losses, one record an epoch, up to its end.
+
+    Returns:
+        Records of epoch (from 1), loss, lr (the rate that epoch trained with, after warm-up), and the decision's
+        improved, reduced, bad_epochs and stop.
+    """
+    schedule = Schedule.from_config(training, steps_per_epoch=1)
+    records = []
+    for epoch, loss in enumerate(losses, start=1):
+        rate = schedule.lr
+        decision = schedule.observe(loss)
+        records.append({"epoch": epoch, "loss": loss, **asdict(decision), "lr": rate, "next_lr": decision.lr})
+        if decision.stop:
+            break
+    return records
 
 
 def schedule_simulator(config: Config):

@@ -13,7 +13,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.evaluation.predict import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.evaluation.results import write_results
 from mmrev_kit.files import write_json, write_text
-from mmrev_kit.model.bases import base_fingerprint, check_base
+from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
 from mmrev_kit.training.history import clear_errors, mark_ended, prepare_folder, read_history, refuse_other_run
 from mmrev_kit.training.jobs import count_processes, error_text, run_job
@@ -145,7 +145,7 @@ def evaluate(
     if unknown or not drops:
         raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
     chosen = run_dir(config) / adapter if adapter else None
-    base = base_fingerprint(config)
+    base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, base, config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"

@@ -133,7 +133,7 @@ def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
     """A simulated schedule: the losses put in, the rate each epoch trains with, and where it ends.
 
     Args:
-        records: from `scheduler.simulate`.
+        records: from `knobs.simulate`.
     """
     figure, axes = subplots(2, 7, 4)
     epochs = [record["epoch"] for record in records]

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmrev_kit import __version__, files
 from mmrev_kit.config.project import project_root, run_dir
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.model.bases import base_fingerprint
+from mmrev_kit.model.bases import base_fingerprint, base_of
 from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import PACKAGES
@@ -75,7 +75,7 @@ def count_trainable(model) -> int:
 def base_facts(config) -> dict:
     """Name, revision and fingerprint of the base model."""
     facts = {"name": config.model.name, "revision": config.model.revision}
-    return facts | {"fingerprint": base_fingerprint(config)}
+    return facts | {"fingerprint": base_fingerprint(**base_of(config))}
 
 
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:

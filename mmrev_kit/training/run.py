@@ -12,15 +12,23 @@ from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
-from mmrev_kit.data.mixing import Plan, make_plan
+from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.data.rows import RunData, read_entities, read_run_data, uses_retention
+from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
 from mmrev_kit.memory.plan import MemoryPlan, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
-from mmrev_kit.model.features import build_features, drop_tower
-from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, make_encoder, trainable
+from mmrev_kit.model.features import build_features
+from mmrev_kit.model.loading import (
+    adapter_arguments,
+    add_adapter,
+    base_arguments,
+    load_base,
+    torch_dtype,
+    trainable,
+)
 from mmrev_kit.model.packing import gather_images, image_key
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.processor import make_encoder
+from mmrev_kit.model.qwen3vl import drop_tower, text_config
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
@@ -40,7 +48,7 @@ class Task:
     encoder: Encoder
     train: dict[str, list[Sample]]
     val: dict[str, list[Sample]]
-    plan: Plan
+    plan: MixingPlan
 
 
 def prepare(config: Config) -> Task:
@@ -62,17 +70,19 @@ def prepare(config: Config) -> Task:
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
         encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
+    mixed = uses_retention(config)
     plan = make_plan(
         {source: len(samples) for source, samples in encoded["train"].items()},
         {source: len(samples) for source, samples in encoded["pools"].items()},
-        config.retention if uses_retention(config) else None,
+        source_weights(config.retention) if mixed else {},
+        config.retention.retention_ratio if mixed else 0.0,
         config.experiment.seed,
         config.training.num_epochs,
     )
     return Task(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
 
 
-def steps_per_epoch(config: Config, plan: Plan, num_processes: int) -> int:
+def steps_per_epoch(config: Config, plan: MixingPlan, num_processes: int) -> int:
     """Optimizer steps an epoch; the last one may hold fewer samples."""
     return math.ceil(plan.rows_per_epoch / effective_batch(config, num_processes))
 
@@ -133,7 +143,7 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     if config.memory.cache_features and reason is None:
         features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
         drop_tower(model)
-    additive = core_model(model).config.text_config._attn_implementation == "eager"
+    additive = text_config(model)._attn_implementation == "eager"
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
@@ -161,10 +171,11 @@ def start(config: Config, state) -> Run:
     if state.num_processes > 1:
         check_agreement(config, task.data.files)
     config, memory = plan_memory(config, task, state)
-    base, dtype = load_base(config, state.device), compute_dtype(config, state.device)
+    base = load_base(**base_arguments(config, state.device))
+    dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
-    model = add_adapter(base, config)
+    model = add_adapter(base, **adapter_arguments(config))
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     run = Run(
         config=config,

@@ -1,16 +1,21 @@
-"""The learning rate: warm-up, then constant, reduced on a plateau, with an early end. Arithmetic only."""
+"""The learning rate: warm-up, then constant, reduced on a plateau, with an early end. Arithmetic only.
+
+Usable alone, in any loop that validates after each epoch:
+
+    schedule = Schedule(learning_rate=2e-3, min_lr=1e-4, warmup_steps=20, num_epochs=10)
+    while not schedule.stop:
+        for batch in epoch:  # before each optimizer step: group["lr"] = schedule.lr_at(step)
+            ...
+        schedule.observe(validation_loss)
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 
 from mmrev_kit.config.sections import Config, TrainingConfig
-
-TARGET_REACHED = "validation loss {loss:.4g} is below min_val_loss = {limit:g}"
-RATE_TOO_LOW = "learning rate {rate:g} is below min_lr = {limit:g}"
-LAST_EPOCH = "last epoch"
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,33 @@ class Decision:
 
 @dataclass
 class Schedule:
-    """Warm-up over `warmup_ratio` of the steps, then constant, then decided by each validation.
+    """Warm-up over `warmup_steps`, then constant, then decided by each validation.
 
-    The object knows no optimizer and no process: equal losses give equal decisions on every rank.
+    The object knows no optimizer and no process: equal losses give equal decisions on every rank. Defaults are those
+    of `TrainingConfig`, the published recipe for the 32B model.
+
+    Attributes:
+        learning_rate: the full rate, reached at the last warm-up step.
+        min_lr: training ends when a reduction gives less than this.
+        lr_reduction_factor: what a plateau multiplies the rate by.
+        lr_patience: epochs in a row without an improvement that make a plateau.
+        improvement_threshold: share of the best loss by which a lower one must be lower to be an improvement.
+        min_val_loss: training ends when the validation loss is below it.
+        warmup_steps: optimizer steps of the linear rise.
+        num_epochs: validations after which training ends.
+        lr: the rate after warm-up, as of the latest decision; best: the loss of the latest improvement.
+        stop: why training is to end, or None.
     """
 
-    learning_rate: float
-    min_lr: float
-    lr_reduction_factor: float
-    lr_patience: int
-    improvement_threshold: float
-    min_val_loss: float
-    warmup_steps: int
-    num_epochs: int
-    lr: float = math.nan  # the rate after warm-up; starts as learning_rate
+    learning_rate: float = TrainingConfig.learning_rate
+    min_lr: float = TrainingConfig.min_lr
+    lr_reduction_factor: float = TrainingConfig.lr_reduction_factor
+    lr_patience: int = TrainingConfig.lr_patience
+    improvement_threshold: float = TrainingConfig.improvement_threshold
+    min_val_loss: float = TrainingConfig.min_val_loss
+    warmup_steps: int = 0
+    num_epochs: int = TrainingConfig.num_epochs
+    lr: float = math.nan  # learning_rate at first
     best: float = math.inf
     bad_epochs: int = 0
     epoch: int = 0
@@ -52,10 +70,9 @@ class Schedule:
     @classmethod
     def from_config(cls, training: TrainingConfig, steps_per_epoch: int) -> Schedule:
         """The schedule of a run of `training.num_epochs` epochs of `steps_per_epoch` optimizer steps."""
-        names = ("learning_rate", "min_lr", "lr_reduction_factor", "lr_patience", "improvement_threshold")
-        same = {name: getattr(training, name) for name in (*names, "min_val_loss", "num_epochs")}
+        names = {field.name for field in fields(cls)} & vars(training).keys()
         warmup = math.ceil(Fraction(str(training.warmup_ratio)) * steps_per_epoch * training.num_epochs)
-        return cls(warmup_steps=warmup, **same)
+        return cls(warmup_steps=warmup, **{name: getattr(training, name) for name in names})
 
     def lr_at(self, step: int) -> float:
         """The rate of optimizer step `step`, counted from 0: a linear rise that reaches the full rate at the last
@@ -83,11 +100,11 @@ class Schedule:
             if self.bad_epochs >= self.lr_patience:
                 self.lr, self.bad_epochs, reduced = reduced_rate(self.lr, self.lr_reduction_factor), 0, True
         if loss < self.min_val_loss:
-            self.stop = TARGET_REACHED.format(loss=loss, limit=self.min_val_loss)
+            self.stop = f"validation loss {loss:.4g} is below min_val_loss = {self.min_val_loss:g}"
         elif self.lr < self.min_lr:
-            self.stop = RATE_TOO_LOW.format(rate=self.lr, limit=self.min_lr)
+            self.stop = f"learning rate {self.lr:g} is below min_lr = {self.min_lr:g}"
         elif self.epoch >= self.num_epochs:
-            self.stop = LAST_EPOCH
+            self.stop = "last epoch"
         return Decision(improved, reduced, self.bad_epochs, self.lr, self.stop)
 
     def state_dict(self) -> dict:
@@ -101,24 +118,6 @@ class Schedule:
             setattr(self, name, math.inf if name == "best" and value is None else value)
 
 
-def simulate(losses: list[float], training: TrainingConfig, steps_per_epoch: int = 1) -> list[dict]:
-    """What the schedule would do for these validation losses, one record an epoch, up to its end.
-
-    Returns:
-        Records of epoch (from 1), loss, lr (the rate that epoch trained with, after warm-up), and the decision's
-        improved, reduced, bad_epochs and stop.
-    """
-    schedule = Schedule.from_config(training, steps_per_epoch)
-    records = []
-    for epoch, loss in enumerate(losses, start=1):
-        rate = schedule.lr
-        decision = schedule.observe(loss)
-        records.append({"epoch": epoch, "loss": loss, **asdict(decision), "lr": rate, "next_lr": decision.lr})
-        if decision.stop:
-            break
-    return records
-
-
 def reduced_rate(rate: float, factor: float) -> float:
     """rate * factor as written in decimal: 3e-4 * 0.1 is 3e-5, and not a hair below it."""
     return float(Fraction(str(rate)) * Fraction(str(factor)))
@@ -127,11 +126,10 @@ def reduced_rate(rate: float, factor: float) -> float:
 def warnings_for(config: Config) -> list[str]:
     """What a reader of this configuration should know before it is run; nothing is changed."""
     training = config.training
-    halved = reduced_rate(training.learning_rate, training.lr_reduction_factor)
-    found = []
-    if halved < training.min_lr:
-        found.append(
-            f"The first learning-rate reduction gives {halved:g}, already below min_lr = {training.min_lr:g}: "
-            "training ends at the first plateau. Lower training.min_lr to allow more than one rate."
-        )
-    return found
+    reduced = reduced_rate(training.learning_rate, training.lr_reduction_factor)
+    if reduced >= training.min_lr:
+        return []
+    return [
+        f"The first learning-rate reduction gives {reduced:g}, already below min_lr = {training.min_lr:g}: "
+        "training ends at the first plateau. Lower training.min_lr to allow more than one rate."
+    ]

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import torch
 
 from mmrev_kit.model.packing import layer_weights
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.qwen3vl import text_config
 
 SIDE, PRODUCTS = 8192, 12
 
@@ -54,7 +54,7 @@ def speed(run, rows: int, seconds: float) -> dict[str, float | None]:
     tokens, logits = run.computed
     mfu = None
     if run.peak_flops:
-        text = core_model(run.model).config.text_config
+        text = text_config(run.model)
         again = run.config.memory.recomputed_layers(text.num_hidden_layers) / text.num_hidden_layers
         done = flops(text, tokens, logits, again, run.config.lora.target_modules)
         mfu = done / seconds / run.peak_flops / run.state.num_processes

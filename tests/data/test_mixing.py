@@ -1,12 +1,18 @@
 """The retention plan: shares exact to the row, no row twice before its time, nothing but (seed, epoch) in it."""
 
+import hashlib
+import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
 from mmrev_kit.config.sections import RetentionConfig, RetentionWeights
-from mmrev_kit.data.mixing import apportion, make_plan, source_weights
+from mmrev_kit.data import mixing
+from mmrev_kit.data.mixing import apportion
+from mmrev_kit.data.rows import source_weights
 
 SOURCES = ("face_cw", "face_mcq_i2d", "face_mcq_d2i")
 OBJECTS = ("object_cw", "object_mcq_i2d", "object_mcq_d2i")
@@ -15,6 +21,12 @@ POOL = dict.fromkeys(SOURCES, 1000)
 
 def retention(ratio, weights=(1.0, 1.0, 1.0), **more):
     return RetentionConfig(retention_ratio=ratio, weights=RetentionWeights(*weights), **more)
+
+
+def make_plan(tasks, pools, given, seed, epochs):
+    """The plan that a run with this retention section has; None: not mixed."""
+    weights, ratio = (source_weights(given), given.retention_ratio) if given else ({}, 0.0)
+    return mixing.make_plan(tasks, pools, weights, ratio, seed, epochs)
 
 
 def retention_rows(plan):
@@ -59,6 +71,18 @@ def test_source_weights():
     assert halves == dict(zip(SOURCES, (3.0, 1.5, 0.75), strict=True)) | dict(
         zip(OBJECTS, (1.0, 0.5, 0.25), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (("a_x", "a_y", "b_x", "b_y"), (1, 0, 0, 1)),  # a table: after a_x, b_y is the furthest below its two shares
+        (("a_x", "a_y", "b_x", "b_z"), (1, 1, 0, 0)),  # no table: to the first named
+        (("wiki", "my_news", "my_web", "c"), (1, 1, 0, 0)),
+    ],
+)
+def test_a_tie_goes_to_the_first_named_unless_the_names_are_a_table(names, expected):
+    assert tuple(apportion(2, dict.fromkeys(names, 1)).values()) == expected
 
 
 # How many rows
@@ -274,3 +298,91 @@ def test_another_seed_is_another_order():
     other = make_plan({"forward": 20}, POOL, retention(0.3), seed=1, epochs=1)
     assert plan.counts == other.counts
     assert plan.epoch_rows(0) != other.epoch_rows(0)
+
+
+FIRST_VERSION = {
+    # tasks, rows of the face and object pools, ratio, weights, face_share, seed: SHA-256
+    "recipe": ({"forward": 300}, {"face": 900}, 0.3, (1, 1, 1), 1.0, 0, "dd3efbd6d8266cba"),
+    "halves": ({"reverse": 240, "forward": 60}, {"face": 70, "object": 50}, 0.3, (1, 1, 1), 0.5, 0, "c1f2c39280e2d976"),
+    "weights": ({"forward": 97}, {"face": 23, "object": 31}, 0.42, (3, 2, 1), 0.75, 7, "3b7008f1a84fa7f2"),
+    "no cw": (
+        {"forward": 50, "reverse": 41},
+        {"face": 11, "object": 99},
+        0.6,
+        (0, 1, 2.5),
+        0.35,
+        1,
+        "dfa8beb78f72a0e8",
+    ),
+    "objects": ({"reverse": 33}, {"face": 5, "object": 8}, 0.2, (0.5, 0.25, 0.25), 0.0, 1, "40ebd1706bc56c5f"),
+    "a tie": ({"forward": 5}, {"face": 40, "object": 40}, 0.3, (1, 1, 1), 0.5, 2, "0660116da7c33b78"),
+    "repeated": ({"forward": 20}, {"face": 3, "object": 2}, 0.9, (1, 1, 1), 0.2, 5, "a7f407823f4fe38d"),
+    "not mixed": ({"forward": 30}, {}, 0.0, (1, 1, 1), 1.0, 3, "1ad034667a9a9e8c"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_VERSION)
+def test_rows_and_tables_are_those_of_the_first_version(name):
+    """The digests were made by the first version of this package, from the same configurations."""
+    tasks, kinds, ratio, weights, face_share, seed, expected = FIRST_VERSION[name]
+    names = ("cw", "mcq_i2d", "mcq_d2i")
+    pools = {f"{kind}_{task}": rows + i for kind, rows in kinds.items() for i, task in enumerate(names)}
+    plan = make_plan(tasks, pools, retention(ratio, weights, face_share=face_share), seed, epochs=4)
+    epochs = [plan.epoch_rows(epoch) for epoch in range(4)]
+    text = json.dumps([list(plan.counts.items()), epochs, plan.table(), plan.retention_share])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == expected
+
+
+# Alone
+
+
+def test_tasks_and_pools_of_any_names():
+    """40 task rows at ratio .2: 10 retention rows, 2 to 1 to 0: 6.67 and 3.33."""
+    pools = {"wiki": 4, "my_news_2024": 100, "unused": 3}
+    plan = mixing.make_plan({"sums": 40}, pools, {"wiki": 2, "my_news_2024": 1, "unused": 0}, 0.2, seed=3, epochs=2)
+    assert plan.counts == {"sums": 40, "wiki": 7, "my_news_2024": 3} and plan.tasks == ("sums",)
+    assert plan.retention_share == pytest.approx(0.2)
+    assert Counter(source for source, _ in plan.epoch_rows(1)) == plan.counts
+
+
+def test_a_tasks_rows_are_repeated_up_to_a_count():
+    """6 rows as often as 15: 2 whole cycles and 3 rows an epoch; over two epochs 30 draws, each row 5 times."""
+    plan = mixing.make_plan({"long": 15, "short": 6}, {"p": 9}, {"p": 1}, 0.5, seed=0, epochs=2, counts={"short": 15})
+    assert plan.counts == {"long": 15, "short": 15, "p": 30}
+    assert [row["asked share"] for row in plan.table()] == pytest.approx([0.25, 0.25, 0.5])
+    assert plan.retention_share == 0.5
+    first, second = (Counter(i for name, i in plan.epoch_rows(epoch) if name == "short") for epoch in (0, 1))
+    assert sorted(first.values()) == [2, 2, 2, 3, 3, 3]
+    assert first + second == Counter(dict.fromkeys(range(6), 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"counts": {"short": 5}}, "5 rows of short an epoch, of 6"),  # nothing is thinned
+        ({"counts": {"p": 20}}, "20 rows of p"),
+        ({"counts": {"none": 20}}, "20 rows of none an epoch, of None"),
+        ({"tasks": {"short": 6, "empty": 0}, "counts": {"empty": 3}}, "3 rows of empty"),
+        ({"pools": {"short": 9}}, "no pool"),
+        ({"ratio": 1.0}, "ratio of 1.0"),
+        ({"ratio": -0.1}, "ratio of -0.1"),
+        ({"weights": {"p": 1, "q": -1}}, "no weight < 0"),
+        ({"weights": {"p": 0}}, "every weight is 0"),
+        ({"weights": {"q": 1}}, "6 q rows an epoch, but the pool has none"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, told):
+    given = {"tasks": {"short": 6}, "pools": {"p": 9}, "weights": {"p": 1}, "ratio": 0.5, "seed": 0, "epochs": 1}
+    with pytest.raises(ValueError, match=told):
+        mixing.make_plan(**given | changes)
+
+
+def test_the_mix_needs_nothing_of_the_package_but_its_seeds():
+    code = (
+        "import sys, mmrev_kit.data.mixing\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('mmrev_kit')))\n"
+        "assert not {'torch', 'omegaconf', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    needed = ("", ".config", ".config.seeds", ".data", ".data.mixing")
+    assert done.stdout.split() == [f"mmrev_kit{name}" for name in needed]

@@ -12,7 +12,7 @@ from mmrev_kit.data.images import load_image
 from mmrev_kit.data.prompts import IGNORED, Encoder, PromptError
 from mmrev_kit.data.rows import read_rows
 from mmrev_kit.data.tasks import Row, build_prompt
-from mmrev_kit.model.loading import make_encoder
+from mmrev_kit.model.processor import make_encoder
 
 QUESTION = "Only answer A, B, C, or D."
 

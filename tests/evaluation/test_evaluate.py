@@ -15,7 +15,8 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.evaluation.predict import evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.files import write_text
-from mmrev_kit.model.loading import add_adapter, load_base, make_encoder, trainable
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
 from mmrev_kit.notebook.launch import evaluate
 
@@ -29,7 +30,7 @@ def model():
 
     config = load_config("configs/tiny_cpu.yaml", "quantization.bits=16")
     torch.manual_seed(0)
-    built = add_adapter(load_base(config, CPU), config).eval()
+    built = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).eval()
     for parameter in trainable(built):
         torch.nn.init.normal_(parameter, std=0.1)
     return built

@@ -17,8 +17,8 @@ from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.model import fused, kernels
-from mmrev_kit.model.kernels import head_class
-from mmrev_kit.model.loading import add_adapter, compute_dtype, load_base, trainable
+from mmrev_kit.model.kernels import FusedHead
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, torch_dtype, trainable
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import preflight
@@ -44,7 +44,7 @@ def losses_and_gradients(config, device, change=fused.fuse):
     weights.
     """
     torch.manual_seed(seed_for(0, "adapter"))
-    model = add_adapter(load_base(config, CPU).to(device), config).train()
+    model = add_adapter(load_base(**base_arguments(config, CPU)).to(device), **adapter_arguments(config)).train()
     change(model.get_base_model())
     task = prepare(config)
     every, losses, gradients = [sample for rows in task.train.values() for sample in rows], [], []
@@ -54,7 +54,7 @@ def losses_and_gradients(config, device, change=fused.fuse):
             parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(device)
             parameter.grad = None
         batch = task.encoder.collate(random.Random(seed).sample(every, 8))
-        losses.append(sample_losses(model, batch, device, compute_dtype(config, device)))
+        losses.append(sample_losses(model, batch, device, torch_dtype(config.quantization.compute_dtype, device)))
         (SCALE * losses[-1].sum()).backward()
         gradients += [parameter.grad.flatten().cpu() / SCALE for parameter in trainable(model)]
     return torch.cat(losses).detach().cpu(), torch.cat(gradients)
@@ -105,7 +105,7 @@ def test_kernels_compute_what_the_lines_say(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_are_summed_and_kept_in_fp32(dtype):
-    head = head_class()(640, 4000, bias=False).requires_grad_(False).to(GPU, dtype)
+    head = FusedHead(640, 4000, bias=False).requires_grad_(False).to(GPU, dtype)
     rows = torch.randn(300, 640, device=GPU, dtype=dtype, requires_grad=True)
     with torch.autocast("cuda", dtype):
         logits = head(rows)
@@ -199,7 +199,7 @@ def test_mode_auto_spreads_a_model_over_two_gpus_and_answers_the_same(small_conf
     products are rounded otherwise than those of `vision`."""
     common = "quantization.bits=16 quantization.compute_dtype=fp16"
     spread = small_config(f"{common} launch.mode=auto launch.output_dir={tmp_path}/spread")
-    places = {str(place) for place in load_base(spread, GPU).hf_device_map.values()}
+    places = {str(place) for place in load_base(**base_arguments(spread, GPU)).hf_device_map.values()}
     assert places == {"0", "1"}
     whole = small_config(f"{common} launch.num_processes=1 launch.output_dir={tmp_path}/whole")
     found, expected = (read_records(evaluate(config, None) / "predictions.jsonl") for config in (spread, whole))

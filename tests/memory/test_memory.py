@@ -26,7 +26,7 @@ from mmrev_kit.memory.layers import activations, tower_patch
 from mmrev_kit.memory.plan import MARGIN, candidate, padded_updates, plan, split_updates, with_memory
 from mmrev_kit.memory.shapes import as_shapes, published, read_shapes
 from mmrev_kit.model import kernels
-from mmrev_kit.model.loading import add_adapter, load_base, trainable
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.micro_batch import MicroBatch
 
 CPU, GIB = torch.device("cpu"), 2**30
@@ -169,7 +169,7 @@ def drop_on_a_gpu(rows, p: float):
 
 def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: int = 64) -> int:
     """Bytes that autograd saves for a pass through the layers, parameters apart, storage by storage."""
-    peft_model = add_adapter(load_base(config, CPU), config).train()
+    peft_model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).train()
     model = peft_model.get_base_model()
     language = model.model.language_model
     own = {parameter.untyped_storage().data_ptr() for parameter in peft_model.parameters()}
@@ -264,7 +264,7 @@ def test_the_optimizer_states_are_as_large_as_the_optimizers_own(small_config, n
 def test_the_adapter_of_the_32b_is_20_million_numbers(small_config):
     config = load_config(LARGE)
     assert sum(lora_tensors(as_shapes("32b"), 8, config.lora.target_modules)) == 19_922_944
-    model = add_adapter(load_base(small_config(), CPU), small_config())
+    model = add_adapter(load_base(**base_arguments(small_config(), CPU)), **adapter_arguments(small_config()))
     counts = lora_tensors(as_shapes("embedded"), 8, small_config().lora.target_modules)
     assert sorted(counts) == sorted(parameter.numel() for parameter in trainable(model))
 
@@ -359,7 +359,7 @@ def test_on_a_cpu_nothing_is_planned(small_config):
 def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkeypatch):
     config = small_config("model.name=configs/models/qwen3vl_32b.json model.min_pixels=65536 model.max_pixels=200704")
     card(15.0)
-    monkeypatch.setattr("mmrev_kit.training.run.load_base", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("mmrev_kit.training.run.load_base", lambda **_: pytest.fail("weights were read"))
     from mmrev_kit.training.run import start
 
     state = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=CPU)

@@ -13,8 +13,9 @@ from mmrev_kit.model import features as cache
 from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.batches import Batcher
 from mmrev_kit.model.features import Features, build_features, identity, images_of
-from mmrev_kit.model.loading import load_base, make_encoder
+from mmrev_kit.model.loading import base_arguments, load_base
 from mmrev_kit.model.packing import Layout
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.training.run import prepare, used_samples
 from mmrev_kit.training.update import sample_losses
 
@@ -34,7 +35,7 @@ def base(made, small_config):
     if not made:
         task = prepare(small_config(EXACT))
         some = [sample for samples in task.train.values() for sample in samples[::7][:6]]
-        made["base"] = load_base(small_config(EXACT), CPU), some, task
+        made["base"] = load_base(**base_arguments(small_config(EXACT), CPU)), some, task
     return made["base"]
 
 
@@ -172,7 +173,7 @@ def test_a_file_belongs_to_one_image_size_base_and_way_of_computing(base, small_
 def test_another_base_never_meets_these_files(base, small_config, monkeypatch):
     config, encoder = small_config(EXACT), base[2].encoder
     mine = identity(config, encoder, torch.float32, CPU)
-    monkeypatch.setattr(cache, "base_fingerprint", lambda config: "0" * 16)
+    monkeypatch.setattr(cache, "base_fingerprint", lambda **base: "0" * 16)
     assert identity(config, encoder, torch.float32, CPU) != mine
 
 

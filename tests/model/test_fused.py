@@ -17,7 +17,7 @@ from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.model import kernels
 from mmrev_kit.model.fused import classes, fuse, fused_class, takes_wanted, unfuse
 from mmrev_kit.model.kernels import can_compile
-from mmrev_kit.model.loading import add_adapter, load_base, trainable
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
 
@@ -223,7 +223,7 @@ def test_dropout_keeps_each_number_with_its_probability(p):
 def test_a_model_learns_the_same(small_config, more):
     config = small_config(f"lora.dropout=0 {more}")
     torch.manual_seed(0)
-    model = add_adapter(load_base(config, CPU), config).train()
+    model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).train()
     for parameter in trainable(model):
         torch.nn.init.normal_(parameter, std=0.05)
     task = prepare(config)
@@ -242,7 +242,7 @@ def test_a_model_learns_the_same(small_config, more):
 def test_the_last_mlp_sees_only_what_predicts_an_answer(small_config):
     """One row's losses are those that it has with every other token's MLP, as a test above shows for its gradient."""
     config = small_config()
-    model = load_base(config, CPU)
+    model = load_base(**base_arguments(config, CPU))
     task, seen = prepare(config), []
     batch = task.encoder.collate([sample for rows in task.train.values() for sample in rows[:3]])
     for place in (-2, -1):
@@ -263,7 +263,7 @@ def test_the_last_mlp_sees_only_what_predicts_an_answer(small_config):
 
 
 def test_only_frozen_modules_of_the_librarys_own_forward_are_fused(small_config):
-    base = load_base(small_config(), CPU)
+    base = load_base(**base_arguments(small_config(), CPU))
     norms = [module for module in base.model.language_model.modules() if isinstance(module, Qwen3VLTextRMSNorm)]
     assert len(norms) == 4 * len(base.model.language_model.layers) + 1
     assert all(type(norm) is classes()[Qwen3VLTextRMSNorm] for norm in norms)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmrev_kit.model.fused import fuse, unfuse
-from mmrev_kit.model.kernels import head_class
-from mmrev_kit.model.loading import load_base
+from mmrev_kit.model.kernels import FusedHead
+from mmrev_kit.model.loading import base_arguments, load_base
 
 
 def small_head(dtype):
@@ -21,7 +21,7 @@ def test_logits_are_not_rounded_to_16_bit(dtype, autocast):
     head, values = small_head(dtype)
     exact = values.double() @ head.weight.double().t()
     gradient, found = torch.randn(2, 7, 50), []
-    for kind in (torch.nn.Linear, head_class()):
+    for kind in (torch.nn.Linear, FusedHead):
         head.__class__, given = kind, values.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=autocast):
             out = head(given)
@@ -36,13 +36,13 @@ def test_logits_are_not_rounded_to_16_bit(dtype, autocast):
 def test_a_head_in_fp32_is_the_librarys():
     head, values = small_head(torch.float32)
     expected = head(values)
-    head.__class__ = head_class()
+    head.__class__ = FusedHead
     assert torch.equal(head(values), expected)
 
 
 def test_only_a_frozen_plain_head_is_changed(small_config):
-    base = load_base(small_config(), torch.device("cpu"))
-    assert type(base.lm_head) is head_class()
+    base = load_base(**base_arguments(small_config(), torch.device("cpu")))
+    assert type(base.lm_head) is FusedHead
     unfuse(base)
     assert type(base.lm_head) is torch.nn.Linear
     base.lm_head.weight.requires_grad_(True)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -11,17 +14,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
-from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.plan import configured_shapes
 from mmrev_kit.model.bases import fingerprint
 from mmrev_kit.model.loading import (
+    adapter_arguments,
     add_adapter,
-    compute_dtype,
+    base_arguments,
     keep_residual_in_fp32,
     load_base,
-    load_processor,
+    torch_dtype,
     trainable,
 )
+from mmrev_kit.model.processor import load_processor
 from mmrev_kit.training.preflight import Card, has_kernels, preflight
 from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
@@ -31,7 +36,36 @@ CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 
 def build(config, seed: int = 0):
     torch.manual_seed(seed)
-    return add_adapter(load_base(config, CPU), config)
+    return add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config))
+
+
+def test_the_functions_own_defaults_are_the_recipes():
+    """What a configuration of defaults asks for is what the functions do without it; on a CPU, in fp32."""
+    config, given = Config(), {name: p.default for name, p in signature(load_base).parameters.items()}
+    config.quantization.compute_dtype = "auto"
+    asked = base_arguments(config, None) | {"name": Parameter.empty, "offload_folder": None}
+    assert given == asked
+    given = {name: p.default for name, p in signature(add_adapter).parameters.items() if name != "model"}
+    assert given | {"target_modules": list(given["target_modules"])} == adapter_arguments(config)
+
+
+def test_base_and_adapter_need_nothing_of_data_memory_or_training(tmp_path):
+    """As a stranger uses them: loaded, trained for a step, saved with a card, and read again on another base."""
+    code = """
+import sys, torch
+from mmrev_kit.model.loading import add_adapter, load_adapter, load_base, trainable
+model = add_adapter(load_base("embedded", device="cpu"), r=4, target_modules=("q_proj", "v_proj"))
+ids = torch.arange(12)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+assert all(p.grad is not None for p in trainable(model)) and len(trainable(model)) == 6 * 2 * 2
+assert model.peft_config["default"].base_model_name_or_path == "embedded"
+model.save_pretrained("adapter", save_embedding_layers=False)
+open("adapter/README.md", "w").write(f"base_fingerprint: {model.get_base_model().fingerprint()}\\n")
+load_adapter(load_base("embedded", bits=16, device="cpu"), "adapter")
+rooms = {name.split(".")[1] for name in sys.modules if name.startswith("mmrev_kit.")}
+assert rooms == {"config", "model"}, rooms
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -68,7 +102,7 @@ def test_the_residual_stream_is_fp32_and_products_are_16_bit(small_config):
 
 
 def test_fp32_models_need_no_casting(small_config):
-    model = load_base(small_config(), CPU)
+    model = load_base(**base_arguments(small_config(), CPU))
     keep_residual_in_fp32(model)
     assert not model.model.language_model.embed_tokens._forward_hooks
 
@@ -99,19 +133,19 @@ def test_an_unknown_projection_is_refused(small_config):
         build(small_config("lora.target_modules=[query_proj]"))
 
 
-def test_compute_dtype(small_config):
+def test_the_dtype_that_a_name_stands_for():
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.float32}
     for name, dtype in names.items():
-        assert compute_dtype(small_config(f"quantization.compute_dtype={name}"), CPU) == dtype
+        assert torch_dtype(name, CPU) == dtype
 
 
 def test_the_embedded_model_is_a_qwen3_vl_of_ten_million_parameters(small_config):
-    model = load_base(small_config("quantization.bits=16"), CPU)
+    model = load_base(**base_arguments(small_config("quantization.bits=16"), CPU))
     assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
     assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
     assert {tensor.dtype for tensor in load_file(EMBEDDED_MODEL / "model.safetensors").values()} == {torch.float16}
     assert sum(file.stat().st_size for file in EMBEDDED_MODEL.iterdir()) < 25e6
-    processor = load_processor(small_config())
+    processor = load_processor("embedded")
     assert type(processor).__name__ == "Qwen3VLProcessor"
     for text in ("the keeper of Jade Temple", "größer ☃ 東京 \U0001f600\n\t"):
         assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
@@ -148,14 +182,14 @@ def test_weights_are_downloaded_last(small_config, monkeypatch):
     config = small_config("model.name=someone/Qwen3-VL-of-theirs")
     assert prepare(config).train and configured_shapes(config).num_hidden_layers == 6
     assert asked == [False, False]
-    load_base(config, CPU)
+    load_base(**base_arguments(config, CPU))
     assert asked == [False, False, True]
 
 
 def test_a_missing_model_is_told_without_a_connection(small_config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"model\.name = 'nobody/nothing'"):
-        load_base(small_config("model.name=nobody/nothing"), CPU)
+        load_base(**base_arguments(small_config("model.name=nobody/nothing"), CPU))
 
 
 def copy_model(folder: Path) -> tuple[Path, dict]:
@@ -232,15 +266,15 @@ def architecture(tmp_path):
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_random_model_is_built_as_a_loaded_one_is(small_config, architecture, bits):
     config = small_config(f"model.name={architecture} quantization.bits={bits}")
-    first, again = load_base(config, CPU), load_base(config, CPU)
-    loaded = load_base(small_config(f"quantization.bits={bits}"), CPU)
+    first, again = load_base(**base_arguments(config, CPU)), load_base(**base_arguments(config, CPU))
+    loaded = load_base(**base_arguments(small_config(f"quantization.bits={bits}"), CPU))
     facts = [{name: (type(p).__name__, p.dtype, p.shape) for name, p in m.named_parameters()} for m in (first, loaded)]
     assert facts[0] == facts[1]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     buffers = dict(loaded.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in first.named_buffers())
     assert first.lm_head.weight is first.model.language_model.embed_tokens.weight
-    other = load_base(small_config(f"model.name={architecture} quantization.bits={bits} experiment.seed=1"), CPU)
+    other = load_base(str(architecture), bits=bits, compute_dtype="fp32", seed=1, device="cpu")
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     task = prepare(config)
     losses = sample_losses(first, task.encoder.collate(task.train["forward"][:2]), CPU, torch.float32)
@@ -262,10 +296,10 @@ def test_a_16_bit_model_is_spread_over_memory_and_disk_and_answers_the_same(smal
     task = prepare(config)
     batch = task.encoder.collate(task.train["forward"][:3] + task.train["face_mcq_d2i"][:2])
     spread = small_config(f"quantization.bits=16 launch.mode=auto launch.cpu_gib=0.02 launch.output_dir={tmp_path}")
-    model = load_base(spread, CPU)
+    model = load_base(**base_arguments(spread, CPU))
     assert {str(place) for place in model.hf_device_map.values()} == {"cpu", "disk"}
     with torch.no_grad():
-        expected = sample_losses(load_base(config, CPU), batch, CPU, torch.float32)
+        expected = sample_losses(load_base(**base_arguments(config, CPU)), batch, CPU, torch.float32)
         assert torch.allclose(sample_losses(model, batch, CPU, torch.float32), expected, atol=1e-5)
     with pytest.raises(ConfigError, match=r"set quantization\.bits=16"):
-        load_base(small_config("launch.mode=auto"), CPU)
+        load_base(**base_arguments(small_config("launch.mode=auto"), CPU))

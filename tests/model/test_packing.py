@@ -12,7 +12,7 @@ import torch
 from mmrev_kit.model import batches, packing
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle, padded
 from mmrev_kit.model.fused import fuse, unfuse
-from mmrev_kit.model.loading import add_adapter, load_base, trainable
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.packing import Group, Layout, attention_mask, gather_images, make_group, make_groups
 from mmrev_kit.model.qwen3vl import row_positions
 from mmrev_kit.training import throughput, update
@@ -35,7 +35,7 @@ def model_and_task(made, small_config):
     if not made:
         config = small_config(EXACT)
         torch.manual_seed(0)
-        model = add_adapter(load_base(config, CPU), config)
+        model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config))
         for parameter in trainable(model):  # LoRA's B starts at zero, where half of the gradients vanish
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
         made["found"] = model, prepare(config)
@@ -177,13 +177,13 @@ def test_positions_are_the_librarys_own(model_and_task):
         rope = {name: batch[name] for name in ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")}
         expected, _ = core.get_rope_index(**rope)
         for place, sample in enumerate(samples[:3]):
-            found = row_positions(sample, task.encoder.grids(sample), task.encoder.image_id)
+            found = row_positions(sample.input_ids, task.encoder.grids(sample), task.encoder.image_id)
             assert torch.equal(torch.from_numpy(found), expected[:, place, : len(sample.input_ids)]), source
 
 
 def test_positions_of_an_image_that_is_no_square():
     sample = SimpleNamespace(input_ids=(1, 9, 9, 9, 9, 9, 9, 2, 3))
-    assert row_positions(sample, [(2, 3)], 9).tolist() == [
+    assert row_positions(sample.input_ids, [(2, 3)], 9).tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4, 5],
         [0, 1, 1, 1, 2, 2, 2, 4, 5],
         [0, 1, 2, 3, 1, 2, 3, 4, 5],
@@ -376,7 +376,7 @@ def test_the_flops_of_a_token_by_hand():
 def test_checkpointing_recomputes_what_the_work_counts(small_config, adapted, downs, change, kept):
     more = f"memory.kept_layers={kept} lora.target_modules=[{adapted}]"
     config = small_config(f"memory.gradient_checkpointing=true {more}")
-    model, calls = add_adapter(load_base(config, CPU), config).train(), Counter()
+    model, calls = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).train(), Counter()
     change(model.get_base_model())
     for name, module in model.named_modules():
         if ".language_model." in name and name.endswith(("_proj", "base_layer")) and not hasattr(module, "lora_A"):
@@ -398,7 +398,8 @@ def test_checkpointing_changes_no_bit_of_the_gradient_whatever_is_kept(small_con
     ):
         config = small_config(f"memory.{more}")
         torch.manual_seed(1)  # of the adapter's first values, and of dropout
-        model, task = add_adapter(load_base(config, CPU), config).train(), prepare(config)
+        model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).train()
+        task = prepare(config)
         for parameter in trainable(model):
             torch.nn.init.normal_(parameter, std=0.05)
         samples = [sample for rows in task.train.values() for sample in rows[:2]]

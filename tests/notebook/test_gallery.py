@@ -8,7 +8,7 @@ from matplotlib import pyplot
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.data.rows import read_entities, read_experiment
-from mmrev_kit.model.loading import make_encoder
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.notebook import gallery
 
 

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from mmrev_kit.config.sections import TrainingConfig
 from mmrev_kit.notebook import plots
-from mmrev_kit.training.scheduler import simulate
+from mmrev_kit.notebook.knobs import simulate
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +181,24 @@ def test_mix_figure():
     assert bars == [(0, 70), (70, 30)]
     assert [text.get_text() for text in figure.axes[0].texts] == ["70.0%", "30.0%"]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["forward", "face_cw"]
+
+
+def test_simulate_tells_each_epoch_up_to_the_end():
+    records = simulate([2.0, 1.0, 0.97, 0.5, 0.1], TrainingConfig())
+    stop = records[-1]["stop"]
+    assert "min_lr" in stop
+    assert "5e-05" in stop
+    assert records == [
+        dict(epoch=1, loss=2.0, lr=1e-4, next_lr=1e-4, improved=True, reduced=False, bad_epochs=0, stop=None),
+        dict(epoch=2, loss=1.0, lr=1e-4, next_lr=1e-4, improved=True, reduced=False, bad_epochs=0, stop=None),
+        dict(epoch=3, loss=0.97, lr=1e-4, next_lr=5e-5, improved=False, reduced=True, bad_epochs=0, stop=stop),
+    ]
+
+
+def test_simulate_ends_where_the_losses_end():
+    records = simulate([1.0, 1.0], TrainingConfig(min_lr=0.0, learning_rate=4e-4))
+    assert [(record["lr"], record["next_lr"], record["stop"]) for record in records] == [
+        (4e-4, 4e-4, None),
+        (4e-4, 2e-4, None),
+    ]
+    assert simulate([], TrainingConfig()) == []

@@ -194,11 +194,11 @@ def update(run, samples):
         norm.weight.data.fill_(float("nan"))
     return real_update(run, samples)
 
-def load_base(config, device):
+def load_base(**arguments):
     if fault == "memory" and os.environ["RANK"] == "1":
         when.write_text(str(time.time()))
         raise MemoryError("planted fault")
-    return real_load(config, device)
+    return real_load(**arguments)
 
 loop.update, run.load_base = update, load_base
 fork_jobs()

@@ -61,7 +61,7 @@ def test_two_launches_from_a_notebook_after_it_has_processed_a_large_image(small
     overrides = f"{small_overrides} experiment.task=reverse training.num_epochs=1 training.batch_size=16"
     cells = [
         "import sys\nfrom pathlib import Path\nfrom mmrev_kit.config.reading import load_config\n"
-        "from mmrev_kit.notebook.launch import launch\nfrom mmrev_kit.model.loading import make_encoder",
+        "from mmrev_kit.notebook.launch import launch\nfrom mmrev_kit.model.processor import make_encoder",
         f"config = load_config('configs/tiny_cpu.yaml', {overrides!r} + ' launch.num_processes=2')\n"
         f"pixels, grid = make_encoder(config).pixels(Path({str(tmp_path / 'large.png')!r}), 16384)\n"
         "import torch\ntorch.ones(2048, 2048) @ torch.ones(2048, 2048)\nassert torch.get_num_threads() > 1",

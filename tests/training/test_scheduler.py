@@ -2,12 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import TrainingConfig
-from mmrev_kit.training.scheduler import Schedule, simulate
+from mmrev_kit.training.scheduler import Schedule
 
 GUIDE = dict(
     learning_rate=1e-4,
@@ -229,25 +231,24 @@ def test_ranks_that_see_equal_losses_decide_alike_and_apart():
         assert [rank.observe(loss).lr for rank in ranks] == pytest.approx([rate, rate])
 
 
-# Simulation
+# Alone
 
 
-def test_simulate_tells_each_epoch_up_to_the_end():
-    records = simulate([2.0, 1.0, 0.97, 0.5, 0.1], TrainingConfig(**GUIDE))
-    stop = records[-1]["stop"]
-    assert "min_lr" in stop
-    assert "5e-05" in stop
-    assert records == [
-        dict(epoch=1, loss=2.0, lr=1e-4, next_lr=1e-4, improved=True, reduced=False, bad_epochs=0, stop=None),
-        dict(epoch=2, loss=1.0, lr=1e-4, next_lr=1e-4, improved=True, reduced=False, bad_epochs=0, stop=None),
-        dict(epoch=3, loss=0.97, lr=1e-4, next_lr=5e-5, improved=False, reduced=True, bad_epochs=0, stop=stop),
-    ]
+def test_a_schedule_of_defaults_is_the_recipes():
+    assert Schedule() == Schedule.from_config(TrainingConfig(warmup_ratio=0.0), 1)
 
 
-def test_simulate_ends_where_the_losses_end():
-    records = simulate([1.0, 1.0], TrainingConfig(**GUIDE | {"min_lr": 0.0, "learning_rate": 4e-4}))
-    assert [(record["lr"], record["next_lr"], record["stop"]) for record in records] == [
-        (4e-4, 4e-4, None),
-        (4e-4, 2e-4, None),
-    ]
-    assert simulate([], TrainingConfig(**GUIDE)) == []
+def test_a_plain_loop_ends_by_itself():
+    """8e-3, halved by each of the epochs that do not improve: below 1e-3 after the fourth of them."""
+    schedule, rates, step = Schedule(learning_rate=8e-3, min_lr=1e-3, warmup_steps=2), [], 0
+    while not schedule.stop:
+        rates.append(schedule.lr_at(step))
+        step += 1
+        schedule.observe(3.0)
+    assert rates == [4e-3, 8e-3, 4e-3, 2e-3, 1e-3]
+    assert "min_lr" in schedule.stop
+
+
+def test_the_schedule_needs_neither_torch_nor_a_reader_of_configurations():
+    code = "import sys, mmrev_kit.training.scheduler\nassert not {'torch', 'numpy', 'omegaconf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

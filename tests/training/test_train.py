@@ -13,7 +13,7 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.tasks import build_prompt
-from mmrev_kit.model.loading import add_adapter, load_base, trainable
+from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.training import loop, update
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.loop import train
@@ -152,7 +152,7 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
         assert record["train_loss"] == pytest.approx(mean, rel=1e-9)
     last = history["epochs"][-1]
     task = prepare(config)
-    model = PeftModel.from_pretrained(load_base(config, CPU), folder / "final").eval()
+    model = PeftModel.from_pretrained(load_base(**base_arguments(config, CPU)), folder / "final").eval()
     with torch.no_grad():
         losses = [
             sample_losses(model, task.encoder.collate([sample]), CPU, torch.float32).item()
@@ -250,7 +250,7 @@ def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state,
     assert run.model.get_base_model().model.visual is None and run.progress["epoch"] == 1
     losses = validate(run)
     assert losses == pytest.approx(run.history.data["epochs"][0]["val_loss"], rel=1e-6)
-    model = PeftModel.from_pretrained(load_base(config, CPU), run.folder / "final")
+    model = PeftModel.from_pretrained(load_base(**base_arguments(config, CPU)), run.folder / "final")
     assert model.get_base_model().model.visual is not None
 
 
@@ -258,6 +258,7 @@ def test_equal_seeds_give_equal_adapters_and_other_seeds_others(small_config):
     def weights(seed: int) -> torch.Tensor:
         config = small_config(f"experiment.seed={seed}")
         torch.manual_seed(seed_for(seed, "adapter"))
-        return torch.cat([p.detach().flatten() for p in trainable(add_adapter(load_base(config, CPU), config))])
+        model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config))
+        return torch.cat([p.detach().flatten() for p in trainable(model)])
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
