@@ -7,6 +7,8 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 
+import torch
+
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.training.checkpoints import save_adapter, save_last, tidy_run, write_manifest
@@ -90,8 +92,6 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
-    import torch
-
     tidy_run(config, state)
     run = start(config, state)
     if run.state.is_main_process:

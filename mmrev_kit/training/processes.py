@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
@@ -63,7 +65,6 @@ def worker_state(folder: Path):
     write what it knows of it: the launcher ends all when one has ended. An interrupted worker exits with status 130:
     torch would end it with 0, and its launcher would wait for a result for ever.
     """
-    import torch
     from accelerate import PartialState
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher

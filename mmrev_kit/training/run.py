@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
@@ -165,8 +167,6 @@ def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan |
 
 def start(config: Config, state) -> Run:
     """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
-    import torch
-
     task = prepare(config)
     if state.num_processes > 1:
         check_agreement(config, task.data.files)
