@@ -29,7 +29,7 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
-from mmrev_kit.memory.shapes import size_in_name
+from mmrev_kit.memory.shapes import architecture_file, size_in_name
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.processes import worker_state
@@ -90,7 +90,7 @@ def architecture_of(config: Config) -> str:
     size = size_in_name(name)
     if size is None:
         raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
-    return f"configs/models/qwen3vl_{size}.json"
+    return architecture_file(size)
 
 
 def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None) -> Rehearsal:
