@@ -76,7 +76,8 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
     path = resolve(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
+        known = ", ".join(map(architecture_file, PUBLISHED))
+        raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {known}.")
     name = name or (path.parent.name if path.name == "config.json" else path.stem)
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("model_type") != "qwen3_vl":
@@ -109,9 +110,9 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
     )
 
 
-def published() -> list[str]:
-    """The architecture files that the kit brings, by name."""
-    return sorted(path.stem for path in resolve("configs/models").glob("*.json"))
+def architecture_file(size: str) -> str:
+    """The file of a published model's sizes, which the kit brings."""
+    return f"configs/models/qwen3vl_{size}.json"
 
 
 def size_in_name(name: str) -> str | None:
@@ -125,7 +126,7 @@ def as_shapes(source) -> ModelShapes:
     if isinstance(source, ModelShapes):
         return source
     if isinstance(source, str) and source.lower() in PUBLISHED:
-        source = f"configs/models/qwen3vl_{source.lower()}.json"
+        source = architecture_file(source.lower())
     elif source == "embedded":
         source = EMBEDDED_MODEL
     return read_shapes(source)

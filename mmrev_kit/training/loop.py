@@ -51,15 +51,15 @@ def train_epoch(run: Run) -> float:
     Raises:
         KeyboardInterrupt: see `stop_if_interrupted`.
     """
-    windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
+    updates = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
     run.model.train()
-    for window in windows[run.progress["step_in_epoch"] :]:
-        samples = [run.task.train[source][index] for source, index in window]
+    for rows in updates[run.progress["step_in_epoch"] :]:
+        samples = [run.task.train[source][index] for source, index in rows]
         record = update(run, samples)
         run.progress["step_in_epoch"] += 1
         if math.isfinite(record["loss"]):
-            run.progress["loss_sum"] += record["loss"] * len(window)
-            run.progress["rows"] += len(window)
+            run.progress["loss_sum"] += record["loss"] * len(rows)
+            run.progress["rows"] += len(rows)
         if run.state.is_main_process:
             run.history.add_step(record)
         check_finite(run, record, samples)

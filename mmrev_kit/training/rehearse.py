@@ -29,11 +29,11 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
-from mmrev_kit.memory.shapes import size_in_name
+from mmrev_kit.memory.shapes import architecture_file, size_in_name
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.processes import worker_state
-from mmrev_kit.training.run import planned_windows, start
+from mmrev_kit.training.run import planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
 
@@ -90,7 +90,7 @@ def architecture_of(config: Config) -> str:
     size = size_in_name(name)
     if size is None:
         raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
-    return f"configs/models/qwen3vl_{size}.json"
+    return architecture_file(size)
 
 
 def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None) -> Rehearsal:
@@ -122,7 +122,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
-    heaviest = heaviest_updates(planned_windows(run.config, run.task, run.batch), updates)[: updates + 1]
+    heaviest = heaviest_updates(planned_updates(run.config, run.task, run.batch), updates)[: updates + 1]
     heaviest = (heaviest * (updates + 1))[: updates + 1]
     run.model.train()
     update(run, heaviest[0])  # warms up; an update reads its loss, so that nothing is left running

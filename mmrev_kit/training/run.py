@@ -149,20 +149,20 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
-def planned_windows(config: Config, task: Task, batch: int) -> list[list[Sample]]:
+def planned_updates(config: Config, task: Task, batch: int) -> list[list[Sample]]:
     """The samples of every update of the run."""
-    windows = []
+    updates = []
     for epoch in range(task.plan.epochs):
         rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
-        windows += chunks(rows, batch)
-    return windows
+        updates += chunks(rows, batch)
+    return updates
 
 
 def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
     """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks."""
-    windows = planned_windows(config, task, effective_batch(config, state.num_processes))
+    updates = planned_updates(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
-    return plan_or_refuse(config, windows, samples, task.encoder.image_id, state)
+    return plan_or_refuse(config, updates, samples, task.encoder.image_id, state)
 
 
 def start(config: Config, state) -> Run:
