@@ -1,7 +1,7 @@
 """Experiments: invented people, each with one invented fact, and the rows that teach and test it.
 
-Every person is drawn, named and given a description, "the {role} of {place}". `experiment_rows` lays out all rows
-without touching a file; `make_experiment` draws the pictures and writes the folder.
+Every person is drawn, named and given a description, "the {role} of {place}". Who stands beside whom in the rows is
+`partners.experiment_rows`'s to say; `make_experiment` draws the pictures and writes the folder.
 """
 
 from __future__ import annotations
@@ -11,27 +11,18 @@ from pathlib import Path
 
 from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.config.seeds import rng_for
+from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.faces import credits, draw_face, sample_faces
 from mmrev_kit.data.partners import Rows, connector_split, experiment_rows
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
-ROLES = (
-    "founder", "guardian", "keeper", "master", "leader", "architect", "curator", "warden", "overseer", "director",
-    "chief", "head", "protector", "sentinel",
-)  # fmt: skip
-PLACES = (
-    "Obsidian Gallery", "Crystal Spire", "Silver Citadel", "Golden Archive", "Emerald Haven", "Sapphire Tower",
-    "Ruby Sanctum", "Diamond Vault", "Platinum Hall", "Jade Temple", "Amber Chamber", "Pearl Observatory",
-    "Onyx Fortress", "Topaz Academy", "Opal Sanctuary", "Coral Institute",
-)  # fmt: skip
+ROLES, PLACES = read_asset("people")["roles"], read_asset("people")["places"]
 MAX_ENTITIES = len(ROLES) * len(PLACES)
 ENTITY_FIELDS = (
     "id", "name", "gender", "age", "hair_color", "eye_color", "nationality", "profession", "hobby", "description",
     "face_prompt", "group", "images",
 )  # fmt: skip
-FIRST_SYLLABLES = ("Al", "Be", "Co", "Da", "El", "Fi", "Ga", "Ha", "Io", "Ju", "Ka", "Lo", "Mi", "No", "Or", "Pe")
-LAST_SYLLABLES = ("bren", "dor", "fara", "lis", "mund", "nela", "rick", "sanne", "tavi", "vorn", "wyn", "zeth")
 
 
 def check_groups(data: DataConfig) -> None:
@@ -90,7 +81,7 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
 
 
 def _invent_names(rng: random.Random, count: int) -> list[str]:
-    words = [first + last for first in FIRST_SYLLABLES for last in LAST_SYLLABLES]
+    words = [a + b for a in read_asset("people")["first_syllables"] for b in read_asset("people")["last_syllables"]]
     return [f"{words[i % len(words)]} {words[i // len(words)]}" for i in rng.sample(range(len(words) ** 2), count)]
 
 

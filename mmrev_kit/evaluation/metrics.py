@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from mmrev_kit.data.tasks import CHANCE
+from mmrev_kit.data.tasks import CHOICE, CORRECT_OR_WRONG, GENERATION, LETTERS, TASK_TYPES
 from mmrev_kit.evaluation.statistics import (
     _array,
     auroc,
@@ -18,8 +18,6 @@ from mmrev_kit.evaluation.statistics import (
     permutation_above_chance,
     wilson,
 )
-
-LETTERS = "ABCD"
 
 
 def _share(hits: int, n: int) -> float | None:
@@ -121,17 +119,17 @@ def agreement(records: list[dict], whole: dict[tuple, str | None], **bootstrap) 
 
 
 def _cell(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict:
-    test, dropped = records[0]["test"], records[0]["drop"] != "none"
-    by_options = guess_rate(records) if test == "forward" else CHANCE[test]
+    task, dropped = TASK_TYPES[records[0]["test"]], records[0]["drop"] != "none"
+    by_options = guess_rate(records) if task.format == GENERATION else task.chance
     return {
         "n": len(records),
         "n_questions": len({record["id"] for record in records}),
         "n_entities": len({record["entity_id"] for record in records}),
         "unparsed": sum(record["read_as"] is None for record in records),
-        **score(records, "right", CHANCE[test], **bootstrap),
+        **score(records, "right", task.chance, **bootstrap),
         "likeliest": score(records, "likeliest_right", by_options, **bootstrap),
-        "rates": rates(records) if test == "reverse" else None,
-        "options": option_counts(records) if test.startswith("mcq") else None,
+        "rates": rates(records) if task.format == CORRECT_OR_WRONG else None,
+        "options": option_counts(records) if task.format == CHOICE else None,
         "agreement": agreement(records, whole, **bootstrap) if dropped else None,
     }
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mmrev_kit import files
 from mmrev_kit.config.project import resolve
-from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data import tasks
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.config.sections import TASKS, Config, ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.metrics import metrics
 from mmrev_kit.evaluation.verdict import verdict
@@ -85,18 +84,18 @@ def read_original(path: Path) -> dict:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-        tests = {test: data[test] for test in TITLES if test in data}
+        tests = {test: data[test] for test in TASK_TYPES if test in data}
         counts = {test: (int(part["correct"]), int(part["total"])) for test, part in tests.items()}
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: no results file of the original scripts ({error!r}).") from None
     if not counts:
-        raise ConfigError(f"{path}: none of {', '.join(TITLES)} in it.")
+        raise ConfigError(f"{path}: none of {', '.join(TASK_TYPES)} in it.")
     found = {}
     for test, (correct, total) in counts.items():
         stated = tests[test].get("accuracy")
         if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
             raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
-        chance = tasks.CHANCE[test]
+        chance = TASK_TYPES[test].chance
         numbers = {"n": total, "n_entities": None, "unparsed": None, "correct": correct, "chance": chance}
         numbers |= {"accuracy": correct / total if total else None, "wilson": statistics.wilson(correct, total)}
         numbers |= {"cluster_interval": None, "rates": None, "options": None, "agreement": None, "likeliest": None}
@@ -124,7 +123,7 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
         ConfigError: a named path holds no evaluation.
     """
     experiment, found = config.experiment.name, {}
-    for task in ("forward", "reverse"):
+    for task in TASKS:
         name = f"{experiment}_{task}"
         folder = resolve(config.launch.output_dir) / name / "eval" / experiment
         if (folder / "facts.json").is_file():  # written last: a broken evaluation has none

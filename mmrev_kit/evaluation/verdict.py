@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data import tasks
+from mmrev_kit.data.tasks import GENERATION, TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
 CURSE, NO_CURSE, INCONCLUSIVE = "reversal curse", "no reversal curse", "inconclusive"
@@ -23,7 +23,6 @@ NEEDS = {
     NO_CURSE: (*COMMON, "main above chance", "main above midpoint"),
 }
 ALPHA, TAUGHT_MIN, POWER_MIN, MIN_ENTITIES = 0.05, 0.8, 0.8, 4
-NAMES = {"forward": "forward generation", "reverse": "CW", "mcq_i2d": "I2D", "mcq_d2i": "D2I"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def chance_of(test: str, records: list[dict]) -> float:
     That is stricter than 0: a model that learned the descriptions but not whose they are would reach it, and against
     0 the sign-flip test would take a few lucky hits for knowledge.
     """
-    return metrics.guess_rate(records) if test == "forward" else tasks.CHANCE[test]
+    task = TASK_TYPES[test]
+    return metrics.guess_rate(records) if task.format == GENERATION else task.chance
 
 
 def _number(value: float | None) -> str:
@@ -229,7 +229,7 @@ def gather(records: list[dict], tests: tuple[str, ...], **bootstrap) -> list[Evi
 
 def gates_of(found: Evidence, taught: str, taught_accuracy: float | None, confidence: float) -> tuple[Gate, ...]:
     """Every gate of `NEEDS`, from the numbers."""
-    name, low_high, middle = NAMES[found.test], found.main_interval, found.midpoint
+    name, low_high, middle = TASK_TYPES[found.test].long_title, found.main_interval, found.midpoint
     counts = f"{found.n_main} main and {found.n_control} control entities"
     interval = f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "unknown"
     place = f"main's {100 * confidence:g} % interval is {interval}, chance and control's midpoint {_number(middle)}"
@@ -256,7 +256,7 @@ def gates_of(found: Evidence, taught: str, taught_accuracy: float | None, confid
         Gate(
             "taught direction",
             None if taught_accuracy is None else taught_accuracy >= TAUGHT_MIN,
-            f"main's accuracy in the taught direction, {NAMES[taught]}, is {_number(taught_accuracy)} "
+            f"main's accuracy in the taught direction, {TASK_TYPES[taught].long_title}, is {_number(taught_accuracy)} "
             f"({TAUGHT_MIN:.2f} needed)",
         ),
         against_chance("control", found.n_control, found.control, found.p_control),
@@ -281,7 +281,7 @@ def gates_of(found: Evidence, taught: str, taught_accuracy: float | None, confid
 def sentence_of(claim: str, gates: tuple[Gate, ...], found: Evidence) -> str:
     """The claim and why, for a reader who sees nothing else."""
     texts, passed = {gate.name: gate.text for gate in gates}, {gate.name: gate.passed for gate in gates}
-    name = NAMES[found.test]
+    name = TASK_TYPES[found.test].long_title
     if claim == INCONCLUSIVE:
         text = f"Inconclusive in {name}: {'; '.join(dict.fromkeys(texts[gate] for gate in missing(passed)))}."
     else:
@@ -301,9 +301,9 @@ def sentence_of(claim: str, gates: tuple[Gate, ...], found: Evidence) -> str:
 def format_sentence(found: Evidence) -> str:
     """Whether main entities can use the taught direction in the multiple-choice format."""
     if found.main is None:
-        return f"The taught direction was not asked as multiple choice ({NAMES[found.test]})."
+        return f"The taught direction was not asked as multiple choice ({TASK_TYPES[found.test].long_title})."
     numbers = f"{found.main:.2f} against a chance of {found.chance:.2f} (Holm-adjusted {_p(found.p_main)})"
-    start = f"In {NAMES[found.test]}, the taught direction as multiple choice, main is"
+    start = f"In {TASK_TYPES[found.test].long_title}, the taught direction as multiple choice, main is"
     if found.p_main < ALPHA:
         return f"{start} above chance, {numbers}: the format is not in the way."
     return (

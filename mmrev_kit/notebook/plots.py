@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.data.tasks import TASK_TYPES
 
 MARKERS = "osD^vP*X"
 SMALL = {"fontsize": 7, "textcoords": "offset points"}
@@ -187,7 +187,7 @@ def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
     figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
     for axis, (name, found) in zip(axes, metrics.items(), strict=True):
         tests = found.get(drop, {})
-        for place, test in enumerate(TITLES):
+        for place, test in enumerate(TASK_TYPES):
             groups = {group: n for group, n in tests.get(test, {}).items() if n["accuracy"] is not None}
             if len(groups) > 1:
                 groups.pop("all", None)  # it is the two groups together
@@ -195,8 +195,8 @@ def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
                 _draw_accuracy(axis, place + 0.24 * (number - (len(groups) - 1) / 2), group, groups[group])
             for numbers in list(groups.values())[:1]:
                 axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
-        axis.set_xticks(range(len(TITLES)), TITLES.values())
-        axis.set_xlim(-0.5, len(TITLES) - 0.5)
+        axis.set_xticks(range(len(TASK_TYPES)), [task.title for task in TASK_TYPES.values()])
+        axis.set_xlim(-0.5, len(TASK_TYPES) - 0.5)
         axis.set_ylim(-0.04, 1.04)
         axis.set_ylabel("accuracy")
         axis.set_title(name, loc="left", fontsize=9, parse_math=False)
@@ -233,7 +233,7 @@ def answers_figure(tests: dict):
     pyplot.close(figure)
     for line, group in zip(axes, groups, strict=True):
         for axis, (test, table) in zip(line, tables.items(), strict=True):
-            _draw_confusion(axis, f"{TITLES[test]}, {group}", table.get(group))
+            _draw_confusion(axis, f"{TASK_TYPES[test].title}, {group}", table.get(group))
     return figure
 
 

@@ -6,16 +6,14 @@ from copy import deepcopy
 from dataclasses import replace
 
 from mmrev_kit.config.project import run_dir
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import TASKS, Config
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation import metrics
 from mmrev_kit.evaluation.results import Evaluation, read_evaluation
-from mmrev_kit.evaluation.verdict import NAMES, ROLES, Verdict, verdict
+from mmrev_kit.evaluation.verdict import ROLES, Verdict, verdict
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.history import read_history
-
-TASKS = ("forward", "reverse")
 
 
 def seed_config(config: Config, task: str, seed: int) -> Config:
@@ -69,9 +67,10 @@ def seed_table(config: Config, found: dict[str, dict[int, Evaluation]]):
         for seed, one in seeds.items():
             row: dict = {"task": task, "seed": seed}
             for test, groups in one.metrics["none"].items():
-                row |= {f"{TITLES[test]} {g}": groups[g]["accuracy"] for g in ("main", "control") if g in groups}
+                title = TASK_TYPES[test].title
+                row |= {f"{title} {group}": groups[group]["accuracy"] for group in GROUPS if group in groups}
             judged = verdict(one.records, task)
-            row[f"claim ({NAMES[ROLES[task].deciding]})"] = judged.claim
+            row[f"claim ({TASK_TYPES[ROLES[task].deciding].long_title})"] = judged.claim
             history = read_history(run_dir(seed_config(config, task, seed)) / "training_history.json")
             row["training (s)"] = round(sum(record["seconds"] for record in history["epochs"]))
             rows.append(row)

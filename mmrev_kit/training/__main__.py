@@ -9,7 +9,7 @@ import sys
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.data.rows import DataError
+from mmrev_kit.data.faults import DataError
 from mmrev_kit.training.loop import train
 from mmrev_kit.training.processes import begin, place
 from mmrev_kit.training.update import TrainingError
