@@ -8,7 +8,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from mmrev_kit.data.images import load_image
+from mmrev_kit.data.images import find_image, load_image
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.notebook.plots import subplots
@@ -64,7 +64,8 @@ def people_figure(entities: list[dict], folder: Path, columns: int = 4):
     for axis in axes.flat:
         axis.axis("off")
     for axis, entity in zip(axes.flat, shown, strict=False):
-        axis.imshow(load_image(folder / entity["images"][0]), interpolation="nearest")
+        image = find_image(folder, entity["images"][0], None)  # who reads the entities checks whether it may be shown
+        axis.imshow(load_image(image), interpolation="nearest")
         name = entity.get("name") or entity["id"]
         # parse_math: a description with dollar signs is text
         title = f"{name} ({entity.get('group', 'main')})\n{entity.get('description', '')}"
