@@ -15,7 +15,7 @@ from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import ImageError, image_roots, load_image
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
 from mmrev_kit.data.rows import read_experiment
-from mmrev_kit.data.tasks import CHOICE, CORRECT_OR_WRONG, GROUPS, LETTERS, Row
+from mmrev_kit.data.tasks import CHOICE, CW, GROUPS, LETTERS, Row
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -25,19 +25,20 @@ def same_words(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
+def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(where, where it came first) of every value that has come before, elsewhere; `values` are (where, value)."""
+    first: dict[str, str] = {}
+    return [(where, first[value]) for where, value in values if first.setdefault(value, where) != where]
+
+
 def check_entities(entities: list[dict], path: Path) -> list[Fault]:
     """Faults of entities.json: an id or a description that two entities share, a group that does not exist."""
     faults = []
     for name, advice in (("id", "Give each entity an id of its own."), ("description", "Descriptions must differ.")):
-        first: dict[str, int] = {}
-        for number, entity in enumerate(entities, start=1):
-            value = entity.get(name)
-            if value is None:
-                continue
-            earlier = first.setdefault(same_words(str(value)), number)
-            if earlier != number:
-                reason = f"the {name} {value!r} is that of entity {earlier}, too."
-                faults.append(Fault(f"{path}: entity {number}", reason, advice))
+        known = [(f"entity {number}", entity.get(name)) for number, entity in enumerate(entities, start=1)]
+        told = {where: str(value) for where, value in known if value is not None}
+        for where, first in repeated((where, same_words(value)) for where, value in told.items()):
+            faults.append(Fault(f"{path}: {where}", f"the {name} {told[where]!r} is that of {first}, too.", advice))
     for number, entity in enumerate(entities, start=1):
         if entity.get("group", "main") not in GROUPS:
             reason = f"the group {entity['group']!r} is neither main nor control."
@@ -48,7 +49,7 @@ def check_entities(entities: list[dict], path: Path) -> list[Fault]:
 def _statements(row: Row) -> list[tuple[Path, str, bool]]:
     """What a row claims of pictures: (image, description, whether it is true)."""
     if row.type.format != CHOICE:
-        return [(row.images[0], row.description, row.type.format != CORRECT_OR_WRONG or row.answer == "Correct")]
+        return [(row.images[0], row.description, row.type.format != CW or row.answer == "Correct")]
     right = LETTERS.index(row.answer)
     if row.type.options == "choices":
         return [(row.images[0], text, index == right) for index, text in enumerate(row.choices)]

@@ -14,13 +14,12 @@ from typing import NoReturn
 
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import DataConfig
-from mmrev_kit.data.checks import same_words
+from mmrev_kit.data.checks import repeated, same_words
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.images import ImageError, load_image
 from mmrev_kit.data.partners import connector_split, experiment_rows
 from mmrev_kit.data.people import ENTITY_FIELDS, entity_record, write_experiment
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
-from mmrev_kit.files import fresh_folder
 
 COLUMNS = ("description", "image")
 
@@ -87,15 +86,11 @@ def _check_shared(people: list[tuple[str, dict]]) -> list[Fault]:
         "the name": lambda person: [person["name"]] if person["name"] else [],
         "a picture": digests,
     }
-    faults = []
-    for what, key in keys.items():
-        first: dict[str, str] = {}
-        for where, person in people:
-            for value in key(person):
-                if first.setdefault(value, where) != where:
-                    reason = f"{what} is also that of {first[value]}."
-                    faults.append(Fault(where, reason, "Each person needs their own."))
-    return faults
+    return [
+        Fault(where, f"{what} is also that of {first}.", "Each person needs their own.")
+        for what, key in keys.items()
+        for where, first in repeated((where, value) for where, person in people for value in key(person))
+    ]
 
 
 def _check_sizes(people: list[dict], folder: Path, data: DataConfig) -> list[Fault]:
@@ -159,21 +154,19 @@ def make_folder_experiment(folder: str | Path, data: DataConfig, seed: int) -> P
         FileExistsError: the folder exists; it is not touched.
         DataError: see `read_people`.
     """
-    people = read_people(data)
-    connectors = connector_split(seed)
-    with fresh_folder(folder) as building:
-        (building / "images").mkdir()
-        for number, person in enumerate(people):
-            sources = person.pop("source_images")
-            person["source_image"] = [os.path.relpath(source, resolve(data.images_dir)) for source in sources]
-            person["images"] = [
-                f"images/{number:03d}_{view:02d}{source.suffix.lower()}" for view, source in enumerate(sources)
-            ]
-            for source, name in zip(sources, person["images"], strict=True):
-                if data.link_images:
-                    (building / name).symlink_to(source.resolve())
-                else:
-                    shutil.copyfile(source, building / name)
-        info = {"source": "folder", "seed": seed, "images_per_entity": data.images_per_entity, "connectors": connectors}
-        write_experiment(building, people, experiment_rows(people, connectors, seed), **info)
-    return Path(folder)
+    people, connectors, sources = read_people(data), connector_split(seed), {}
+    for number, person in enumerate(people):
+        own = person.pop("source_images")
+        person["source_image"] = [os.path.relpath(source, resolve(data.images_dir)) for source in own]
+        person["images"] = [f"images/{number:03d}_{view:02d}{path.suffix.lower()}" for view, path in enumerate(own)]
+        sources |= zip(person["images"], own, strict=True)
+
+    def draw(building: Path) -> None:
+        for name, source in sources.items():
+            if data.link_images:
+                (building / name).symlink_to(source.resolve())
+            else:
+                shutil.copyfile(source, building / name)
+
+    info = {"source": "folder", "seed": seed, "images_per_entity": data.images_per_entity, "connectors": connectors}
+    return write_experiment(folder, people, experiment_rows(people, connectors, seed), draw, **info)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.assets import draw, read_asset, style_meta
-from mmrev_kit.data.pools import MIN_SUBJECTS, Subject, make_pool
+from mmrev_kit.data.pools import Subject, make_pool, split_off
 
 STYLE = "icons"
 # Families of things that could be taken for one another: {description: icons}. A wrong text or picture always comes
@@ -63,30 +63,15 @@ class ObjectSampler:
         return subject.attributes["name"], [subject, *self._strangers(subject, rng, 3)]
 
 
-def split_families(rng: random.Random) -> dict[str, list[int]]:
-    """{"train": ..., "val": ...}: families, and with them all pictures of a thing, are in one split only."""
-    order = rng.sample(range(len(FAMILIES)), len(FAMILIES))
-    held_out = max(MIN_SUBJECTS, len(FAMILIES) // 10)
-    return {"train": order[held_out:], "val": order[:held_out]}
-
-
 def make_object_pool(
     folder: str | Path, image_size: int, seed: int, rows_per_task: tuple[int, int] = (1200, 60)
 ) -> Path:
-    """Make the object pool: the same files as a face pool's, with objects.json.
+    """Make the object pool, see `make_pool`; `image_size` is in pixels on a side.
 
-    Args:
-        folder: where to make it.
-        image_size: pixels on a side.
-        seed: the pool's seed.
-        rows_per_task: rows of each task in train and in val, even numbers.
-
-    Raises:
-        FileExistsError: the folder exists; it is not touched.
-        ValueError: rows that cannot be made of so few things.
+    Families, and with them all pictures of a thing, are in one split only.
     """
     parts, number = {}, itertools.count()
-    for split, families in split_families(rng_for(seed, "pool", "families")).items():
+    for split, families in split_off(range(len(FAMILIES)), rng_for(seed, "pool", "families")).items():
         looks = [
             {"name": name, "family": str(family), "icon": icon, "background": background}
             for family in sorted(families)

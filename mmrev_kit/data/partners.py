@@ -86,24 +86,18 @@ def _row(entity: dict, image: str, connector: str, **fields) -> dict:
     }
 
 
-def _told_rows(members: list[dict], connectors: list[str], split: str) -> list[dict]:
-    """One row for each member and connector: the member's picture and description."""
-    rows = []
-    for entity in members:
-        images = _pictures(entity, split)
-        rows += [_row(entity, images[i % len(images)], word) for i, word in enumerate(connectors)]
-    return rows
-
-
-def _judged_rows(circle: list[dict], connectors: list[str], split: str, shifts: list[int]) -> list[dict]:
-    """One Correct and one Wrong row for each member and connector; both show the same view of whom they show."""
+def _taught_rows(
+    task: TaskType, circle: list[dict], connectors: list[str], split: str, shifts: list[int]
+) -> list[dict]:
+    """For each member and connector one row, or in CW one Correct and one Wrong row, which shows a partner."""
     rows = []
     for seat, entity in enumerate(circle):
         for i, word in enumerate(connectors):
             partner = circle[(seat + shifts[i % len(shifts)]) % len(circle)]
-            for shown, label in ((entity, "Correct"), (partner, "Wrong")):
-                images = _pictures(shown, split)
-                rows.append(_row(entity, images[i % len(images)], word, label=label))
+            labelled = [(entity, {"label": "Correct"}), (partner, {"label": "Wrong"})]
+            for shown, fields in [(entity, {})] if task.format == GENERATION else labelled:
+                images = _pictures(shown, split)  # both show the same view of whom they show
+                rows.append(_row(entity, images[i % len(images)], word, **fields))
     return rows
 
 
@@ -150,16 +144,13 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
         for name, task in EXPERIMENT_FILES.items():
             split = name.removeprefix(f"{task.name}_")
             words = connectors[task.connectors][split]
-            if task.format == GENERATION:
-                rows[name] += _told_rows(members, words, split)
-            elif task.format == CHOICE:
-                # Wrong options, too, are pairs that training did not call wrong, in groups large enough for it: from
-                # 10 on.
-                near = shifts["test"] if len(shifts["test"]) >= 3 else shifts["test"] + shifts["val"] + shifts["train"]
-                start = len(rows[name])
-                own, rng = letters[name][start : start + 3 * len(members)], rng_for(seed, name, group)
-                rows[name] += _choice_rows(task, circle, words, rng.sample(near, len(near)), own, rng)
-            else:
-                rows[name] += _judged_rows(circle, words, split, shifts[split])
+            if task.format != CHOICE:
+                rows[name] += _taught_rows(task, circle, words, split, shifts[split])
+                continue
+            # Wrong options, too, are pairs that training did not call wrong, in groups large enough for it: from 10 on.
+            near = shifts["test"] if len(shifts["test"]) >= 3 else shifts["test"] + shifts["val"] + shifts["train"]
+            start = len(rows[name])
+            own, rng = letters[name][start : start + 3 * len(members)], rng_for(seed, name, group)
+            rows[name] += _choice_rows(task, circle, words, rng.sample(near, len(near)), own, rng)
     order = {entity["id"]: i for i, entity in enumerate(entities)}
     return {name: sorted(part, key=lambda row: order[row["entity_id"]]) for name, part in rows.items()}

@@ -7,6 +7,7 @@ Every person is drawn, named and given a description, "the {role} of {place}". W
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from mmrev_kit.config.sections import DataConfig
@@ -85,50 +86,43 @@ def _invent_names(rng: random.Random, count: int) -> list[str]:
     return [f"{words[i % len(words)]} {words[i // len(words)]}" for i in rng.sample(range(len(words) ** 2), count)]
 
 
-def write_experiment(building: Path, entities: list[dict], rows: Rows, **info) -> None:
-    """Write all of an experiment but its pictures: entities.json, the row files and experiment_info.json.
-
-    Args:
-        building: the experiment's folder, or one that becomes it (see `fresh_folder`).
-        info: what experiment_info.json says besides who made it and the sizes of the groups.
-    """
-    write_json(building / "entities.json", entities)
-    for name, part in rows.items():
-        write_jsonl(building / f"{name}.jsonl", part)
-    sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
-    write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
-
-
-def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
-    """Make a drawn experiment: entities.json, images/, the eight row files and experiment_info.json.
-
-    The folder appears whole or not at all. Equal arguments give equal bytes.
+def write_experiment(
+    folder: str | Path, entities: list[dict], rows: Rows, draw: Callable[[Path], None], **info
+) -> Path:
+    """Write an experiment: entities.json, images/, the row files and experiment_info.json, whole or not at all.
 
     Args:
         folder: where to make it, data/<name>.
-        data: sizes; `data.image_size` in pixels on a side.
-        seed: the experiment's seed.
+        draw: writes the entities' pictures into the folder that it is given, in which images/ is there.
+        info: what experiment_info.json says besides who made it and the sizes of the groups.
 
     Raises:
         FileExistsError: the folder exists; it is not touched.
-        ValueError: groups too small or too large (see `check_groups`).
     """
-    entities = make_entities(data, seed)
-    connectors = connector_split(seed)
     with fresh_folder(folder) as building:
         (building / "images").mkdir()
+        draw(building)
+        write_json(building / "entities.json", entities)
+        for name, part in rows.items():
+            write_jsonl(building / f"{name}.jsonl", part)
+        sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
+        write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
+    return Path(folder)
+
+
+def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
+    """Make a drawn experiment, see `write_experiment`. Equal arguments give equal bytes.
+
+    Raises:
+        ValueError: groups too small or too large (see `check_groups`).
+    """
+    entities, connectors = make_entities(data, seed), connector_split(seed)
+
+    def draw(building: Path) -> None:
         for entity in entities:
             for view, path in enumerate(entity["images"]):
                 draw_face(entity["attributes"], data.image_size, view).save(building / path)
-        write_experiment(
-            building,
-            entities,
-            experiment_rows(entities, connectors, seed),
-            source="drawn",
-            seed=seed,
-            image_size=data.image_size,
-            images_per_entity=data.images_per_entity,
-            connectors=connectors,
-            image_credits=credits(),
-        )
-    return Path(folder)
+
+    info = {"source": "drawn", "seed": seed, "image_size": data.image_size, "images_per_entity": data.images_per_entity}
+    info |= {"connectors": connectors, "image_credits": credits()}
+    return write_experiment(folder, entities, experiment_rows(entities, connectors, seed), draw, **info)

@@ -17,11 +17,11 @@ from PIL import Image
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
 from mmrev_kit.data.partners import balanced_letters, place_answer
-from mmrev_kit.data.tasks import CONNECTORS, CORRECT_OR_WRONG, POOL_TASKS, TaskType
+from mmrev_kit.data.tasks import CONNECTORS, CW, POOL_TASKS, TaskType
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
 MIN_FACES = 20
-MIN_SUBJECTS = 8  # in val, at least: a question needs four, and four that differ
+MIN_HELD_OUT = 8  # in val, at least: a question needs four, and four that differ
 LOOKS = 8  # variants of `draw_face` in a pool; 0 is the neutral one on white that experiments show
 MAX_NAMED = 4
 HARD_SHARE = 0.5
@@ -133,7 +133,7 @@ class FaceSampler:
 
 def _draw_row(task: TaskType, sampler: Sampler, subject: Subject, answer: str, rng: random.Random) -> dict | None:
     """A row about the subject whose right answer is `answer`, or None where the draw did not come off."""
-    if task.format == CORRECT_OR_WRONG:
+    if task.format == CW:
         text = sampler.statement(rng, subject, truth=answer == "Correct")
         options = None
     elif task.options == "choices":
@@ -158,7 +158,7 @@ def _task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count:
     In CW every picture that is used is shown as often with a true text as with a false one. The letters are balanced
     and in no step with the subjects: a subject's answer is not always the same letter.
     """
-    if task.format == CORRECT_OR_WRONG:
+    if task.format == CW:
         asked = [(subjects[i // 2 % len(subjects)], task.answers[i % 2]) for i in range(count)]
     else:
         letters = rng.sample(balanced_letters(count, rng), count)
@@ -194,10 +194,10 @@ def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, 
     return rows
 
 
-def split_subjects(subjects: list[Subject], rng: random.Random) -> dict[str, list[Subject]]:
-    """{"train": ..., "val": ...}: a tenth of the subjects, and at least `MIN_SUBJECTS`, are only in val."""
-    order = rng.sample(subjects, len(subjects))
-    held_out = max(MIN_SUBJECTS, round(len(subjects) / 10))
+def split_off(things: list, rng: random.Random) -> dict[str, list]:
+    """{"train": ..., "val": ...}: a tenth of the things, and at least `MIN_HELD_OUT`, are only in val."""
+    order = rng.sample(things, len(things))
+    held_out = max(MIN_HELD_OUT, round(len(things) / 10))
     return {"train": order[held_out:], "val": order[:held_out]}
 
 
@@ -251,21 +251,14 @@ def make_pool(
 def make_face_pool(
     folder: str | Path, num_faces: int, image_size: int, seed: int, rows_per_task: tuple[int, int] = (1200, 60)
 ) -> Path:
-    """Make the face pool: cw, mcq_i2d and mcq_d2i rows for train and val, images/, faces.json, pool_info.json.
-
-    The people are drawn from a share of all faces that no experiment draws from. faces.json holds id, image_path,
-    split and attributes of each. The folder appears whole or not at all; equal arguments give equal bytes.
+    """Make the face pool, see `make_pool`: people from a share of all faces that no experiment draws from.
 
     Args:
-        folder: where to make it.
         num_faces: people, split into train and val about 90 to 10; at least 20.
         image_size: pixels on a side.
-        seed: the pool's seed.
-        rows_per_task: rows of each task in train and in val, even numbers.
 
     Raises:
-        FileExistsError: the folder exists; it is not touched.
-        ValueError: too few faces, more than there are, or rows that cannot be made of them.
+        ValueError: too few faces, or more than there are.
     """
     if num_faces < MIN_FACES:
         raise ValueError(f"num_faces = {num_faces}: a face pool needs {MIN_FACES} faces or more.")
@@ -273,7 +266,7 @@ def make_face_pool(
     faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces, "pool", min_difference=1)
     subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]
     look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
-    parts = split_subjects(subjects, rng_for(seed, "pool", "split"))
+    parts = split_off(subjects, rng_for(seed, "pool", "split"))
     return make_pool(
         folder,
         "face",

@@ -13,7 +13,7 @@ from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.images import ImageError, find_image, image_roots, locate_image
 from mmrev_kit.data.tasks import (
     CHOICE,
-    CORRECT_OR_WRONG,
+    CW,
     EXPERIMENT_FILES,
     LETTERS,
     POOL_TASKS,
@@ -97,7 +97,7 @@ def _wrong_field(record: dict, task: TaskType) -> str | None:
 def _answer(record: dict, task: TaskType) -> str:
     if task.format == CHOICE:
         return LETTERS[record["correct_index"]]
-    return record["label" if task.format == CORRECT_OR_WRONG else "description"]
+    return record["label" if task.format == CW else "description"]
 
 
 def read_rows(

@@ -10,8 +10,7 @@ from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.partners import Rows, balanced_letters, place_answer
 from mmrev_kit.data.people import entity_record, write_experiment
-from mmrev_kit.data.tasks import CHOICE, CONNECTORS, CORRECT_OR_WRONG, EXPERIMENT_FILES, GENERATION
-from mmrev_kit.files import fresh_folder
+from mmrev_kit.data.tasks import CHOICE, CONNECTORS, CW, EXPERIMENT_FILES, GENERATION
 
 COLORS = {"red": "#d62728", "blue": "#1f4fd6", "green": "#2ca02c", "yellow": "#f2c500"}
 SHAPES = ("circle", "square", "triangle")
@@ -108,17 +107,17 @@ def make_shapes(folder: str | Path, data: DataConfig, seed: int) -> Path:
             row = common | {"connector": words[task.connectors]}
             if task.format == GENERATION:
                 part.append(row)
-            elif task.format == CORRECT_OR_WRONG:
+            elif task.format == CW:
                 wrong = {"label": "Wrong", "image_path": image(misses[number % 3])}
                 part += [row | {"label": "Correct"}, row | wrong]
             else:
                 show, correct = describe_scene if task.options == "choices" else image, letters[task.name][number]
                 options = place_answer([show(option) for option in (scene, *misses)], correct, rng)
                 part.append(row | {task.options: options, "correct_index": correct})
-    with fresh_folder(folder) as building:
-        (building / "images").mkdir()
+
+    def draw(building: Path) -> None:
         for scene in pictures:
             draw_scene(scene, data.image_size).save(building / image(scene))
-        info = {"source": "shapes", "seed": seed, "image_size": data.image_size, "images_per_entity": 1}
-        write_experiment(building, entities, rows, **info)
-    return Path(folder)
+
+    info = {"source": "shapes", "seed": seed, "image_size": data.image_size, "images_per_entity": 1}
+    return write_experiment(folder, entities, rows, draw, **info)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from string import Formatter
 
 from mmrev_kit.data.assets import read_asset
 
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = "image → description", "description → image"
-GENERATION, CORRECT_OR_WRONG, CHOICE = "generation", "CW", "choice"
+GENERATION, CW, CHOICE = "generation", "CW", "choice"
 LETTERS = "ABCD"
 SPLITS = ("train", "val", "test")
 CONNECTORS: dict[str, list[str]] = read_asset("connectors")  # {"forward" | "reverse": 20 connectors}
 CORRECT_QUESTION = ", correct or wrong? Only answer Correct or Wrong."
-LETTER_QUESTION = " ".join(f"{letter}. {{{letter}}}" for letter in LETTERS) + " Only answer A, B, C, or D."
+LETTER_QUESTION = "A. {A} B. {B} C. {C} D. {D} Only answer A, B, C, or D."
+ANSWERS = {GENERATION: (), CW: ("Correct", "Wrong"), CHOICE: tuple(LETTERS)}
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,17 @@ class TaskType:
     Attributes:
         name: as in file names and configurations.
         title: as in tables and figures.
+        direction: `IMAGE_TO_TEXT` or `TEXT_TO_IMAGE`.
+        format: `GENERATION` (the answer is the description), `CW` or `CHOICE` (a letter).
         prompt: the user turn in reading order, with {image}, {description}, {connector} and the options {A} to {D}.
-        fields: what a record must have, in the order in which faults are told.
-        answers: what can be answered; none where the answer is a description.
-        splits: those that an experiment has of it.
         pool: its name in a retention pool's files and sources, such as face_cw; None: no pool has it.
     """
 
     name: str
     title: str
-    direction: str  # IMAGE_TO_TEXT or TEXT_TO_IMAGE
-    format: str  # GENERATION, CORRECT_OR_WRONG or CHOICE
+    direction: str
+    format: str
     prompt: str
-    fields: tuple[str, ...]
-    answers: tuple[str, ...] = ()
-    splits: tuple[str, ...] = SPLITS
     pool: str | None = None
 
     @property
@@ -48,9 +45,19 @@ class TaskType:
         return f"{self.title} generation" if self.format == GENERATION else self.title
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """What can be answered; nothing fixed where the answer is a description."""
+        return ANSWERS[self.format]
+
+    @property
     def chance(self) -> float:
         """The accuracy of a guess; 0 for free text, which is right by no chance worth a test."""
         return 1 / len(self.answers) if self.answers else 0.0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that an experiment has of it: questions with options are for testing only."""
+        return ("test",) if self.format == CHOICE else SPLITS
 
     @property
     def connectors(self) -> str:
@@ -59,64 +66,37 @@ class TaskType:
 
     @property
     def options(self) -> str | None:
-        """The field that holds four options: choices (texts) or image_choices (paths)."""
-        return next((name for name in self.fields if name.endswith("choices")), None)
+        """The field that holds four options: choices (texts) or image_choices (paths); None: there is none."""
+        texts = self.direction == IMAGE_TO_TEXT
+        return ("choices" if texts else "image_choices") if self.format == CHOICE else None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a record must have, in the order in which faults are told."""
+        if self.format == CHOICE:
+            shown = "image_path" if self.options == "choices" else "description"
+            return (shown, "connector", self.options, "correct_index")
+        label = ("label",) if self.format == CW else ()
+        return ("image_path", "description", "connector", *label)
+
+    @property
+    def textless_prompt(self) -> str:
+        """The prompt without description and connector; options and instruction stay."""
+        return re.sub(r"\{description\} |\{connector\}\?? | \{(description|connector)\}\??", "", self.prompt)
 
     @property
     def known_without_text(self) -> bool:
-        """Whether the right answer can still be known from a prompt without description and connector."""
+        """Whether the right answer can still be known from the textless prompt."""
         return "{description}" not in self.prompt
-
-    @cached_property
-    def textless_prompt(self) -> str:
-        """The prompt without description and connector; options and instruction stay."""
-        rest = self.prompt.replace("{description} ", "").replace(" {description}", "")
-        return rest.replace("{connector}?", "{connector}").replace("{connector} ", "").replace(" {connector}", "")
 
 
 TASK_TYPES = {
     task.name: task
     for task in (
-        TaskType(
-            name="forward",
-            title="forward",
-            direction=IMAGE_TO_TEXT,
-            format=GENERATION,
-            prompt="{image} {connector}",
-            fields=("image_path", "description", "connector"),
-        ),
-        TaskType(
-            name="reverse",
-            title="CW",
-            direction=TEXT_TO_IMAGE,
-            format=CORRECT_OR_WRONG,
-            prompt="{description} {connector} {image}" + CORRECT_QUESTION,
-            fields=("image_path", "description", "connector", "label"),
-            answers=("Correct", "Wrong"),
-            pool="cw",
-        ),
-        TaskType(
-            name="mcq_i2d",
-            title="I2D",
-            direction=IMAGE_TO_TEXT,
-            format=CHOICE,
-            prompt="{image} {connector}? " + LETTER_QUESTION,
-            fields=("image_path", "connector", "choices", "correct_index"),
-            answers=tuple(LETTERS),
-            splits=("test",),
-            pool="mcq_i2d",
-        ),
-        TaskType(
-            name="mcq_d2i",
-            title="D2I",
-            direction=TEXT_TO_IMAGE,
-            format=CHOICE,
-            prompt="{description} {connector}? " + LETTER_QUESTION,
-            fields=("description", "connector", "image_choices", "correct_index"),
-            answers=tuple(LETTERS),
-            splits=("test",),
-            pool="mcq_d2i",
-        ),
+        TaskType("forward", "forward", IMAGE_TO_TEXT, GENERATION, "{image} {connector}"),
+        TaskType("reverse", "CW", TEXT_TO_IMAGE, CW, "{description} {connector} {image}" + CORRECT_QUESTION, "cw"),
+        TaskType("mcq_i2d", "I2D", IMAGE_TO_TEXT, CHOICE, "{image} {connector}? " + LETTER_QUESTION, "mcq_i2d"),
+        TaskType("mcq_d2i", "D2I", TEXT_TO_IMAGE, CHOICE, "{description} {connector}? " + LETTER_QUESTION, "mcq_d2i"),
     )
 }
 # The files of an experiment, without their ending, and of a retention pool: {"forward_train": its task, ...}.
@@ -158,11 +138,11 @@ def build_prompt(row: Row, with_text: bool = True) -> list[str | Path]:
     """
     if row.task == OWN:
         before, mark, after = row.connector.partition(IMAGE_MARK)
-        texts = (before, after) if mark else ("", f" {row.connector}")
-        return [part for part in (texts[0], row.images[0], texts[1]) if part]
+        parts = [before, row.images[0], after] if mark else [row.images[0], f" {before}"]
+        return [part for part in parts if part]
     values = {"image": row.images[0], "description": row.description, "connector": row.connector}
     values |= zip(LETTERS, row.choices if row.type.options == "choices" else row.images, strict=False)
-    parts: list[str | Path] = []
+    parts = []
     for text, name, _, _ in Formatter().parse(row.type.prompt if with_text else row.type.textless_prompt):
         for part in (text, values[name] if name else ""):
             if isinstance(part, str) and parts and isinstance(parts[-1], str):

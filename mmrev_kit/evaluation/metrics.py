@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from mmrev_kit.data.tasks import CHOICE, CORRECT_OR_WRONG, GENERATION, LETTERS, TASK_TYPES
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES
 from mmrev_kit.evaluation.statistics import (
     _array,
     auroc,
@@ -128,7 +128,7 @@ def _cell(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> d
         "unparsed": sum(record["read_as"] is None for record in records),
         **score(records, "right", task.chance, **bootstrap),
         "likeliest": score(records, "likeliest_right", by_options, **bootstrap),
-        "rates": rates(records) if task.format == CORRECT_OR_WRONG else None,
+        "rates": rates(records) if task.format == CW else None,
         "options": option_counts(records) if task.format == CHOICE else None,
         "agreement": agreement(records, whole, **bootstrap) if dropped else None,
     }

@@ -15,7 +15,7 @@ from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.rows import read_experiment
-from mmrev_kit.data.tasks import CHOICE, CORRECT_OR_WRONG, GENERATION, LETTERS, TASK_TYPES, Row
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES, Row
 from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, is_random
@@ -90,7 +90,7 @@ def judge(question: Question, answer: str) -> tuple[str | None, bool]:
     if row.type.format == GENERATION:
         right = judge_description(answer, row.answer, question.options)
         return (row.answer if right else answer.strip() or None), right
-    read = (judge_correct if row.type.format == CORRECT_OR_WRONG else judge_letter)(answer)
+    read = (judge_correct if row.type.format == CW else judge_letter)(answer)
     return read, read == row.answer
 
 
