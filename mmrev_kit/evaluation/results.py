@@ -11,7 +11,7 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import TASKS, Config, ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import statistics
-from mmrev_kit.evaluation.metrics import metrics
+from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import verdict
 
 
@@ -21,14 +21,14 @@ class Evaluation:
 
     name: str
     folder: Path
-    metrics: dict  # as from `stats.metrics`
+    metrics: dict  # as from `metrics.metrics`
     records: list[dict]
     facts: dict
     task: str | None  # what the adapter was trained on; None for a base model
 
 
 def read_records(path: Path) -> list[dict]:
-    """The predictions of an evaluation, one record a question (see `evaluate.predict`).
+    """The predictions of an evaluation, one record a question (see `predict.predict`).
 
     Raises:
         ConfigError: no such file, or a line that is no record; the line is named.
@@ -101,9 +101,7 @@ def read_original(path: Path) -> dict:
         numbers |= {"cluster_interval": None, "rates": None, "options": None, "agreement": None, "likeliest": None}
         numbers["p_exact"] = statistics.exact_test(correct, total, chance) if chance else None
         found[test] = {"all": numbers | {"p_permutation_holm": None}}
-    adjusted = statistics.holm({test: groups["all"]["p_exact"] for test, groups in found.items()})
-    for test, p in adjusted.items():
-        found[test]["all"]["p_exact_holm"] = p
+    adjust({test: groups["all"] for test, groups in found.items()}, "p_exact")
     return {"none": found}
 
 

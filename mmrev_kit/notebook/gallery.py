@@ -51,7 +51,7 @@ def people_figure(entities: list[dict], folder: Path, columns: int = 4):
     """The people of an experiment: picture, name, group, description.
 
     Args:
-        entities: from `data.read_entities`; those without `images` are left out.
+        entities: from `rows.read_entities`; those without `images` are left out.
         folder: the experiment's folder.
     """
     from matplotlib import pyplot

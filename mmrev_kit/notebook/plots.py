@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.data.tasks import GENERATION, TASK_TYPES
 
 MARKERS = "osD^vP*X"
 SMALL = {"fontsize": 7, "textcoords": "offset points"}
@@ -111,7 +111,7 @@ def history_figure(histories: dict[str, dict]):
     """Loss by source, learning rate with the decisions, and throughput over the steps of one or several runs.
 
     Args:
-        histories: {name: history as from `runs.read_history`}; of several runs only the deciding source is drawn.
+        histories: {name: history as from `history.read_history`}; of several runs only the deciding source is drawn.
 
     Returns:
         A matplotlib Figure. A loss that was not finite is a gap.
@@ -175,14 +175,14 @@ def mix_figure(table: list[dict]):
     return figure
 
 
-GROUPS = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
+GROUP_STYLES = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
 
 
 def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
-    """Accuracy in the four tests, by group, with the interval over entities and the line of chance; a row a run.
+    """Accuracy by test and group, with the interval over entities and the line of chance; a row a run.
 
     Args:
-        metrics: {name: as from `stats.metrics`}. Where entities are unknown the interval is Wilson's.
+        metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
     figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
     for axis, (name, found) in zip(axes, metrics.items(), strict=True):
@@ -200,16 +200,17 @@ def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
         axis.set_ylim(-0.04, 1.04)
         axis.set_ylabel("accuracy")
         axis.set_title(name, loc="left", fontsize=9, parse_math=False)
-    for group in [g for g in GROUPS if any(g in n for found in metrics.values() for n in found[drop].values())]:
-        if group != "all" or "main" not in next(iter(metrics.values()))[drop].get("reverse", {}):
-            axes[0].plot([], [], GROUPS[group][0], color=GROUPS[group][1], label=group)
+    present = {group for found in metrics.values() for groups in found[drop].values() for group in groups}
+    for group, (marker, color) in GROUP_STYLES.items():
+        if group in present and (group != "all" or "main" not in present):
+            axes[0].plot([], [], marker, color=color, label=group)
     axes[0].plot([], [], "--", color="C3", label="chance")
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
 
 def _draw_accuracy(axis, x: float, group: str, numbers: dict) -> None:
-    marker, color = GROUPS.get(group, GROUPS["all"])
+    marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
     low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
     axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
     axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
@@ -220,13 +221,17 @@ def answers_figure(tests: dict):
     """What was answered against what is right: CW and both multiple-choice tests, a column a test, a row a group.
 
     Args:
-        tests: of one drop, as from `stats.metrics`.
+        tests: of one drop, as from `metrics.metrics`.
     """
     from matplotlib import pyplot
 
-    tables = {test: {g: _confusion(test, n) for g, n in tests[test].items()} for test in tests if test != "forward"}
-    groups = [g for g in GROUPS if any(table.get(g) for table in tables.values())]
-    groups = [g for g in groups if g != "all"] or groups
+    tables = {
+        test: {group: (n["rates"] or n["options"] or {}).get("confusion") for group, n in groups.items()}
+        for test, groups in tests.items()
+        if TASK_TYPES[test].format != GENERATION
+    }
+    groups = [group for group in GROUP_STYLES if any(table.get(group) for table in tables.values())]
+    groups = [group for group in groups if group != "all"] or groups
     figure, axes = pyplot.subplots(
         len(groups), len(tables), figsize=(3.1 * len(tables), 2.6 * len(groups)), squeeze=False, layout="constrained"
     )
@@ -235,13 +240,6 @@ def answers_figure(tests: dict):
         for axis, (test, table) in zip(line, tables.items(), strict=True):
             _draw_confusion(axis, f"{TASK_TYPES[test].title}, {group}", table.get(group))
     return figure
-
-
-def _confusion(test: str, numbers: dict) -> dict[str, dict[str, int]] | None:
-    """{right answer: {answer: rows}}, or None where the labels lost their meaning."""
-    if test == "reverse" and numbers["rates"]:
-        return numbers["rates"]["confusion"]
-    return numbers["options"]["confusion"] if numbers["options"] else None
 
 
 def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -> None:

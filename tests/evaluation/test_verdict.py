@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmrev_kit.evaluation import statistics
+from mmrev_kit.evaluation.metrics import chance_of
 from mmrev_kit.evaluation.verdict import (
     CURSE,
     INCONCLUSIVE,
@@ -17,7 +18,6 @@ from mmrev_kit.evaluation.verdict import (
     NO_CURSE,
     ROLES,
     Evidence,
-    chance_of,
     decide,
     entities_needed,
     gates_of,
@@ -91,7 +91,7 @@ def test_every_combination_of_gates_has_its_claim_and_a_sentence(task):
     claims = {CURSE: 0, NO_CURSE: 0, INCONCLUSIVE: 0}
     for groups, taught, control_above, main_above, different, interval, powerful in COMBINATIONS:
         found = numbers(ROLES[task].deciding, groups, control_above, main_above, different, interval, powerful)
-        gates = gates_of(found, ROLES[task].taught, taught, 0.95)
+        gates = gates_of(found, ROLES[task].taught, taught)
         outcome = {gate.name: gate.passed for gate in gates}
         claim = decide(outcome)
         ground = groups == "both" and taught == 0.95 and control_above and powerful
