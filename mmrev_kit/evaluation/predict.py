@@ -103,21 +103,21 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
     raise_faults(faults, config.data.drop_faulty)
     pairs = [(q, s) for q, s in zip(questions, samples, strict=True) if s is not None]
 
-    def kind(place: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
-        return pairs[place][0].row.task, len(pairs[place][0].options)
+    def kind(index: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
+        return pairs[index][0].row.task, len(pairs[index][0].options)
 
-    order = sorted(range(len(pairs)), key=lambda place: (kind(place), len(pairs[place][1].input_ids), place))
+    order = sorted(range(len(pairs)), key=lambda index: (kind(index), len(pairs[index][1].input_ids), index))
     mine, records, dtype = order[state.process_index :: state.num_processes], [], compute_dtype(config, state.device)
     size, told = config.evaluation.batch_size, 0
     alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
     with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
         for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
-            asked = [pairs[place][0] for place in chunk]
+            asked = [pairs[index][0] for index in chunk]
             prompts = [encoder.encode(question.row, with_answer=False) for question in asked]
             answers = generate(model, encoder, prompts, config.evaluation.max_new_tokens, state.device)
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
-            for place, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
-                records.append(predict(question, encoder, answer, row, drop) | {"place": place})
+            for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
+                records.append(predict(question, encoder, answer, row, drop) | {"index": index})
             part = PROGRESS_LINES * len(records) // max(1, len(mine))
             if state.is_main_process and part > told:
                 told = part
@@ -190,6 +190,6 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
 
             found = gather_object(found)
         if state.is_main_process:
-            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
+            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
             write_jsonl(Path(folder) / "predictions.jsonl", found)
             write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))

@@ -121,17 +121,17 @@ def comparison_table(first: Evaluation, second: Evaluation):
     return pandas.DataFrame(rows).set_index("test")
 
 
-def gate_table(found: Verdict):
+def gate_table(judged: Verdict):
     """A pandas DataFrame of a verdict's gates: whether each holds, and the numbers."""
     import pandas
 
     words = {True: "yes", False: "no", None: "unknown"}
-    rows = [{"gate": gate.name, "holds": words[gate.passed], "numbers": gate.text} for gate in found.gates]
+    rows = [{"gate": gate.name, "holds": words[gate.passed], "numbers": gate.text} for gate in judged.gates]
     return pandas.DataFrame(rows).set_index("gate")
 
 
-def verdict_lines(found: Verdict) -> list[str]:
+def verdict_lines(judged: Verdict) -> list[str]:
     """The verdict, then the same test in the other format, then the format itself: a line each."""
-    parts = {"VERDICT": found, "Beside it": found.beside}
+    parts = {"VERDICT": judged, "Beside it": judged.beside}
     lines = [f"{head} ({TASK_TYPES[v.test].title}): {v.claim}. {v.sentence}" for head, v in parts.items() if v]
-    return [*lines, found.format_sentence]
+    return [*lines, judged.format_sentence]

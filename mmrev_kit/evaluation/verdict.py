@@ -27,7 +27,7 @@ CONFIDENCE = 0.95  # of the interval of main's mean
 
 
 @dataclass(frozen=True)
-class Roles:
+class Tests:
     """What the four tests are for a trained task: the direction taught and, of the other one, what decides."""
 
     taught: str
@@ -36,9 +36,9 @@ class Roles:
     format: str  # the taught direction as multiple choice
 
 
-ROLES = {
-    "forward": Roles(taught="forward", deciding="reverse", beside="mcq_d2i", format="mcq_i2d"),
-    "reverse": Roles(taught="reverse", deciding="forward", beside="mcq_i2d", format="mcq_d2i"),
+TESTS = {
+    "forward": Tests(taught="forward", deciding="reverse", beside="mcq_d2i", format="mcq_i2d"),
+    "reverse": Tests(taught="reverse", deciding="forward", beside="mcq_i2d", format="mcq_d2i"),
 }
 
 
@@ -215,19 +215,19 @@ def gather(records: list[dict], tests: tuple[str, ...], draws: int, seed: int) -
     ]
 
 
-def gates_of(found: Evidence, taught: str, taught_accuracy: float | None) -> tuple[Gate, ...]:
+def gates_of(shown: Evidence, taught: str, taught_accuracy: float | None) -> tuple[Gate, ...]:
     """Every gate of `NEEDS`, from the numbers."""
-    name, low_high, middle = TASK_TYPES[found.test].long_title, found.main_interval, found.midpoint
-    counts = f"{found.n_main} main and {found.n_control} control entities"
+    name, low_high, middle = TASK_TYPES[shown.test].long_title, shown.main_interval, shown.midpoint
+    counts = f"{shown.n_main} main and {shown.n_control} control entities"
     interval = f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "unknown"
     position = f"main's {100 * CONFIDENCE:g} % interval is {interval}, chance and control's midpoint {_number(middle)}"
     wanted = f"{POWER_MIN:.2f} needed"
-    if found.entities_needed and found.power < POWER_MIN:
-        wanted += f"; {found.entities_needed} entities a group would have it"
+    if shown.entities_needed and shown.power < POWER_MIN:
+        wanted += f"; {shown.entities_needed} entities a group would have it"
 
     def against_chance(group: str, n: int, mean: float | None, p: float | None) -> Gate:
         limit = f"; {n} entities cannot show more than p = {2.0**-n:.3f} before Holm" if 0 < n < 6 else ""
-        text = f"{group}'s mean in {name} is {_number(mean)}, chance {found.chance:.2f} (Holm-adjusted {_p(p)}{limit})"
+        text = f"{group}'s mean in {name} is {_number(mean)}, chance {shown.chance:.2f} (Holm-adjusted {_p(p)}{limit})"
         return Gate(f"{group} above chance", None if p is None else p < ALPHA, text)
 
     def side(word: str, holds) -> Gate:
@@ -237,7 +237,7 @@ def gates_of(found: Evidence, taught: str, taught_accuracy: float | None) -> tup
     return (
         Gate(
             "groups",
-            min(found.n_main, found.n_control) >= MIN_ENTITIES,
+            min(shown.n_main, shown.n_control) >= MIN_ENTITIES,
             f"there are {counts}, at least {MIN_ENTITIES} a group are needed: without a control group, taught in both "
             "directions, main's failure could be the test's",
         ),
@@ -247,55 +247,55 @@ def gates_of(found: Evidence, taught: str, taught_accuracy: float | None) -> tup
             f"main's accuracy in the taught direction, {TASK_TYPES[taught].long_title}, is {_number(taught_accuracy)} "
             f"({TAUGHT_MIN:.2f} needed)",
         ),
-        against_chance("control", found.n_control, found.control, found.p_control),
+        against_chance("control", shown.n_control, shown.control, shown.p_control),
         Gate(
             "power",
-            None if found.power is None else found.power >= POWER_MIN,
-            f"{counts} with {found.rows} questions each give a power of {_number(found.power)} for a main at chance "
+            None if shown.power is None else shown.power >= POWER_MIN,
+            f"{counts} with {shown.rows} questions each give a power of {_number(shown.power)} for a main at chance "
             f"({wanted})",
         ),
         Gate(
             "control above main",
-            None if found.p_difference is None else found.p_difference < ALPHA,
-            f"main's mean is {_number(found.main)}, control - main {_number(found.difference)} (permutation of "
-            f"entities, {_p(found.p_difference)})",
+            None if shown.p_difference is None else shown.p_difference < ALPHA,
+            f"main's mean is {_number(shown.main)}, control - main {_number(shown.difference)} (permutation of "
+            f"entities, {_p(shown.p_difference)})",
         ),
         side("below", lambda interval, midpoint: interval[1] < midpoint),
-        against_chance("main", found.n_main, found.main, found.p_main),
+        against_chance("main", shown.n_main, shown.main, shown.p_main),
         side("above", lambda interval, midpoint: interval[0] > midpoint),
     )
 
 
-def sentence_of(claim: str, gates: tuple[Gate, ...], found: Evidence) -> str:
+def sentence_of(claim: str, gates: tuple[Gate, ...], shown: Evidence) -> str:
     """The claim and why, for a reader who sees nothing else."""
     texts, passed = {gate.name: gate.text for gate in gates}, {gate.name: gate.passed for gate in gates}
-    name = TASK_TYPES[found.test].long_title
+    name = TASK_TYPES[shown.test].long_title
     if claim == INCONCLUSIVE:
         text = f"Inconclusive in {name}: {'; '.join(dict.fromkeys(texts[gate] for gate in missing(passed)))}."
     else:
         opening = {CURSE: "A reversal curse is found", NO_CURSE: "No reversal curse is found"}[claim]
         text = f"{opening} in {name}: {'; '.join(texts[gate] for gate in NEEDS[claim] if gate != 'groups')}."
     if claim == CURSE and passed["main above chance"]:
-        text += f" It is partial: main is above chance (Holm-adjusted {_p(found.p_main)})."
+        text += f" It is partial: main is above chance (Holm-adjusted {_p(shown.p_main)})."
     if claim == NO_CURSE and passed["control above main"]:
         text += f" A gap remains: {texts['control above main']}."
-    if None not in (found.main_likeliest, found.control_likeliest):
-        text += f" By the likeliest option: main {found.main_likeliest:.2f}, control {found.control_likeliest:.2f}."
-    if found.main_unparsed:
-        text += f" {found.main_unparsed} of main's {found.main_answers} answers could not be read and count as misses."
+    if None not in (shown.main_likeliest, shown.control_likeliest):
+        text += f" By the likeliest option: main {shown.main_likeliest:.2f}, control {shown.control_likeliest:.2f}."
+    if shown.main_unparsed:
+        text += f" {shown.main_unparsed} of main's {shown.main_answers} answers could not be read and count as misses."
     return text
 
 
-def format_sentence(found: Evidence) -> str:
+def format_sentence(shown: Evidence) -> str:
     """Whether main entities can use the taught direction in the multiple-choice format."""
-    if found.main is None:
-        return f"The taught direction was not asked as multiple choice ({TASK_TYPES[found.test].long_title})."
-    numbers = f"{found.main:.2f} against a chance of {found.chance:.2f} (Holm-adjusted {_p(found.p_main)})"
-    start = f"In {TASK_TYPES[found.test].long_title}, the taught direction as multiple choice, main is"
-    if found.p_main < ALPHA:
-        return f"{start} above chance, {numbers}: the format is not in the way."
+    if shown.main is None:
+        return f"The taught direction was not asked as multiple choice ({TASK_TYPES[shown.test].long_title})."
+    level = f"{shown.main:.2f} against a chance of {shown.chance:.2f} (Holm-adjusted {_p(shown.p_main)})"
+    start = f"In {TASK_TYPES[shown.test].long_title}, the taught direction as multiple choice, main is"
+    if shown.p_main < ALPHA:
+        return f"{start} above chance, {level}: the format is not in the way."
     return (
-        f"{start} not shown to be above chance, {numbers}: a multiple-choice null may come from the format, not the "
+        f"{start} not shown to be above chance, {level}: a multiple-choice null may come from the format, not the "
         "direction."
     )
 
@@ -311,20 +311,20 @@ def verdict(records: list[dict], task: str, draws: int = 10_000, seed: int = 0) 
     Raises:
         ValueError: an unknown task, or two answers to one question.
     """
-    if task not in ROLES:
-        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(ROLES)}.")
+    if task not in TESTS:
+        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(TESTS)}.")
     metrics.check_unique(records)
-    roles = ROLES[task]
+    chosen = TESTS[task]
     taught = statistics.entity_means(
-        row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", roles.taught)
+        row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", chosen.taught)
     )
     accuracy = sum(taught.values()) / len(taught) if taught else None
 
-    def judge(found: Evidence, **more) -> Verdict:
-        gates = gates_of(found, roles.taught, accuracy)
+    def judge(shown: Evidence, **more) -> Verdict:
+        gates = gates_of(shown, chosen.taught, accuracy)
         claim = decide({gate.name: gate.passed for gate in gates})
-        return Verdict(task, found.test, claim, sentence_of(claim, gates, found), gates, found, **more)
+        return Verdict(task, shown.test, claim, sentence_of(claim, gates, shown), gates, shown, **more)
 
-    tests = (roles.deciding, roles.beside, roles.format)
+    tests = (chosen.deciding, chosen.beside, chosen.format)
     deciding, beside, form = gather(records, tests, draws, seed)
     return judge(deciding, beside=judge(beside), format_sentence=format_sentence(form))

@@ -26,25 +26,20 @@ def balance_table(rows_by_file: dict[str, list[Row]]):
     """A pandas DataFrame with one row a file and group: rows, people, connectors, and how the answers are balanced."""
     import pandas
 
-    records = []
-    for file, rows in rows_by_file.items():
-        for group in sorted({row.group for row in rows}, key=str):
-            own = [row for row in rows if row.group == group]
-            answers = Counter(row.answer for row in own)
-            few = len(answers) <= 4
-            records.append(
-                {
-                    "file": file,
-                    "group": group or "",
-                    "rows": len(own),
-                    "entities": len({row.entity_id for row in own}),
-                    "connectors": len({row.connector for row in own}),
-                    "answers": ", ".join(f"{a} {answers[a]}" for a in sorted(answers))
-                    if few
-                    else f"{len(answers)} texts",
-                }
-            )
-    return pandas.DataFrame(records).set_index(["file", "group"])
+    def counts(answers) -> str:
+        found = Counter(answers)
+        few = len(found) <= 4  # else they are descriptions
+        return ", ".join(f"{answer} {found[answer]}" for answer in sorted(found)) if few else f"{len(found)} texts"
+
+    names = ["file", "group", "entity", "connector", "answer"]
+    records = [
+        (file, row.group or "", row.entity_id, row.connector, row.answer)
+        for file, rows in rows_by_file.items()
+        for row in sorted(rows, key=lambda row: str(row.group))
+    ]
+    parts = pandas.DataFrame(records, columns=names).groupby(["file", "group"], sort=False)
+    unique = {"entities": ("entity", "nunique"), "connectors": ("connector", "nunique")}
+    return parts.agg(rows=("answer", "size"), **unique, answers=("answer", counts))
 
 
 def people_figure(entities: list[dict], folder: Path, columns: int = 4):
@@ -89,14 +84,14 @@ def prompt_html(sample: Sample, encoder: Encoder) -> str:
     """
     specials = set(encoder.tokenizer.all_special_ids)
     pieces, images, run = [], iter(sample.row.images), 0
-    for place, token in enumerate(sample.input_ids):
+    for position, token in enumerate(sample.input_ids):
         if token == encoder.image_id:
             run += 1
-            if sample.input_ids[place + 1] != encoder.image_id:
+            if sample.input_ids[position + 1] != encoder.image_id:
                 pieces.append(f"{_picture(next(images))}<span style='{TOKEN['special']}'>{run} tokens</span>")
                 run = 0
             continue
-        kind = "answer" if place >= sample.answer_start else "special" if token in specials else "text"
+        kind = "answer" if position >= sample.answer_start else "special" if token in specials else "text"
         text = escape(encoder.tokenizer.decode([token])).replace("\n", "⏎\n")
         pieces.append(f"<span style='{TOKEN[kind]}'>{text}</span>")
     row = sample.row
@@ -144,9 +139,8 @@ def lengths_figure(samples: list[Sample], max_length: int):
     axis.invert_yaxis()
     axis.axvline(max_length, color="C3", linestyle="--", linewidth=1)
     axis.annotate("max_length", (max_length, 0.5), color="C3", fontsize=8, ha="right", va="bottom")
-    axis.set_xlim(left=0)
     axis.grid(axis="x", alpha=0.25)
-    axis.set_xlabel("tokens a row (box: middle half; line: shortest to longest)")
+    axis.set(xlim=(0, None), xlabel="tokens a row (box: middle half; line: shortest to longest)")
     return figure
 
 
