@@ -57,6 +57,12 @@ def test_what_a_notebook_imports_leaves_the_kernel_clean(path, tmp_path):
     run("\n".join(imports) + CHECK, tmp_path)
 
 
+def test_readers_load_no_makers(tmp_path):
+    makers = {f"mmrev_kit.data.{name}" for name in ("faces", "folder", "make", "objects", "partners", "people", "pools", "shapes")}  # fmt: skip  # noqa: E501
+    code = "import sys, mmrev_kit.data.rows, mmrev_kit.data.checks\nassert 'mmrev_kit.data.tasks' in sys.modules\n"
+    run(f"{code}assert not {makers} & set(sys.modules)", tmp_path)
+
+
 def test_at_the_top_stand_the_rooms_and_little_else():
     names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     rooms = {"config", "data", "model", "memory", "training", "evaluation", "notebook", "pretraining"}

@@ -96,7 +96,7 @@ class DataConfig:
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
     link_images: bool = False  # link to the images instead of copying them
-    allow_outside: bool = False  # images outside the data's own folder, the project and the current folder, too
+    allow_outside: bool = False  # images outside the data's own folder and the project, too
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0

@@ -19,7 +19,7 @@ import torch
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data.rows import DataError
+from mmrev_kit.data.faults import DataError
 from mmrev_kit.files import DiskFull, write_text
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight

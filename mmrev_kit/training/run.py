@@ -13,7 +13,8 @@ import torch
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
+from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts
+from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Task:
     faults += check_statements(rows)
     encoder = make_encoder(config)
     samples, more = encode_all(rows, encoder)
-    settle(faults + more, config.data.drop_faulty)
+    raise_faults(faults + more, config.data.drop_faulty)
     taken = iter(samples)
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
