@@ -173,16 +173,19 @@ def weight_components(shapes: ModelShapes, config: Config, tower: bool) -> list[
     return found
 
 
-def adapter_components(
+def static_components(
     shapes: ModelShapes, config: Config, processes: int, accumulates: bool, phase: str
 ) -> list[Component]:
-    """Adapter, optimizer and gradients, and what an optimizer step adds."""
-    if phase == "vision tower" and config.memory.cache_features:  # features are made before there is an adapter
-        return []
-    tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
-    count, optimizer = sum(tensors), config.training.optimizer
-    word = f"lora.r (now {config.lora.r})"
-    found = [Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word)]
+    """What stays on the card, in one phase: the model; adapter, optimizer and gradients, and what a step adds."""
+    cached, word = config.memory.cache_features, f"lora.r (now {config.lora.r})"
+    how = "32 MiB each for the forward and the backward thread"
+    found = weight_components(shapes, config, tower=not cached or phase in ("vision tower", "evaluation"))
+    found.append(Component("cuBLAS workspace", WORKSPACE, how, ""))
+    if phase == "vision tower" and cached:  # features are made before there is an adapter
+        return found
+    tensors, optimizer = lora_tensors(shapes, config.lora.r, config.lora.target_modules), config.training.optimizer
+    count = sum(tensors)
+    found.append(Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word))
     if phase == "evaluation":
         return found
     size = optimizer_bytes(tensors, optimizer)
@@ -191,20 +194,9 @@ def adapter_components(
     if accumulates or phase == "optimizer step":
         found.append(Component("gradients", 4 * count, "4 B a trainable number", word))
     if phase == "optimizer step":
-        bucket = 4 * count if processes > 1 else 0
         how = "4 B for the optimizer's temporaries, 4 B for the summed gradients"
-        found.append(Component("step", 4 * count + bucket, how, word))
+        found.append(Component("step", (8 if processes > 1 else 4) * count, how, word))
     return found
-
-
-def static_components(
-    shapes: ModelShapes, config: Config, processes: int, accumulates: bool, phase: str
-) -> list[Component]:
-    """What stays on the card, in one phase: the model, the adapter with its optimizer, cuBLAS's workspace."""
-    tower = not config.memory.cache_features or phase in ("vision tower", "evaluation")
-    found = weight_components(shapes, config, tower) + adapter_components(shapes, config, processes, accumulates, phase)
-    how = "32 MiB each for the forward and the backward thread"
-    return [*found, Component("cuBLAS workspace", WORKSPACE, how, "")]
 
 
 def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phase: str) -> list[Component]:

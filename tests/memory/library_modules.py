@@ -4,7 +4,7 @@ For the passes that were measured with them; nothing that the kit does depends o
 """
 
 from mmrev_kit.memory import layers
-from mmrev_kit.memory.estimate import GIB, adapter_components, weight_components
+from mmrev_kit.memory.estimate import GIB, lora_tensors, weight_components
 
 
 def lora_saved(inputs: int, names: list[str], config, shared: bool = False) -> list[float]:
@@ -52,11 +52,11 @@ def activations(upcast: bool, residual: int):
 def allocated_beside(shapes, config, upcast: bool, phase: str) -> float:
     """GiB that these modules hold in a phase and the kit's do not: 16-bit copies of LoRA, which autocast casts once and
     keeps for backward; and `upcast` embedding, head and norms, the head also cast to 16 bit and kept for the loss."""
-    adapter = adapter_components(shapes, config, 1, True, "evaluation")[0].size
+    count = sum(lora_tensors(shapes, config.lora.r, config.lora.target_modules))
     kept = shapes.num_hidden_layers - config.memory.recomputed_layers(shapes.num_hidden_layers)
     size = 0.0
     if phase != "optimizer step":
-        size += adapter / 2 * min(shapes.num_hidden_layers, 1 + kept) / shapes.num_hidden_layers
+        size += 2 * count * min(shapes.num_hidden_layers, 1 + kept) / shapes.num_hidden_layers
     if upcast:
         size += weight_components(shapes, config, False)[1].size
         size += 2 * shapes.vocab_size * shapes.hidden_size if phase == "loss" else 0
