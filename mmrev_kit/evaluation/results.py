@@ -14,6 +14,10 @@ from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import verdict
 
+UNKNOWN = (  # numbers of `metrics.metrics` that a file of the original scripts cannot tell
+    "n_entities", "unparsed", "cluster_interval", "p_permutation_holm", "rates", "options", "agreement", "likeliest",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -96,11 +100,9 @@ def read_original(path: Path) -> dict:
         if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
             raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
         chance = TASK_TYPES[test].chance
-        numbers = {"n": total, "n_entities": None, "unparsed": None, "correct": correct, "chance": chance}
+        numbers = dict.fromkeys(UNKNOWN) | {"n": total, "correct": correct, "chance": chance}
         numbers |= {"accuracy": correct / total if total else None, "wilson": statistics.wilson(correct, total)}
-        numbers |= {"cluster_interval": None, "rates": None, "options": None, "agreement": None, "likeliest": None}
-        numbers["p_exact"] = statistics.exact_test(correct, total, chance) if chance else None
-        found[test] = {"all": numbers | {"p_permutation_holm": None}}
+        found[test] = {"all": numbers | {"p_exact": statistics.exact_test(correct, total, chance) if chance else None}}
     adjust({test: groups["all"] for test, groups in found.items()}, "p_exact")
     return {"none": found}
 

@@ -22,8 +22,8 @@ def _table(rows: list[dict]):
     return pandas.DataFrame(rows).set_index(["test", "group"]).round(3).astype(object).fillna("")
 
 
-def accuracy_table(metrics: dict, drop: str = "none"):
-    """A pandas DataFrame, a row a test and group: accuracy with both intervals, chance and p.
+def accuracy_table(metrics: dict):
+    """A pandas DataFrame of whole prompts, a row a test and group: accuracy with both intervals, chance and p.
 
     `p` is the permutation test over entities against chance, Holm-adjusted over the tests of the group.
     """
@@ -43,17 +43,17 @@ def accuracy_table(metrics: dict, drop: str = "none"):
                 "unparsed": numbers["unparsed"],
                 "by likeliest": (numbers["likeliest"] or {}).get("accuracy"),
             }
-            for test, groups in metrics[drop].items()
+            for test, groups in metrics["none"].items()
             for group, numbers in groups.items()
             if numbers["accuracy"] is not None
         ]
     )
 
 
-def rates_table(metrics: dict, drop: str = "none"):
-    """A pandas DataFrame of CW, a row a group: TPR and FPR of Correct, separation, AUROC, answers' counts."""
+def rates_table(metrics: dict):
+    """A pandas DataFrame of CW (whole prompts), a row a group: TPR, FPR, separation, AUROC, answers' counts."""
     rows = []
-    for test, groups in metrics[drop].items():
+    for test, groups in metrics["none"].items():
         for group, rates in ((group, numbers["rates"]) for group, numbers in groups.items() if numbers["rates"]):
             row = {"test": test, "group": group, "TPR": rates["tpr"], "FPR": rates["fpr"]}
             row |= {"separation": rates["separation"], "AUROC": rates["auroc"]}

@@ -42,7 +42,7 @@ def balance_table(rows_by_file: dict[str, list[Row]]):
     return parts.agg(rows=("answer", "size"), **unique, answers=("answer", counts))
 
 
-def people_figure(entities: list[dict], folder: Path, columns: int = 4):
+def people_figure(entities: list[dict], folder: Path):
     """The people of an experiment: picture, name, group, description.
 
     Args:
@@ -52,6 +52,7 @@ def people_figure(entities: list[dict], folder: Path, columns: int = 4):
     from matplotlib import pyplot
 
     shown = [entity for entity in entities if entity.get("images")]
+    columns = 4
     lines = max(1, -(-len(shown) // columns))
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.5 * lines), squeeze=False)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=0.94, hspace=0.35, wspace=0.05)
@@ -171,12 +172,10 @@ def _shown(path: str | None) -> str:
     return f"[{escape(Path(path).name if path else 'image')}]"
 
 
-def answers_html(records: list[dict], count: int = 1, drop: str = "none") -> str:
-    """For each test and group the first `count` right and the first `count` wrong answers."""
-    chosen, seen = [], Counter()
+def answers_html(records: list[dict]) -> str:
+    """For each test and group the first right and the first wrong answer to a whole prompt."""
+    chosen: dict[tuple, dict] = {}
     for record in records:
-        key = (record["test"], record["group"], record["right"])
-        if record["drop"] == drop and record["right"] is not None and seen[key] < count:
-            seen[key] += 1
-            chosen.append(record)
-    return "".join(map(answer_html, chosen))
+        if record["drop"] == "none" and record["right"] is not None:
+            chosen.setdefault((record["test"], record["group"], record["right"]), record)
+    return "".join(map(answer_html, chosen.values()))

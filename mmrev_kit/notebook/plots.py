@@ -169,15 +169,15 @@ def mix_figure(table: list[dict]):
 GROUP_STYLES = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
 
 
-def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
-    """Accuracy by test and group, with the interval over entities and the line of chance; a row a run.
+def accuracy_figure(metrics: dict[str, dict]):
+    """Accuracy in whole prompts by test and group, with the interval over entities and the line of chance; a row a run.
 
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
     figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
     for axis, (name, found) in zip(axes, metrics.items(), strict=True):
-        tests = found.get(drop, {})
+        tests = found["none"]
         for x, test in enumerate(TASK_TYPES):
             groups = {group: n for group, n in tests.get(test, {}).items() if n["accuracy"] is not None}
             if len(groups) > 1:
@@ -189,7 +189,7 @@ def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
         axis.set_xticks(range(len(TASK_TYPES)), [task.title for task in TASK_TYPES.values()])
         axis.set(xlim=(-0.5, len(TASK_TYPES) - 0.5), ylim=(-0.04, 1.04), ylabel="accuracy")
         axis.set_title(name, loc="left", fontsize=9, parse_math=False)
-    present = {group for found in metrics.values() for groups in found[drop].values() for group in groups}
+    present = {group for found in metrics.values() for groups in found["none"].values() for group in groups}
     for group, (marker, color) in GROUP_STYLES.items():
         if group in present and (group != "all" or "main" not in present):
             axes[0].plot([], [], marker, color=color, label=group)
