@@ -251,7 +251,7 @@ def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state,
     """As on a GPU, where the tower is dropped: training, validation, saving and going on do without it."""
     from peft import PeftModel
 
-    monkeypatch.setattr(loop, "drop_tower", lambda model: setattr(model.model, "visual", None))
+    monkeypatch.setattr("mmrev_kit.training.run.drop_tower", lambda model: setattr(model.model, "visual", None))
     config = small_config("training.num_epochs=1 retention.retention_ratio=0")
     train(config, state)
     run = start(config, state)
