@@ -1,4 +1,4 @@
-# make run · make test · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -7,22 +7,25 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce test lint lab
+.PHONY: run train evaluate reproduce test test-long lint lab
 
 run: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook train -p task forward $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
 
 train: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook train -p task $(TASK) $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook train -p task $(TASK) $(ARGS)
 
 evaluate: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook evaluate -p task $(TASK) $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook evaluate -p task $(TASK) $(ARGS)
 
 reproduce: $(READY)
-	@$(BIN)/python -m mmrev_kit.notebook reproduce $(ARGS)
+	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(READY)
+	@MMREV_LONG=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

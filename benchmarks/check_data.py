@@ -11,7 +11,8 @@ import numpy
 from PIL import Image
 
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.data.checks import check_statements, encode_all, settle
+from mmrev_kit.data.checks import check_statements, encode_all
+from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.rows import read_rows
 from mmrev_kit.model.processor import make_encoder
 
@@ -43,7 +44,7 @@ def main() -> None:
             began = time.perf_counter()
             rows, faults = read_rows(path, "forward", "forward", {})
             samples, more = encode_all(rows, encoder)
-            settle(faults + check_statements(rows) + more, drop=False)
+            raise_faults(faults + check_statements(rows) + more, drop=False)
             seconds = time.perf_counter() - began
             assert len(samples) == ROWS
             print(f"{kind}: {ROWS:,} rows, {ROWS:,} distinct {SIDE}-pixel images: {seconds:.2f} s")

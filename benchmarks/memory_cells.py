@@ -28,7 +28,7 @@ from speed_32b import Bench, forward_samples
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.memory.estimate import PHASES, estimate
 from mmrev_kit.memory.plan import with_memory
-from mmrev_kit.memory.shapes import PUBLISHED
+from mmrev_kit.memory.shapes import PUBLISHED, architecture_file
 from mmrev_kit.model.batches import GPU_MULTIPLE, Batcher, lay_out, shares
 from mmrev_kit.model.features import build_features
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, torch_dtype, trainable
@@ -203,7 +203,7 @@ def main() -> None:
     lines = [f"{card}. {versions}. GiB.", "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     print("\n".join(lines), flush=True)
     for word in given.models.split(","):
-        lines += run_model(given, f"configs/models/qwen3vl_{word}.json" if word in PUBLISHED else word, deadline)
+        lines += run_model(given, architecture_file(word) if word in PUBLISHED else word, deadline)
         gc.collect()
         if given.cuda:
             torch.cuda.empty_cache()

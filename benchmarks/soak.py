@@ -22,7 +22,6 @@ import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,17 +30,19 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import accelerate.launchers
 import peft  # noqa: F401  imported once, here, for all
 import psutil
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration  # noqa: F401
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from forking import as_process, fork_jobs
+
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.notebook import launch
-from mmrev_kit.training import jobs
+from mmrev_kit.notebook.launch import launch
 from mmrev_kit.training.history import read_history
 
 SMALL = (
@@ -54,31 +55,6 @@ SECONDS_TO_END = 10  # after a kill, for every process of the run
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Forked(subprocess.Popen):
-    """A `Popen` that forks this process for `mmrev_kit.notebook.launch`, in place of a new interpreter."""
-
-    def _execute_child(self, args, *rest, **named) -> None:
-        if args[1:3] != ["-m", "mmrev_kit.notebook.launch"]:
-            return super()._execute_child(args, *rest, **named)
-        self.pid = os.fork()
-        self._child_created = True
-        if self.pid:
-            return None
-        os.setsid()
-        return as_process(launch.main, ["launch", *args[3:]])
-
-
-def as_process(function, words: list[str]) -> None:
-    """Run a function as a program of its own, and end the process."""
-    code, sys.argv = 0, words
-    try:
-        function()
-    except BaseException as error:  # what an interpreter would do at its end
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        code = 1
-    os._exit(code)
-
-
 def start_kernel(config, log: Path) -> int:
     """Fork the process that calls `launch`; returns its id."""
     child = os.fork()
@@ -89,10 +65,8 @@ def start_kernel(config, log: Path) -> int:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    jobs.why_not_here = lambda: None  # nothing here touches CUDA
-    accelerate.launchers.are_libraries_initialized = lambda *names: []
-    jobs.subprocess.Popen = Forked
-    as_process(lambda: launch.launch(config), ["soak"])
+    fork_jobs()
+    as_process(lambda: launch(config))
 
 
 def living() -> list[psutil.Process]:

@@ -37,7 +37,7 @@ from mmrev_kit.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
-PLACES = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
+SETTINGS = [("sdpa", 0), ("eager", 0), ("sdpa", 1), ("sdpa", 2)]  # attention, dataloader workers
 MICRO = 16  # rows of a pass that TRL may also choose where an update has more
 TRIED = 12  # updates of each of TRL's settings
 SKIPPED = 5  # first steps that are no steady state
@@ -269,7 +269,7 @@ def best_settings(python: Path, job: dict) -> tuple[dict, list[str]]:
     tried, batch = [], job["batch"]
     limit = {"limit": batch * (SKIPPED + TRIED), "output": f"{job['folder']}/try"}
     micros = (batch, MICRO) if batch > MICRO else (batch,)
-    for (attention, workers), spins, micro in itertools.product(PLACES, (None, SPINS), micros):
+    for (attention, workers), spins, micro in itertools.product(SETTINGS, (None, SPINS), micros):
         own = {"attention": attention, "workers": workers, "spins": spins, "micro": micro}
         tried.append((run_job(python, "trl", job | own | limit)["steady"], own))
     how = {None: "", SPINS: ", threads that wait as the kit's"}  # None: as OpenMP waits by itself

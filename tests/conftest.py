@@ -51,4 +51,4 @@ def pytest_collection_modifyitems(items):
     if "MMREV_LONG" not in os.environ:
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes about a minute: run with MMREV_LONG=1 make test"))
+                item.add_marker(pytest.mark.skip(reason="takes about a minute: run with make test-long"))

@@ -39,7 +39,7 @@ def imported(module: str) -> set[str]:
             if node.module.split(".")[0] == "mmrev_kit":
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
     names = {name.removeprefix("mmrev_kit.") for name in found}
-    return {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} - {""}  # "": the version
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("__main__")])
@@ -55,6 +55,12 @@ def test_what_a_notebook_imports_leaves_the_kernel_clean(path, tmp_path):
     imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports
     run("\n".join(imports) + CHECK, tmp_path)
+
+
+def test_readers_load_no_makers(tmp_path):
+    makers = {f"mmrev_kit.data.{name}" for name in ("faces", "folder", "make", "objects", "partners", "people", "pools", "shapes")}  # fmt: skip  # noqa: E501
+    code = "import sys, mmrev_kit.data.rows, mmrev_kit.data.checks\nassert 'mmrev_kit.data.tasks' in sys.modules\n"
+    run(f"{code}assert not {makers} & set(sys.modules)", tmp_path)
 
 
 def test_at_the_top_stand_the_rooms_and_little_else():
@@ -94,3 +100,32 @@ def test_heavy_libraries_are_imported_inside_functions(module):
     if module.split(".")[0] in ("model", "training") and module != "training.scheduler":
         top -= {"torch"}
     assert not top & heavy
+
+
+FRONT = """
+import sys, time
+began = time.perf_counter()
+import mmrev_kit
+seconds = time.perf_counter() - began
+heavy = {"torch", "transformers", "peft", "numpy", "omegaconf", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+assert set(mmrev_kit.__all__) <= set(dir(mmrev_kit))
+rooms = {"config", "data", "model", "memory", "training", "evaluation", "notebook", "pretraining", "files"}
+assert 8 <= len(mmrev_kit.__all__) <= 12 and not rooms & set(mmrev_kit.__all__)
+for name in [*rooms, *mmrev_kit.__all__]:
+    assert f" {name} " in mmrev_kit.__doc__ or f" {name}(" in mmrev_kit.__doc__, name
+for name in mmrev_kit.__all__:
+    found = getattr(mmrev_kit, name)
+    assert callable(found) and found.__name__ == name and found.__doc__
+try:
+    mmrev_kit.lunch
+except AttributeError as error:
+    assert "lunch" in str(error)
+print(seconds)
+"""
+
+
+def test_the_front_door_is_light_and_every_name_there_is_loaded_when_used(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FRONT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5

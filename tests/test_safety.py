@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save
 from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.data.folder import FolderError, make_folder_experiment
-from mmrev_kit.data.rows import DataError, read_entities, read_rows, read_run_data
+from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.folder import make_folder_experiment
+from mmrev_kit.data.rows import read_entities, read_rows, read_run_data
 from mmrev_kit.files import write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.model.loading import base_arguments, load_base
@@ -204,7 +205,7 @@ def test_a_state_that_is_not_ours_is_refused(saved, tmp_path):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """An experiment's folder, and a picture outside of it, of the current folder and of the project."""
+    """An experiment's folder, a picture outside of it and of the project, and the folder that the test runs in."""
     data, private, work = tmp_path / "data" / "e", tmp_path / "private", tmp_path / "work"
     for folder in (data / "images", private, work):
         folder.mkdir(parents=True)
@@ -237,19 +238,20 @@ def test_a_path_that_leads_out_of_the_data_is_refused_unless_allowed(places, nam
 
 
 @pytest.mark.parametrize("name", ["p.png", "images/p.png", "images/near.png", "images/../p.png", "DATA", "WORK", "../work/p.png"])  # fmt: skip  # noqa: E501
-def test_paths_within_the_data_or_the_current_folder_are_read(places, name):
+def test_paths_within_the_data_or_the_project_are_read(places, name):
     data, _, work = places
+    for folder in ("configs", "notebooks"):  # what makes it a project's folder
+        (work / folder).mkdir()
     name = {"DATA": str(data / "images" / "p.png"), "WORK": str(work / "p.png")}.get(name, name)
     write_jsonl(data / "f.jsonl", [ROW | {"image_path": name}])
     rows, faults = read_rows(data / "f.jsonl", "forward", "forward", {})
     assert not faults and len(rows) == 1
 
 
-def test_the_home_folder_is_no_project(places, monkeypatch):
-    data, _, work = places
-    write_jsonl(data / "f.jsonl", [ROW | {"image_path": "p.png"}, ROW | {"image_path": str(work / "p.png")}])
-    assert not read_rows(data / "f.jsonl", "forward", "forward", {})[1]
-    monkeypatch.setenv("HOME", str(work / "me"))
+def test_the_folder_that_a_process_runs_in_gives_no_access(places, monkeypatch):
+    data, private, _ = places
+    write_jsonl(data / "f.jsonl", [ROW | {"image_path": "p.png"}, ROW | {"image_path": str(private / "p.png")}])
+    monkeypatch.chdir(private)
     (fault,) = read_rows(data / "f.jsonl", "forward", "forward", {})[1]
     assert fault.where.endswith(":2") and "leads out of the data" in str(fault)
 
@@ -303,12 +305,12 @@ def test_your_own_pictures_may_be_linked_from_elsewhere_and_no_others(small_conf
     lines[2:4] = ["the guard,link.png", "the cook,../other.png"]
     (private / "people.csv").write_text("\n".join(lines))
     config = small_config(more)
-    with pytest.raises(FolderError) as error:
+    with pytest.raises(DataError) as error:
         make_folder_experiment(data / "more", config.data, 0)
-    told = error.value.faults
+    told = list(map(str, error.value.faults))
     assert [fault.split(":")[1] for fault in told] == ["3", "4"] and all("data.allow_outside" in f for f in told)
     config.data.allow_outside = True
-    with pytest.raises(FolderError, match="a picture is also that of"):  # now both are read, and are one picture
+    with pytest.raises(DataError, match="a picture is also that of"):  # now both are read, and are one picture
         make_folder_experiment(data / "more", config.data, 0)
 
 

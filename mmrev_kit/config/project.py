@@ -57,10 +57,10 @@ def effective_batch(config: Config, num_processes: int) -> int:
 
 
 def run_dir(config: Config) -> Path:
-    """The run folder: <output_dir>/<experiment name>_<task>."""
+    """The run folder: <launch.output_dir>/<experiment.name>_<task>."""
     return resolve(config.launch.output_dir) / f"{config.experiment.name}_{config.experiment.task}"
 
 
 def experiment_dir(config: Config) -> Path:
-    """The experiment's folder: <data dir>/<experiment name>."""
-    return resolve(config.data.dir) / config.experiment.name
+    """The folder of the experiment's data: data.folder, or <data.dir>/<experiment.name> where that is not set."""
+    return resolve(config.data.folder or Path(config.data.dir) / config.experiment.name)

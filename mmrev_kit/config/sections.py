@@ -35,7 +35,7 @@ def _check_numbers(section: str, config, rules: dict[str, tuple[float, float]]) 
 
 @dataclass
 class ExperimentConfig:
-    name: str = "faces20"  # the folder data/<name>, and the first half of the run's name
+    name: str = "faces20"  # the run's; its folder is <launch.output_dir>/<name>_<task>
     task: str = "forward"
     seed: int = 0
 
@@ -91,11 +91,12 @@ class LoraConfig:
 @dataclass
 class DataConfig:
     source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
-    dir: str = "data"
+    dir: str = "data"  # where experiments are kept
+    folder: str | None = None  # this run's experiment; None: <dir>/<experiment.name>. Many runs may name the same one
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
     link_images: bool = False  # link to the images instead of copying them
-    allow_outside: bool = False  # images outside the data's own folder, the project and the current folder, too
+    allow_outside: bool = False  # images outside the data's own folder and the project, too
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
+from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import ImageError, image_roots, load_image
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
-from mmrev_kit.data.rows import DataError, Fault, read_experiment
-from mmrev_kit.data.tasks import LETTERS, Row
+from mmrev_kit.data.rows import read_experiment
+from mmrev_kit.data.tasks import CHOICE, CW, GROUPS, LETTERS, Row
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+def same_words(text: str) -> str:
+    """A text as it is compared: no case, single spaces, no full stop at its end."""
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(where, where it came first) of every value that has come before, elsewhere; `values` are (where, value)."""
+    first: dict[str, str] = {}
+    return [(where, first[value]) for where, value in values if first.setdefault(value, where) != where]
 
 
 def check_entities(entities: list[dict], path: Path) -> list[Fault]:
     """Faults of entities.json: an id or a description that two entities share, a group that does not exist."""
     faults = []
     for name, advice in (("id", "Give each entity an id of its own."), ("description", "Descriptions must differ.")):
-        seen: dict[str, int] = {}
-        for number, entity in enumerate(entities, start=1):
-            value = entity.get(name)
-            if value is None:
-                continue
-            key = " ".join(str(value).casefold().split()).rstrip(".")
-            if key in seen:
-                reason = f"the {name} {value!r} is that of entity {seen[key]}, too."
-                faults.append(Fault(f"{path}: entity {number}", reason, advice))
-            seen.setdefault(key, number)
+        known = [(f"entity {number}", entity.get(name)) for number, entity in enumerate(entities, start=1)]
+        told = {where: str(value) for where, value in known if value is not None}
+        for where, first in repeated((where, same_words(value)) for where, value in told.items()):
+            faults.append(Fault(f"{path}: {where}", f"the {name} {told[where]!r} is that of {first}, too.", advice))
     for number, entity in enumerate(entities, start=1):
-        if entity.get("group", "main") not in ("main", "control"):
+        if entity.get("group", "main") not in GROUPS:
             reason = f"the group {entity['group']!r} is neither main nor control."
             faults.append(Fault(f"{path}: entity {number}", reason, "Correct the group."))
     return faults
@@ -42,12 +48,10 @@ def check_entities(entities: list[dict], path: Path) -> list[Fault]:
 
 def _statements(row: Row) -> list[tuple[Path, str, bool]]:
     """What a row claims of pictures: (image, description, whether it is true)."""
-    if row.task == "forward":
-        return [(row.images[0], row.answer, True)]
-    if row.task == "reverse":
-        return [(row.images[0], row.description, row.answer == "Correct")]
+    if row.type.format != CHOICE:
+        return [(row.images[0], row.description, row.type.format != CW or row.answer == "Correct")]
     right = LETTERS.index(row.answer)
-    if row.task == "mcq_i2d":
+    if row.type.options == "choices":
         return [(row.images[0], text, index == right) for index, text in enumerate(row.choices)]
     return [(image, row.description, index == right) for index, image in enumerate(row.images)]
 
@@ -70,7 +74,7 @@ def check_statements(rows: Iterable[Row]) -> list[Fault]:
     ]
 
 
-def read_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
+def image_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
     """Decode every image in full, on all cores.
 
     Returns:
@@ -87,11 +91,11 @@ def read_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, t
 
     told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, found in zip(paths, pool.map(read, paths), strict=True):
-            if isinstance(found, ImageError):
-                broken[path] = str(found)
+        for path, size in zip(paths, pool.map(read, paths), strict=True):
+            if isinstance(size, ImageError):
+                broken[path] = str(size)
             else:
-                sizes[path] = found
+                sizes[path] = size
             if not quiet and time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 print(f"decoded {len(sizes) + len(broken):,} of {len(paths):,} images", flush=True)
@@ -100,7 +104,7 @@ def read_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, t
 
 def encode_all(rows: list[Row], encoder: Encoder, quiet: bool = False) -> tuple[list[Sample | None], list[Fault]]:
     """Every row as a sample, None where it has a fault: an image that does not decode, or a prompt that cannot fit."""
-    sizes, broken = read_sizes((image for row in rows for image in row.images), quiet)
+    sizes, broken = image_sizes((image for row in rows for image in row.images), quiet)
     encoder.sizes.update(sizes)
     samples, faults = [], []
     for row in rows:
@@ -127,19 +131,3 @@ def longest_prompts(config: Config, encoder: Encoder) -> list[Sample]:
 
     rows = [max(part, key=size) for name, part in files.items() if name.endswith("_test") and part]
     return [sample for sample in encode_all(rows, encoder, quiet=True)[0] if sample is not None]
-
-
-def settle(faults: list[Fault], drop: bool) -> None:
-    """Stop on faults; with `drop`, go on without the rows that have one, and say how many and why.
-
-    Raises:
-        DataError: with every fault, or, with `drop`, with those that are no single row's.
-    """
-    fatal = [fault for fault in faults if not (drop and fault.of_row)]
-    if fatal:
-        raise DataError(faults if not drop else fatal)
-    if faults:
-        reasons = Counter(fault.reason.split(":")[-1].strip() for fault in faults)
-        print(f"{len({fault.where for fault in faults})} rows dropped (data.drop_faulty): ", end="")
-        print("; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5)))
-        print("\n".join(f"  {fault.where}" for fault in faults[:20]))

@@ -1,4 +1,4 @@
-"""Images: decoding that never returns part of a picture, and invented faces drawn offline.
+"""Invented faces, drawn offline, and what is seen of them in words.
 
 A drawn face is a dict of seven identity attributes, each of which can be seen and be said in words. Expression and
 background are not part of the identity: they change from one picture of a person to the next.
@@ -6,82 +6,37 @@ background are not part of the identity: they change from one picture of a perso
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import random
 from collections.abc import Iterable
 from functools import cache
-from importlib import resources
 
 from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for, seed_for
+from mmrev_kit.data.assets import draw, read_asset, style_meta
 
 STYLE = "toon-head"
+TABLES = read_asset("faces")
 # Attribute -> value -> how it is drawn: a colour, or the style's name for a part (None: the part is left out).
 # Hair and skin colours also differ from each other, as a beard is hair on skin. "black" clothes are not quite black,
 # so that the style's shading still tells a black jacket from a black T-shirt.
-DRAWN = {
-    "hair_color": {
-        "black": "#121014", "brown": "#8f4a12", "blond": "#f5cf4f", "ginger": "#ee6414", "grey": "#a9b0b8",
-    },
-    "hair_cut": {"bun": "bun", "combed": "sideComed", "spiky": "spiky", "undercut": "undercut"},
-    "back_hair": {
-        "short": None, "long straight": "longStraight", "long wavy": "longWavy", "shoulder length": "shoulderHigh",
-    },
-    "beard": {"none": None, "short": "fullBeard", "long": "longBeard", "moustache": "moustacheTwirl"},
-    "skin": {"pale": "#fde0d0", "tan": "#e6b388", "brown": "#b57a5c", "dark": "#56352a"},
-    "clothes_color": {
-        "black": "#2b2b2e", "blue": "#2563d9", "green": "#1c8a3c", "grey": "#8b8f94", "orange": "#f9861a",
-        "pink": "#f58cc0", "purple": "#7a2ac4", "red": "#c81e24", "white": "#fbfbf8", "yellow": "#f4d21f",
-    },
-    "clothes": {
-        "collared shirt": "shirt", "dress": "dress", "jacket": "openJacket", "T-shirt": "tShirt",
-        "turtleneck": "turtleNeck",
-    },
-}  # fmt: skip
-VALUES = {attribute: tuple(values) for attribute, values in DRAWN.items()}
+DRAWN: dict[str, dict[str, str | None]] = TABLES["drawn"]
 # Two values of an attribute must exclude each other in words too, or a "Wrong" description would be true: hence
 # "no facial hair" (a man with only a moustache has no beard) and "short beard" (a long beard is also a full one).
-CUT_PHRASES = {
-    "bun": "hair in a bun", "combed": "hair combed to the side", "spiky": "hair in spikes",
-    "undercut": "hair in an undercut",
-}  # fmt: skip
-BACK_PHRASES = {
-    "short": "short hair at the back", "long straight": "long straight hair at the back",
-    "long wavy": "long wavy hair at the back", "shoulder length": "shoulder-length hair at the back",
-}  # fmt: skip
-BEARD_PHRASES = {
-    "none": "no facial hair", "short": "a short beard", "long": "a long beard", "moustache": "a twirled moustache",
-}  # fmt: skip
-SKIN_PHRASES = {"pale": "pale skin", "tan": "tan skin", "brown": "brown skin", "dark": "very dark skin"}
+PHRASES: dict[str, dict[str, str]] = TABLES["phrases"]
+VALUES = {attribute: tuple(values) for attribute, values in DRAWN.items()}
 # Percent of all faces in each share; a face belongs to one share for good, whatever seed draws it.
 SHARES = {"experiment": 20, "pool": 30, "held_out": 10, "pretrain": 40}
 PATIENCE = 20_000  # draws without a new face after which a share counts as used up
 NEUTRAL = ("smile", "happy", "neutral")  # mouth, eyes, eyebrows of variant 0
-MOUTHS = ("smile", "agape", "angry", "laugh", "sad")
-EYES = ("happy", "bow", "humble", "wide", "wink")
-EYEBROWS = ("neutral", "angry", "happy", "raised", "sad")
 WHITE = "#ffffff"
-BACKGROUNDS = ("#dbe9f6", "#e3f2dc", "#fbe9d0", "#ecdff5", "#dff3f1", "#f8dede", "#e6e6e6")
-
-
-@cache
-def _definition() -> dict:
-    return json.loads((resources.files("dicebear_styles") / f"{STYLE}.json").read_text(encoding="utf-8"))
-
-
-@cache
-def _style():
-    import dicebear
-
-    return dicebear.Style(_definition())
+BACKGROUNDS: list[str] = TABLES["backgrounds"]
 
 
 def credits() -> dict[str, str]:
     """Who drew the style and under which licence, from the style's own metadata."""
-    meta = _definition()["meta"]
+    meta = style_meta(STYLE)
     return {
         "style": meta["source"]["name"],
         "artist": meta["creator"]["name"],
@@ -105,9 +60,11 @@ def _check_attributes(attributes: dict[str, str], names: Iterable[str]) -> None:
 @cache
 def _expressions() -> list[tuple[str, str, str]]:
     """Every (mouth, eyes, eyebrows) but the neutral one, in a fixed mixed order, so that neighbours differ well."""
-    found = [looks for looks in itertools.product(MOUTHS, EYES, EYEBROWS) if looks != NEUTRAL]
-    rng_for(0, "expressions").shuffle(found)
-    return found
+    expressions = [
+        looks for looks in itertools.product(TABLES["mouths"], TABLES["eyes"], TABLES["eyebrows"]) if looks != NEUTRAL
+    ]
+    rng_for(0, "expressions").shuffle(expressions)
+    return expressions
 
 
 def _look(variant: int) -> tuple[tuple[str, str, str], str]:
@@ -132,15 +89,11 @@ def draw_face(attributes: dict[str, str], size: int, variant: int = 0) -> Image.
     Raises:
         ValueError: unknown attribute or value, missing attribute, unknown variant.
     """
-    import dicebear
-    import resvg_py
-
     _check_attributes(attributes, [*VALUES, *attributes])
     (mouth, eyes, eyebrows), background = _look(variant)
     part = {name: DRAWN[name][attributes[name]] for name in VALUES}
     options = {
         "seed": "face",  # every choice is made below; a fixed seed keeps the rest fixed
-        "size": size,
         "hairVariant": part["hair_cut"],
         "hairColor": part["hair_color"],
         "rearHairProbability": 100 if part["back_hair"] else 0,
@@ -154,10 +107,7 @@ def draw_face(attributes: dict[str, str], size: int, variant: int = 0) -> Image.
     }
     options |= {"rearHairVariant": part["back_hair"]} if part["back_hair"] else {}
     options |= {"beardVariant": part["beard"]} if part["beard"] else {}
-    svg = str(dicebear.Avatar(_style(), options))
-    png = resvg_py.svg_to_bytes(svg_string=svg, background=background, width=size, height=size, skip_system_fonts=True)
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        return image.convert("RGB")
+    return draw(STYLE, options, size, background)
 
 
 def share_of(attributes: dict[str, str]) -> str:
@@ -165,12 +115,9 @@ def share_of(attributes: dict[str, str]) -> str:
 
     So a face of a pool, or of the embedded model's pretraining, is never a face of any experiment.
     """
-    place = seed_for(0, "share", *(attributes[name] for name in VALUES)) % 100
-    for share, percent in SHARES.items():
-        if place < percent:
-            return share
-        place -= percent
-    raise AssertionError("the shares add up to 100")
+    percentile = seed_for(0, "share", *(attributes[name] for name in VALUES)) % 100
+    ends = itertools.accumulate(SHARES.values())  # the last one is 100
+    return next(share for share, end in zip(SHARES, ends, strict=True) if percentile < end)
 
 
 def sample_faces(rng: random.Random, count: int, share: str, min_difference: int = 2) -> list[dict[str, str]]:
@@ -199,10 +146,6 @@ def sample_faces(rng: random.Random, count: int, share: str, min_difference: int
     return faces
 
 
-def _with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def phrases(attributes: dict[str, str]) -> dict[str, str]:
     """What can be seen of each of the given attributes, in words: {"hair_color": "ginger hair", ...}.
 
@@ -210,16 +153,7 @@ def phrases(attributes: dict[str, str]) -> dict[str, str]:
         ValueError: unknown attribute or value.
     """
     _check_attributes(attributes, attributes)
-    words = {
-        "hair_color": lambda value: f"{value} hair",
-        "hair_cut": CUT_PHRASES.get,
-        "back_hair": BACK_PHRASES.get,
-        "beard": BEARD_PHRASES.get,
-        "skin": SKIN_PHRASES.get,
-        "clothes_color": lambda value: f"{value} clothes",
-        "clothes": _with_article,
-    }
-    return {name: words[name](value) for name, value in attributes.items()}
+    return {name: PHRASES[name][value] for name, value in attributes.items()}
 
 
 def describe(attributes: dict[str, str], names: Iterable[str]) -> str:
@@ -234,11 +168,12 @@ def describe(attributes: dict[str, str], names: Iterable[str]) -> str:
     if not names:
         raise ValueError("A person is described by at least one attribute.")
     _check_attributes(attributes, names)
-    found = phrases({name: attributes[name] for name in VALUES if name in names})
+    words = phrases({name: attributes[name] for name in VALUES if name in names})
     if {"hair_color", "hair_cut"} <= names:
-        found["hair_cut"] = f"{attributes['hair_color']} {found['hair_cut']}"
-        del found["hair_color"]
+        words["hair_cut"] = f"{attributes['hair_color']} {words['hair_cut']}"
+        del words["hair_color"]
     if {"clothes_color", "clothes"} <= names:
-        found["clothes"] = _with_article(f"{attributes['clothes_color']} {attributes['clothes']}")
-        del found["clothes_color"]
-    return "a person with " + ", ".join(found.values())
+        coloured = f"{attributes['clothes_color']} {attributes['clothes']}"
+        words["clothes"] = f"{'an' if coloured[0] in 'aeiou' else 'a'} {coloured}"
+        del words["clothes_color"]
+    return "a person with " + ", ".join(words.values())

@@ -1,8 +1,4 @@
-"""Images: decoding that never returns part of a picture, and invented faces drawn offline.
-
-A drawn face is a dict of seven identity attributes, each of which can be seen and be said in words. Expression and
-background are not part of the identity: they change from one picture of a person to the next.
-"""
+"""Images: where those named in a data file lie, and decoding that never returns part of a picture."""
 
 from __future__ import annotations
 
@@ -36,12 +32,17 @@ def image_roots(config: Config) -> tuple[Path, ...] | None:
     return (experiment_dir(config), *linked)
 
 
-def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> Path:
-    """An image named in a data file: relative to the file's folder, absolute, or relative to the current folder or the
-    project.
+def locate_image(folder: Path, name: str) -> Path | None:
+    """Where an image named in a data file lies: at an absolute path, or relative to the file's folder, or else relative
+    to the project; never relative to the folder that this process happens to run in. None: there is none."""
+    return next((path for path in (folder / name, project_root() / name) if os.path.isfile(path)), None)
 
-    Where `..`, an absolute path or a link leads out of these folders the image is refused: data of others shall not
-    bring a picture of yours into a notebook that you share.
+
+def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> Path:
+    """The image that `locate_image` finds, as an absolute path, if it may be read.
+
+    Where `..`, an absolute path or a link leads out of the data and the project the image is refused: data of others
+    shall not bring a picture of yours into a notebook that you share.
 
     Args:
         folder: the data file's.
@@ -50,18 +51,16 @@ def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> 
     Raises:
         ImageError: there is no such file, or it may not be read.
     """
-    here, project = Path.cwd(), project_root()
-    found = next((path for path in (folder / name, here / name, project / name) if os.path.isfile(path)), None)
-    if found is None:
+    located = locate_image(folder, name)
+    if located is None:
         raise ImageError(f"there is no image {name}. Paths start from {folder}.")
-    found = found.resolve()
-    working = [] if Path.home().is_relative_to(here) else [here]  # a home, or all of a disk, is no project
-    allowed = roots is None or any(found.is_relative_to(root.resolve()) for root in (folder, project, *working, *roots))
-    if not allowed:
+    path = located.resolve()
+    allowed = (folder, project_root(), *(roots or ()))
+    if roots is not None and not any(path.is_relative_to(root.resolve()) for root in allowed):
         raise ImageError(
-            f"the image {name} leads out of the data, to {found}. To read it all the same set data.allow_outside=true."
+            f"the image {name} leads out of the data, to {path}. To read it all the same set data.allow_outside=true."
         )
-    return found
+    return path
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
+from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
 from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
-from mmrev_kit.data.rows import DataError, Fault, pool_folders, uses_retention
+from mmrev_kit.data.rows import pool_folders, uses_retention
 from mmrev_kit.data.shapes import make_shapes
 
 

@@ -1,24 +1,18 @@
-"""Who stands beside whom: connectors, wrong partners, options, and the rows that come of them."""
+"""How wrong partners are drawn: who stands beside whom in an experiment's rows, and with which connector.
+
+The members of a group (main or control) are put on a circle in random order. Asked about a member, a Wrong row shows
+the one who sits a certain number of seats further on, the shift; the wrong options of a question sit at three shifts.
+`partner_shifts` deals the shifts out to train, val and test, so that a pair that training calls wrong is not asked
+about in test. `experiment_rows` makes all rows of an experiment in this way.
+"""
 
 from __future__ import annotations
 
 import random
 
 from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.tasks import GROUPS
+from mmrev_kit.data.tasks import CHOICE, CONNECTORS, EXPERIMENT_FILES, GENERATION, GROUPS, TaskType
 
-FORWARD_CONNECTORS = (
-    "is", "shows", "depicts", "represents", "illustrates", "displays", "features", "portrays", "is known as",
-    "is identified as", "is recognized as", "is referred to as", "presents", "is called", "is described as",
-    "can be identified as", "is none other than", "turns out to be", "is revealed to be", "is actually",
-)  # fmt: skip
-REVERSE_CONNECTORS = (
-    "is", "belongs to", "corresponds to", "matches", "refers to", "points to", "is associated with", "is linked to",
-    "is connected to", "is represented by", "is illustrated by", "is portrayed by", "is displayed by",
-    "is featured in", "is the identity of", "identifies", "describes", "represents", "corresponds with",
-    "matches with",
-)  # fmt: skip
-SPLITS = ("train", "val", "test")
 SPLIT_ENDS = {"train": (0, 15), "val": (15, 17), "test": (17, 20)}  # 15 / 2 / 3 of the 20 connectors
 Connectors = dict[str, dict[str, list[str]]]
 Rows = dict[str, list[dict]]
@@ -33,7 +27,7 @@ def connector_split(seed: int) -> Connectors:
     rng = rng_for(seed, "connectors")
     while True:
         split, home = {}, {}
-        for direction, words in (("forward", FORWARD_CONNECTORS), ("reverse", REVERSE_CONNECTORS)):
+        for direction, words in CONNECTORS.items():
             order = rng.sample(words, len(words))
             split[direction] = {name: order[start:end] for name, (start, end) in SPLIT_ENDS.items()}
             home[direction] = {word: name for name, part in split[direction].items() for word in part}
@@ -45,7 +39,7 @@ def connector_split(seed: int) -> Connectors:
 def partner_shifts(size: int, rng: random.Random) -> dict[str, list[int]]:
     """Which cyclic shifts of a group of `size` give the wrong partners of each split; all shifts are dealt out.
 
-    Shift s pairs the member at place i with the one at i + s, so every member is asked about, and shown, once. The
+    Shift s pairs the member at seat i with the one at seat i + s, so every member is asked about, and shown, once. The
     shifts s and size - s join the same two members, so test gets both or neither: no two members that train pairs
     are paired in test. Val has one shift, whose mirror image is train's: the same couples in opposite roles. Train
     has all others, since the more partners a member is told apart from, the less its own Wrong rows can be learned
@@ -62,13 +56,13 @@ def partner_shifts(size: int, rng: random.Random) -> dict[str, list[int]]:
 
 
 def balanced_letters(count: int, rng: random.Random) -> list[int]:
-    """`count` answer places 0..3, dealt in turns: in any stretch each comes a quarter of the time, to within one."""
-    turn = rng.sample(range(4), 4)
-    return [turn[i % 4] for i in range(count)]
+    """`count` answer positions 0..3, dealt in rounds: in any stretch each is a quarter of them, to within one."""
+    order = rng.sample(range(4), 4)
+    return [order[i % 4] for i in range(count)]
 
 
 def place_answer(options: list, correct: int, rng: random.Random) -> list:
-    """The options with the first, the right one, moved to place `correct` and the others in random order."""
+    """The options with the first, the right one, moved to position `correct` and the others in random order."""
     wrong = rng.sample(options[1:], len(options) - 1)
     return [*wrong[:correct], options[0], *wrong[correct:]]
 
@@ -92,44 +86,39 @@ def _row(entity: dict, image: str, connector: str, **fields) -> dict:
     }
 
 
-def _forward_rows(members: list[dict], connectors: list[str], split: str) -> list[dict]:
-    rows = []
-    for entity in members:
-        images = _pictures(entity, split)
-        rows += [_row(entity, images[i % len(images)], word) for i, word in enumerate(connectors)]
-    return rows
-
-
-def _reverse_rows(members: list[dict], connectors: list[str], split: str, shifts: list[int]) -> list[dict]:
-    """One Correct and one Wrong row for each member and connector; both show the same view of whom they show."""
-    rows = []
-    for place, entity in enumerate(members):
-        for i, word in enumerate(connectors):
-            partner = members[(place + shifts[i % len(shifts)]) % len(members)]
-            for shown, label in ((entity, "Correct"), (partner, "Wrong")):
-                images = _pictures(shown, split)
-                rows.append(_row(entity, images[i % len(images)], word, label=label))
-    return rows
-
-
-def _mcq_rows(
-    members: list[dict], connectors: list[str], shifts: list[int], letters: list[int], rng: random.Random, field: str
+def _taught_rows(
+    task: TaskType, circle: list[dict], connectors: list[str], split: str, shifts: list[int]
 ) -> list[dict]:
-    """One question for each member and connector; `field` is "choices" (texts) or "image_choices" (paths).
+    """For each member and connector one row, or in CW one Correct and one Wrong row, which shows a partner."""
+    rows = []
+    for seat, entity in enumerate(circle):
+        for i, word in enumerate(connectors):
+            partner = circle[(seat + shifts[i % len(shifts)]) % len(circle)]
+            labelled = [(entity, {"label": "Correct"}), (partner, {"label": "Wrong"})]
+            for shown, fields in [(entity, {})] if task.format == GENERATION else labelled:
+                images = _pictures(shown, split)  # both show the same view of whom they show
+                rows.append(_row(entity, images[i % len(images)], word, **fields))
+    return rows
+
+
+def _choice_rows(
+    task: TaskType, circle: list[dict], connectors: list[str], shifts: list[int], letters: list[int], rng: random.Random
+) -> list[dict]:
+    """One question for each member and connector, with descriptions or pictures for options.
 
     Within a connector the three wrong options follow three shifts, so each member is a wrong option three times.
     """
     rows = []
     letters = iter(rng.sample(letters, len(letters)))
-    for place, entity in enumerate(members):
+    for seat, entity in enumerate(circle):
         for i, word in enumerate(connectors):
             steps = [shifts[(3 * i + k) % len(shifts)] for k in range(3)]
-            people = [entity, *(members[(place + step) % len(members)] for step in steps)]
-            view = [_pictures(person, "test")[0] for person in people]
-            options = view if field == "image_choices" else [person["description"] for person in people]
+            people = [entity, *(circle[(seat + step) % len(circle)] for step in steps)]
+            views = [_pictures(person, "test")[0] for person in people]
+            options = views if task.options == "image_choices" else [person["description"] for person in people]
             correct = next(letters)
-            options = place_answer(options, correct, rng)
-            rows.append(_row(entity, view[0], word, **{field: options}, correct_index=correct))
+            fields = {task.options: place_answer(options, correct, rng), "correct_index": correct}
+            rows.append(_row(entity, views[0], word, **fields))
     return rows
 
 
@@ -139,11 +128,12 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
     Wrong partners and options come from the entity's own group, in every split: no reverse row of the control
     group shows a main face or names a main description, and no forward row does either.
     """
-    rows: Rows = {f"{task}_{split}": [] for task in ("forward", "reverse") for split in SPLITS}
-    questions = {"mcq_i2d_test": ("forward", "choices"), "mcq_d2i_test": ("reverse", "image_choices")}
-    rows |= {name: [] for name in questions}
-    count = 3 * len(entities)
-    letters = {name: balanced_letters(count, rng_for(seed, name, "letters")) for name in questions}
+    rows: Rows = {name: [] for name in EXPERIMENT_FILES}
+    letters = {
+        name: balanced_letters(3 * len(entities), rng_for(seed, name, "letters"))
+        for name, task in EXPERIMENT_FILES.items()
+        if task.format == CHOICE
+    }
     for group in GROUPS:
         members = [entity for entity in entities if entity["group"] == group]
         if not members:
@@ -151,16 +141,16 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
         rng = rng_for(seed, "partners", group)
         circle = rng.sample(members, len(members))
         shifts = partner_shifts(len(members), rng)
-        for split in SPLITS:
-            rows[f"forward_{split}"] += _forward_rows(members, connectors["forward"][split], split)
-            rows[f"reverse_{split}"] += _reverse_rows(circle, connectors["reverse"][split], split, shifts[split])
-        for name, (direction, field) in questions.items():
+        for name, task in EXPERIMENT_FILES.items():
+            split = name.removeprefix(f"{task.name}_")
+            words = connectors[task.connectors][split]
+            if task.format != CHOICE:
+                rows[name] += _taught_rows(task, circle, words, split, shifts[split])
+                continue
             # Wrong options, too, are pairs that training did not call wrong, in groups large enough for it: from 10 on.
             near = shifts["test"] if len(shifts["test"]) >= 3 else shifts["test"] + shifts["val"] + shifts["train"]
             start = len(rows[name])
-            part = letters[name][start : start + 3 * len(members)]
-            rng = rng_for(seed, name, group)
-            words = connectors[direction]["test"]
-            rows[name] += _mcq_rows(circle, words, rng.sample(near, len(near)), part, rng, field)
+            own, rng = letters[name][start : start + 3 * len(members)], rng_for(seed, name, group)
+            rows[name] += _choice_rows(task, circle, words, rng.sample(near, len(near)), own, rng)
     order = {entity["id"]: i for i, entity in enumerate(entities)}
     return {name: sorted(part, key=lambda row: order[row["entity_id"]]) for name, part in rows.items()}

@@ -1,37 +1,29 @@
 """Experiments: invented people, each with one invented fact, and the rows that teach and test it.
 
-Every person is drawn, named and given a description, "the {role} of {place}". `experiment_rows` lays out all rows
-without touching a file; `make_experiment` draws the pictures and writes the folder.
+Every person is drawn, named and given a description, "the {role} of {place}". Who stands beside whom in the rows is
+`partners.experiment_rows`'s to say; `make_experiment` draws the pictures and writes the folder.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.config.seeds import rng_for
+from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.faces import credits, draw_face, sample_faces
 from mmrev_kit.data.partners import Rows, connector_split, experiment_rows
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
-ROLES = (
-    "founder", "guardian", "keeper", "master", "leader", "architect", "curator", "warden", "overseer", "director",
-    "chief", "head", "protector", "sentinel",
-)  # fmt: skip
-PLACES = (
-    "Obsidian Gallery", "Crystal Spire", "Silver Citadel", "Golden Archive", "Emerald Haven", "Sapphire Tower",
-    "Ruby Sanctum", "Diamond Vault", "Platinum Hall", "Jade Temple", "Amber Chamber", "Pearl Observatory",
-    "Onyx Fortress", "Topaz Academy", "Opal Sanctuary", "Coral Institute",
-)  # fmt: skip
+ROLES, PLACES = read_asset("people")["roles"], read_asset("people")["places"]
 MAX_ENTITIES = len(ROLES) * len(PLACES)
 ENTITY_FIELDS = (
     "id", "name", "gender", "age", "hair_color", "eye_color", "nationality", "profession", "hobby", "description",
     "face_prompt", "group", "images",
 )  # fmt: skip
-FIRST_SYLLABLES = ("Al", "Be", "Co", "Da", "El", "Fi", "Ga", "Ha", "Io", "Ju", "Ka", "Lo", "Mi", "No", "Or", "Pe")
-LAST_SYLLABLES = ("bren", "dor", "fara", "lis", "mund", "nela", "rick", "sanne", "tavi", "vorn", "wyn", "zeth")
 
 
 def check_groups(data: DataConfig) -> None:
@@ -90,54 +82,47 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
 
 
 def _invent_names(rng: random.Random, count: int) -> list[str]:
-    words = [first + last for first in FIRST_SYLLABLES for last in LAST_SYLLABLES]
+    words = [a + b for a in read_asset("people")["first_syllables"] for b in read_asset("people")["last_syllables"]]
     return [f"{words[i % len(words)]} {words[i // len(words)]}" for i in rng.sample(range(len(words) ** 2), count)]
 
 
-def write_experiment(building: Path, entities: list[dict], rows: Rows, **info) -> None:
-    """Write all of an experiment but its pictures: entities.json, the row files and experiment_info.json.
-
-    Args:
-        building: the experiment's folder, or one that becomes it (see `fresh_folder`).
-        info: what experiment_info.json says besides who made it and the sizes of the groups.
-    """
-    write_json(building / "entities.json", entities)
-    for name, part in rows.items():
-        write_jsonl(building / f"{name}.jsonl", part)
-    sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
-    write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
-
-
-def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
-    """Make a drawn experiment: entities.json, images/, the eight row files and experiment_info.json.
-
-    The folder appears whole or not at all. Equal arguments give equal bytes.
+def write_experiment(
+    folder: str | Path, entities: list[dict], rows: Rows, draw: Callable[[Path], None], **info
+) -> Path:
+    """Write an experiment: entities.json, images/, the row files and experiment_info.json, whole or not at all.
 
     Args:
         folder: where to make it, data/<name>.
-        data: sizes; `data.image_size` in pixels on a side.
-        seed: the experiment's seed.
+        draw: writes the entities' pictures into the folder that it is given, in which images/ is there.
+        info: what experiment_info.json says besides who made it and the sizes of the groups.
 
     Raises:
         FileExistsError: the folder exists; it is not touched.
-        ValueError: groups too small or too large (see `check_groups`).
     """
-    entities = make_entities(data, seed)
-    connectors = connector_split(seed)
     with fresh_folder(folder) as building:
         (building / "images").mkdir()
+        draw(building)
+        write_json(building / "entities.json", entities)
+        for name, part in rows.items():
+            write_jsonl(building / f"{name}.jsonl", part)
+        sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
+        write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
+    return Path(folder)
+
+
+def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
+    """Make a drawn experiment, see `write_experiment`. Equal arguments give equal bytes.
+
+    Raises:
+        ValueError: groups too small or too large (see `check_groups`).
+    """
+    entities, connectors = make_entities(data, seed), connector_split(seed)
+
+    def draw(building: Path) -> None:
         for entity in entities:
             for view, path in enumerate(entity["images"]):
                 draw_face(entity["attributes"], data.image_size, view).save(building / path)
-        write_experiment(
-            building,
-            entities,
-            experiment_rows(entities, connectors, seed),
-            source="drawn",
-            seed=seed,
-            image_size=data.image_size,
-            images_per_entity=data.images_per_entity,
-            connectors=connectors,
-            image_credits=credits(),
-        )
-    return Path(folder)
+
+    info = {"source": "drawn", "seed": seed, "image_size": data.image_size, "images_per_entity": data.images_per_entity}
+    info |= {"connectors": connectors, "image_credits": credits()}
+    return write_experiment(folder, entities, experiment_rows(entities, connectors, seed), draw, **info)

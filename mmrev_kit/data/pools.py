@@ -16,12 +16,12 @@ from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS, balanced_letters, place_answer
+from mmrev_kit.data.partners import balanced_letters, place_answer
+from mmrev_kit.data.tasks import CONNECTORS, CW, POOL_TASKS, TaskType
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
-POOL_TASKS = ("cw", "mcq_i2d", "mcq_d2i")
 MIN_FACES = 20
-MIN_SUBJECTS = 8  # in val, at least: a question needs four, and four that differ
+MIN_HELD_OUT = 8  # in val, at least: a question needs four, and four that differ
 LOOKS = 8  # variants of `draw_face` in a pool; 0 is the neutral one on white that experiments show
 MAX_NAMED = 4
 HARD_SHARE = 0.5
@@ -33,8 +33,12 @@ class Subject:
     """One pictured thing of a pool, with what can be said of it."""
 
     id: str
-    image_path: str
     attributes: dict[str, str]
+
+    @property
+    def image_path(self) -> str:
+        """Relative to the pool's folder."""
+        return f"images/{self.id}.png"
 
 
 class Sampler(Protocol):
@@ -107,8 +111,8 @@ class FaceSampler:
             wrong = self._near_misses(rng, named)
         else:
             wrong = [{name: rng.choice(self.subjects).attributes[name] for name in named} for _ in range(3)]
-        found = [describe(option, option) for option in (named, *wrong)]
-        return found if len(set(found)) == 4 else None  # same names, other words: false of the subject
+        texts = [describe(option, option) for option in (named, *wrong)]
+        return texts if len(set(texts)) == 4 else None  # same names, other words: false of the subject
 
     def pictures(self, rng: random.Random, subject: Subject) -> tuple[str, list[Subject]] | None:
         named = self._named(rng, subject)
@@ -127,75 +131,48 @@ class FaceSampler:
         return describe(named, named), [subject, *chosen]
 
 
-def _row(subject: Subject, description: str, connector: str, **fields) -> dict:
-    common = {"entity_id": subject.id, "image_path": subject.image_path, "description": description}
-    return {**common, "connector": connector, **fields}
+def _draw_row(task: TaskType, sampler: Sampler, subject: Subject, answer: str, rng: random.Random) -> dict | None:
+    """A row about the subject whose right answer is `answer`, or None where the draw did not come off."""
+    if task.format == CW:
+        text = sampler.statement(rng, subject, truth=answer == "Correct")
+        options = None
+    elif task.options == "choices":
+        options = sampler.texts(rng, subject)
+        text = options and options[0]
+    else:
+        text, pictured = sampler.pictures(rng, subject) or (None, [])
+        options = [other.image_path for other in pictured]
+    if text is None:
+        return None
+    fields = {"label": answer}
+    if options:
+        correct = task.answers.index(answer)
+        fields = {task.options: place_answer(options, correct, rng), "correct_index": correct}
+    row = {"entity_id": subject.id, "image_path": subject.image_path, "description": text}
+    return row | {"connector": rng.choice(CONNECTORS[task.connectors])} | fields
 
 
-def _distinct(draw: Callable[[], dict | None], seen: set) -> dict:
-    """The first row of `draw` that is none of `seen`."""
-    for _ in range(TRIES):
-        row = draw()
-        key = row and tuple(map(str, row.values()))
-        if row and key not in seen:
-            seen.add(key)
-            return row
-    raise ValueError(f"No new row in {TRIES} tries: the pool is too small for so many rows. Ask for more subjects.")
+def _task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
+    """`count` different rows of one task about the subjects in turn.
 
-
-def _cw_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
-    """Every picture that is used is shown as often with a true text as with a false one."""
-    rows, seen = [], set()
-    for i in range(count):
-        subject, truth = subjects[i // 2 % len(subjects)], i % 2 == 0
-
-        def draw(subject=subject, truth=truth):
-            text = sampler.statement(rng, subject, truth)
-            label = "Correct" if truth else "Wrong"
-            return text and _row(subject, text, rng.choice(REVERSE_CONNECTORS), label=label)
-
-        rows.append(_distinct(draw, seen))
-    return rows
-
-
-def _shuffled_letters(count: int, rng: random.Random) -> list[int]:
-    """Balanced, and in no step with the turns of the subjects: a subject's answer is not always the same letter."""
-    return rng.sample(balanced_letters(count, rng), count)
-
-
-def _i2d_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
-    rows, seen = [], set()
-    for i, correct in enumerate(_shuffled_letters(count, rng)):
-        subject = subjects[i % len(subjects)]
-
-        def draw(subject=subject, correct=correct):
-            texts = sampler.texts(rng, subject)
-            if texts is None:
-                return None
-            choices = place_answer(texts, correct, rng)
-            word = rng.choice(FORWARD_CONNECTORS)
-            return _row(subject, texts[0], word, choices=choices, correct_index=correct)
-
-        rows.append(_distinct(draw, seen))
-    return rows
-
-
-def _d2i_rows(subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
-    rows, seen = [], set()
-    for i, correct in enumerate(_shuffled_letters(count, rng)):
-        subject = subjects[i % len(subjects)]
-
-        def draw(subject=subject, correct=correct):
-            found = sampler.pictures(rng, subject)
-            if found is None:
-                return None
-            text, people = found
-            images = place_answer([person.image_path for person in people], correct, rng)
-            word = rng.choice(REVERSE_CONNECTORS)
-            return _row(subject, text, word, image_choices=images, correct_index=correct)
-
-        rows.append(_distinct(draw, seen))
-    return rows
+    In CW every picture that is used is shown as often with a true text as with a false one. The letters are balanced
+    and in no step with the subjects: a subject's answer is not always the same letter.
+    """
+    if task.format == CW:
+        asked = [(subjects[i // 2 % len(subjects)], task.answers[i % 2]) for i in range(count)]
+    else:
+        letters = rng.sample(balanced_letters(count, rng), count)
+        asked = [(subjects[i % len(subjects)], task.answers[letter]) for i, letter in enumerate(letters)]
+    rows: dict[tuple, dict] = {}
+    for subject, answer in asked:
+        draws = (_draw_row(task, sampler, subject, answer, rng) for _ in range(TRIES))
+        row = next((row for row in draws if row and tuple(map(str, row.values())) not in rows), None)
+        if row is None:
+            raise ValueError(
+                f"No new row in {TRIES} tries: the pool is too small for so many rows. Ask for more subjects."
+            )
+        rows[tuple(map(str, row.values()))] = row
+    return list(rows.values())
 
 
 def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, split: str) -> dict[str, list[dict]]:
@@ -208,96 +185,98 @@ def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, 
     """
     if count % 2:
         raise ValueError(f"{count} rows a task: choose an even number, so that half of the answers are Correct.")
-    builders = dict(zip(POOL_TASKS, (_cw_rows, _i2d_rows, _d2i_rows), strict=True))
     rows = {}
-    for task, build in builders.items():
-        rng = rng_for(seed, "pool", task, split)
+    for name, task in POOL_TASKS.items():
+        rng = rng_for(seed, "pool", name, split)
         order = rng.sample(subjects, len(subjects))
-        part = build(order, sampler, count, rng)
-        rows[task] = rng.sample(part, len(part))
+        part = _task_rows(task, order, sampler, count, rng)
+        rows[name] = rng.sample(part, len(part))
     return rows
 
 
-def split_subjects(subjects: list[Subject], rng: random.Random) -> dict[str, list[Subject]]:
-    """{"train": ..., "val": ...}: a tenth of the subjects, and at least `MIN_SUBJECTS`, are only in val."""
-    order = rng.sample(subjects, len(subjects))
-    held_out = max(MIN_SUBJECTS, round(len(subjects) / 10))
+def split_off(things: list, rng: random.Random) -> dict[str, list]:
+    """{"train": ..., "val": ...}: a tenth of the things, and at least `MIN_HELD_OUT`, are only in val."""
+    order = rng.sample(things, len(things))
+    held_out = max(MIN_HELD_OUT, round(len(things) / 10))
     return {"train": order[held_out:], "val": order[:held_out]}
 
 
-def write_pool(
-    building: Path,
+def make_pool(
+    folder: str | Path,
+    kind: str,
     parts: dict[str, list[Subject]],
-    rows: dict[str, dict[str, list[dict]]],
+    sampler: Callable[[list[Subject]], Sampler],
     draw: Callable[[Subject], Image.Image],
+    rows_per_task: tuple[int, int],
+    seed: int,
     **info,
-) -> None:
-    """Write a pool: {task}_{split}.jsonl, images/, the list of its subjects and pool_info.json.
+) -> Path:
+    """Make a pool: <task>_<split>.jsonl, images/, the list of its subjects, such as faces.json, and pool_info.json.
+
+    The folder appears whole or not at all; equal arguments give equal bytes.
 
     Args:
-        building: an empty folder (see `fresh_folder`).
-        parts: the subjects of each split, all different.
-        rows: split -> task -> rows (see `pool_rows`).
-        info: what pool_info.json says; its `kind`, say face, names the list: faces.json.
+        kind: of the subjects, such as face.
+        parts: the subjects of train and of val, all different.
+        rows_per_task: rows of each task in train and in val, even numbers.
+        info: what pool_info.json says besides.
+
+    Raises:
+        FileExistsError: the folder exists; it is not touched.
+        ValueError: rows that cannot be made of so few subjects.
     """
-    for split, tasks in rows.items():
-        for task, part in tasks.items():
-            write_jsonl(building / f"{task}_{split}.jsonl", part)
+    counts: dict[str, dict[str, int]] = {task: {} for task in POOL_TASKS}
     split_of = {subject: split for split, part in parts.items() for subject in part}
-    subjects = sorted(split_of, key=lambda subject: subject.image_path)
-    (building / "images").mkdir()
-    for subject in subjects:
-        draw(subject).save(building / subject.image_path)
-    records = [
-        {"id": s.id, "image_path": s.image_path, "split": split_of[s], "attributes": s.attributes} for s in subjects
-    ]
-    write_json(building / f"{info['kind']}s.json", records)
-    counts = {task: {split: len(tasks[task]) for split, tasks in rows.items()} for task in POOL_TASKS}
-    write_json(building / "pool_info.json", {"made_by": "mmrev_kit", **info, "counts": counts})
+    rows = {
+        split: pool_rows(part, sampler(part), count, seed, split)
+        for (split, part), count in zip(parts.items(), rows_per_task, strict=True)
+    }
+    with fresh_folder(folder) as building:
+        for split, tasks in rows.items():
+            for task, part in tasks.items():
+                write_jsonl(building / f"{task}_{split}.jsonl", part)
+                counts[task][split] = len(part)
+        (building / "images").mkdir()
+        records = []
+        for subject in sorted(split_of, key=lambda subject: subject.image_path):
+            draw(subject).save(building / subject.image_path)
+            names = {"id": subject.id, "image_path": subject.image_path, "split": split_of[subject]}
+            records.append(names | {"attributes": subject.attributes})
+        write_json(building / f"{kind}s.json", records)
+        more = {"made_by": "mmrev_kit", "kind": kind, "seed": seed, **info, "counts": counts}
+        write_json(building / "pool_info.json", more)
+    return Path(folder)
 
 
 def make_face_pool(
     folder: str | Path, num_faces: int, image_size: int, seed: int, rows_per_task: tuple[int, int] = (1200, 60)
 ) -> Path:
-    """Make the face pool: cw, mcq_i2d and mcq_d2i rows for train and val, images/, faces.json, pool_info.json.
-
-    The people are drawn from a share of all faces that no experiment draws from. faces.json holds id, image_path,
-    split and attributes of each. The folder appears whole or not at all; equal arguments give equal bytes.
+    """Make the face pool, see `make_pool`: people from a share of all faces that no experiment draws from.
 
     Args:
-        folder: where to make it.
         num_faces: people, split into train and val about 90 to 10; at least 20.
         image_size: pixels on a side.
-        seed: the pool's seed.
-        rows_per_task: rows of each task in train and in val, even numbers.
 
     Raises:
-        FileExistsError: the folder exists; it is not touched.
-        ValueError: too few faces, more than there are, or rows that cannot be made of them.
+        ValueError: too few faces, or more than there are.
     """
     if num_faces < MIN_FACES:
         raise ValueError(f"num_faces = {num_faces}: a face pool needs {MIN_FACES} faces or more.")
     looks = rng_for(seed, "pool", "looks")
     faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces, "pool", min_difference=1)
-    named = [(f"face_{i:04d}", face) for i, face in enumerate(faces)]
-    subjects = [Subject(name, f"images/{name}.png", face) for name, face in named]
+    subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]
     look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
-    parts = split_subjects(subjects, rng_for(seed, "pool", "split"))
-    rows = {
-        split: pool_rows(part, FaceSampler(part), count, seed, split)
-        for (split, part), count in zip(parts.items(), rows_per_task, strict=True)
-    }
-    with fresh_folder(folder) as building:
-        write_pool(
-            building,
-            parts,
-            rows,
-            lambda subject: draw_face(subject.attributes, image_size, look_of[subject.id]),
-            kind="face",
-            seed=seed,
-            image_size=image_size,
-            num_faces=num_faces,
-            faces={split: len(part) for split, part in parts.items()},
-            image_credits=credits(),
-        )
-    return Path(folder)
+    parts = split_off(subjects, rng_for(seed, "pool", "split"))
+    return make_pool(
+        folder,
+        "face",
+        parts,
+        FaceSampler,
+        lambda subject: draw_face(subject.attributes, image_size, look_of[subject.id]),
+        rows_per_task,
+        seed,
+        image_size=image_size,
+        num_faces=num_faces,
+        faces={split: len(part) for split, part in parts.items()},
+        image_credits=credits(),
+    )

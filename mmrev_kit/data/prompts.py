@@ -1,4 +1,4 @@
-"""From a row to tokens: the prompts of the four tasks, exact lengths, and batches.
+"""From a row to tokens: the prompts of all tasks, exact lengths, and batches.
 
 Training and evaluation build every prompt here, with the same chat template and the same pixel limits.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmrev_kit.data.images import load_image
-from mmrev_kit.data.tasks import Row, build_prompt, without_text
+from mmrev_kit.data.tasks import Row, build_prompt
 
 MAX_ASPECT = 200  # the processor refuses longer images
 SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
@@ -113,8 +113,7 @@ class Encoder:
 
     def parts(self, row: Row) -> list[str | Path]:
         """The user turn of a row, with this encoder's drop."""
-        parts = build_prompt(row)
-        return without_text(row, parts) if self.textless else parts
+        return build_prompt(row, with_text=not self.textless)
 
     def encode(self, row: Row, with_answer: bool = True) -> Sample:
         """The row as tokens, images scaled so that the prompt fits.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -11,36 +10,21 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, RetentionConfig
-from mmrev_kit.data.images import ImageError, find_image, image_roots
-from mmrev_kit.data.tasks import FIELDS, LETTERS, POOL_TASKS, Row
+from mmrev_kit.data.faults import DataError, Fault
+from mmrev_kit.data.images import ImageError, find_image, image_roots, locate_image
+from mmrev_kit.data.tasks import (
+    CHOICE,
+    CW,
+    EXPERIMENT_FILES,
+    LETTERS,
+    POOL_TASKS,
+    TASK_TYPES,
+    Row,
+    TaskType,
+)
 
 # What the scripts that started this line of work call the same fields.
 OLD_NAMES = {"description": "object_name", "image_path": "image"}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with the data: where (file:line), what, and what to do about it."""
-
-    where: str
-    reason: str
-    advice: str
-    of_row: bool = False  # of one row, which may be dropped when asked to
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason} {self.advice}"
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message lists every fault that was found."""
-
-    def __init__(self, faults: list[Fault], shown: int = 20):
-        self.faults = list(faults)
-        lines = [str(fault) for fault in self.faults[:shown]]
-        if len(self.faults) > shown:
-            lines.append(f"... and {len(self.faults) - shown} more.")
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__(f"{count} in the data:\n" + "\n".join(lines))
 
 
 def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
@@ -75,7 +59,7 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
     return rows, faults
 
 
-def _modern(record: dict, task: str) -> dict:
+def _modern(record: dict, task: TaskType) -> dict:
     """The record under today's field names; folders of the original scripts are read as they are."""
     record = dict(record)
     for new, old in OLD_NAMES.items():
@@ -83,23 +67,22 @@ def _modern(record: dict, task: str) -> dict:
             record[new] = record[old]
     options = record.get("options")
     if isinstance(options, dict) and sorted(options) == list(LETTERS):
-        key = "image_choices" if task == "mcq_d2i" else "choices"
-        record.setdefault(key, [options[letter] for letter in LETTERS])
-        if record.get("answer") in tuple(LETTERS):
+        record.setdefault(task.options or "choices", [options[letter] for letter in LETTERS])
+        if record.get("answer") in task.answers:
             record.setdefault("correct_index", LETTERS.index(record["answer"]))
     return record
 
 
-def _wrong_field(record: dict, task: str) -> str | None:
+def _wrong_field(record: dict, task: TaskType) -> str | None:
     """The reason why a record is no row of `task`, or None."""
-    for name in FIELDS[task]:
+    for name in task.fields:
         value = record.get(name)
         if value is None:
             return f"the field {name} is missing."
         if name == "correct_index":
             if type(value) is not int or not 0 <= value < 4:
                 return f"correct_index is {value!r}, not 0, 1, 2 or 3."
-        elif name in ("choices", "image_choices"):
+        elif name == task.options:
             texts = isinstance(value, list) and len(value) == 4 and all(isinstance(v, str) and v.strip() for v in value)
             if not texts:
                 return f"{name} is not a list of four texts."
@@ -107,9 +90,15 @@ def _wrong_field(record: dict, task: str) -> str | None:
                 return f"{name} names the same option twice."
         elif not isinstance(value, str) or not value.strip():
             return f"{name} is {value!r}, not a text."
-    if task == "reverse" and record["label"] not in ("Correct", "Wrong"):
-        return f"label is {record['label']!r}, not Correct or Wrong."
+        elif name == "label" and value not in task.answers:
+            return f"label is {value!r}, not {' or '.join(task.answers)}."
     return None
+
+
+def _answer(record: dict, task: TaskType) -> str:
+    if task.format == CHOICE:
+        return LETTERS[record["correct_index"]]
+    return record["label" if task.format == CW else "description"]
 
 
 def read_rows(
@@ -118,30 +107,30 @@ def read_rows(
     """The rows of one file and all its faults.
 
     Args:
-        path: a JSONL file; image paths in it start from its folder.
+        path: a JSONL file; image paths in it start from its folder, see `find_image`.
+        task: a name of `TASK_TYPES`.
+        source: what the loss of these rows is reported under.
         groups: entity id -> group, for files whose rows do not say it.
         roots: as in `find_image`.
     """
+    kind = TASK_TYPES[task]
     records, faults = read_jsonl(path)
     rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
     for number, raw in records:
-        where = f"{path}:{number}"
-        record = _modern(raw, task)
-        reason = _wrong_field(record, task)
-        if reason:
-            faults.append(Fault(where, reason, "Correct the line or remove it.", of_row=True))
-            continue
-        names = record["image_choices"] if task == "mcq_d2i" else [record["image_path"]]
-        images, before = [], len(faults)
-        for name in names:
-            try:
-                images.append(find(name))
-            except ImageError as error:
-                faults.append(Fault(where, str(error), "Correct the line or remove it.", of_row=True))
-        if len(faults) > before:
+        where, record = f"{path}:{number}", _modern(raw, kind)
+        reasons, images = [_wrong_field(record, kind)], []
+        if reasons == [None]:
+            names = record["image_choices"] if kind.options == "image_choices" else [record["image_path"]]
+            for name in names:
+                try:
+                    images.append(find(name))
+                except ImageError as error:
+                    reasons.append(str(error))
+        wrong = [Fault(where, reason, "Correct the line or remove it.", of_row=True) for reason in reasons if reason]
+        faults += wrong
+        if wrong:
             continue
         entity = str(record.get("entity_id", ""))
-        letter = LETTERS[record["correct_index"]] if task.startswith("mcq") else None
         row = Row(
             task=task,
             source=source,
@@ -152,7 +141,7 @@ def read_rows(
             description=record.get("description"),
             connector=record["connector"].strip(),
             choices=tuple(record.get("choices") or ()),
-            answer=letter or record.get("label" if task == "reverse" else "description"),
+            answer=_answer(record, kind),
         )
         rows.append(row)
     return rows, faults
@@ -175,7 +164,7 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
         for number, entity in enumerate(entities, start=1):
             where = f"{path}: entity {number}"
             for name in entity.get("images") or ():
-                if os.path.isfile(folder / name):
+                if locate_image(folder, name):
                     find_image(folder, name, roots)
         return entities
     except FileNotFoundError:
@@ -185,6 +174,11 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         fault = Fault(where, f"not a list of entities ({error}).", "Make the data again.")
     raise DataError([fault])
+
+
+def _read_groups(folder: Path, roots: tuple[Path, ...] | None) -> dict[str, str]:
+    """{entity id: group} of an experiment."""
+    return {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
 
 
 @dataclass
@@ -212,14 +206,13 @@ def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[
     Raises:
         DataError: there is no list of entities.
     """
-    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
-    names = [f"{task}_{split}" for task in ("forward", "reverse") for split in ("train", "val", "test")]
+    groups = _read_groups(folder, roots)
     rows, faults = {}, []
-    for name in [*names, "mcq_i2d_test", "mcq_d2i_test"]:
+    for name, task in EXPERIMENT_FILES.items():
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            rows[name], found = read_rows(path, name.rsplit("_", 1)[0], name, groups, roots)
-            faults += found
+            rows[name], more = read_rows(path, task.name, name, groups, roots)
+            faults += more
     return rows, faults
 
 
@@ -251,12 +244,12 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
         DataError: there is no list of entities, without which no row can be judged.
     """
     folder, roots = experiment_dir(config), image_roots(config)
-    groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
+    groups = _read_groups(folder, roots)
     data, faults = RunData({}, {}, {}, []), []
 
     def read(path: Path, task: str, source: str) -> list[Row]:
-        rows, found = read_rows(path, task, source, groups, roots)
-        faults.extend(found)
+        rows, more = read_rows(path, task, source, groups, roots)
+        faults.extend(more)
         data.files.append(path)
         return rows
 
@@ -275,8 +268,8 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
                 continue
             for name, task in POOL_TASKS.items():
                 source = f"{kind}_{name}"
-                data.pools[source] = read(_file_of_pool(pool, name, "train"), task, source)
-                data.val[source] = read(_file_of_pool(pool, name, "val"), task, source)
+                data.pools[source] = read(_file_of_pool(pool, name, "train"), task.name, source)
+                data.val[source] = read(_file_of_pool(pool, name, "val"), task.name, source)
     return data, faults
 
 

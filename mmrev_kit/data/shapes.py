@@ -8,18 +8,14 @@ from PIL import Image, ImageDraw
 
 from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS, balanced_letters, place_answer
+from mmrev_kit.data.partners import Rows, balanced_letters, place_answer
 from mmrev_kit.data.people import entity_record, write_experiment
-from mmrev_kit.files import fresh_folder
+from mmrev_kit.data.tasks import CHOICE, CONNECTORS, CW, EXPERIMENT_FILES, GENERATION
 
 COLORS = {"red": "#d62728", "blue": "#1f4fd6", "green": "#2ca02c", "yellow": "#f2c500"}
 SHAPES = ("circle", "square", "triangle")
-RELATIONS = {
-    "to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1),
-}  # fmt: skip
-OPPOSITE = {
-    "to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above",
-}  # fmt: skip
+RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = dict(zip(RELATIONS, ("to the right of", "to the left of", "below", "above"), strict=True))
 COUNT = 12
 Scene = tuple[str, str, str, str, str]  # color, shape, relation, color, shape
 
@@ -30,8 +26,8 @@ def describe_scene(scene: Scene) -> str:
     return f"a {color} {shape} {relation} a {other_color} {other_shape}"
 
 
-def is_true_of(scene: Scene, picture: Scene) -> bool:
-    """Whether a scene describes a picture, also told from its other shape's side."""
+def shows(picture: Scene, scene: Scene) -> bool:
+    """Whether a picture shows a scene, which may be told from its other shape's side."""
     color, shape, relation, other_color, other_shape = picture
     return scene in (picture, (other_color, other_shape, OPPOSITE[relation], color, shape))
 
@@ -73,7 +69,7 @@ def sample_scenes(seed: int) -> list[Scene]:
     while len(scenes) < COUNT:
         (color, other_color), (shape, other_shape) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
         scene = (color, shape, relations[len(scenes) % len(relations)], other_color, other_shape)
-        if not any(is_true_of(scene, old) for old in scenes):
+        if not any(shows(old, scene) for old in scenes):
             scenes.append(scene)
     return scenes
 
@@ -88,9 +84,13 @@ def make_shapes(folder: str | Path, data: DataConfig, seed: int) -> Path:
     """
     scenes, rng = sample_scenes(seed), rng_for(seed, "shapes", "rows")
     pictures = list(scenes)  # then the near misses that wrong rows show
-    rows = {f"{task}_test": [] for task in ("forward", "reverse", "mcq_i2d", "mcq_d2i")}
+    rows: Rows = {name: [] for name in EXPERIMENT_FILES if name.endswith("_test")}
     entities = []
-    letters = {task: balanced_letters(COUNT, rng_for(seed, "shapes", task)) for task in ("mcq_i2d", "mcq_d2i")}
+    letters = {
+        task.name: balanced_letters(COUNT, rng_for(seed, "shapes", task.name))
+        for task in EXPERIMENT_FILES.values()
+        if task.format == CHOICE
+    }
 
     def image(scene: Scene) -> str:
         if scene not in pictures:
@@ -99,22 +99,25 @@ def make_shapes(folder: str | Path, data: DataConfig, seed: int) -> Path:
 
     for number, scene in enumerate(scenes):
         text, misses = describe_scene(scene), near_misses(scene)
-        forward, reverse = (rng.choice(words) for words in (FORWARD_CONNECTORS, REVERSE_CONNECTORS))
+        words = {direction: rng.choice(known) for direction, known in CONNECTORS.items()}
         common = {"entity_id": f"shapes_{number:03d}", "image_path": image(scene), "description": text, "group": "main"}
         entities.append(entity_record(id=common["entity_id"], description=text, group="main", images=[image(scene)]))
-        rows["forward_test"].append(common | {"connector": forward})
-        rows["reverse_test"].append(common | {"connector": reverse, "label": "Correct"})
-        wrong = image(misses[number % 3])
-        rows["reverse_test"].append(common | {"connector": reverse, "label": "Wrong", "image_path": wrong})
-        for task, word in (("mcq_i2d", forward), ("mcq_d2i", reverse)):
-            field, show = ("choices", describe_scene) if task == "mcq_i2d" else ("image_choices", image)
-            correct = letters[task][number]
-            options = place_answer([show(option) for option in (scene, *misses)], correct, rng)
-            rows[f"{task}_test"].append(common | {"connector": word, field: options, "correct_index": correct})
-    with fresh_folder(folder) as building:
-        (building / "images").mkdir()
+        for name, part in rows.items():
+            task = EXPERIMENT_FILES[name]
+            row = common | {"connector": words[task.connectors]}
+            if task.format == GENERATION:
+                part.append(row)
+            elif task.format == CW:
+                wrong = {"label": "Wrong", "image_path": image(misses[number % 3])}
+                part += [row | {"label": "Correct"}, row | wrong]
+            else:
+                show, correct = describe_scene if task.options == "choices" else image, letters[task.name][number]
+                options = place_answer([show(option) for option in (scene, *misses)], correct, rng)
+                part.append(row | {task.options: options, "correct_index": correct})
+
+    def draw(building: Path) -> None:
         for scene in pictures:
             draw_scene(scene, data.image_size).save(building / image(scene))
-        info = {"source": "shapes", "seed": seed, "image_size": data.image_size, "images_per_entity": 1}
-        write_experiment(building, entities, rows, **info)
-    return Path(folder)
+
+    info = {"source": "shapes", "seed": seed, "image_size": data.image_size, "images_per_entity": 1}
+    return write_experiment(folder, entities, rows, draw, **info)

@@ -11,6 +11,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+from mmrev_kit.data.assets import read_asset
+
 THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no answer; an unfinished one leaves none
 SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
 BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -28,11 +30,8 @@ def _plain(text: str) -> str:
 
 
 # "A" before any word but these is the article of "A dog".
-AFTER_LETTER_A = (
-    "the an this that it he she they which who is are was be and or nor but not because since as for if so then with "
-    "in on of only has have had does do did can could would should must may might shows looks seems appears depicts "
-    "matches fits represents corresponds portrays features"
-).split()
+WORDS: dict[str, list[str]] = read_asset("answers")
+AFTER_LETTER_A = WORDS["after_letter_a"]
 LETTER = (
     r"(?<!\w)(?<!\w')(?<!\w-)(?<!\b[A-Za-z]\.)"  # no part of a word, of "I'd", of "X-A" or of "U.A."
     rf"(?:[Aa](?!\s+(?!(?i:{'|'.join(AFTER_LETTER_A)})\b)\w)|[B-Db-d])"
@@ -198,17 +197,7 @@ def judge_correct(text: str) -> str | None:
 
 
 # Words that say nothing about who it is: "The person in this picture is none other than ...".
-FRAME = frozenset(
-    (
-        "a an the this that these it it's that's he he's she she's they here here's i my your of in on as at by to be "
-        "is are was am image picture photo photograph portrait drawing illustration face person man woman individual "
-        "figure character subject one answer description title name identity response final sure yes certainly think "
-        "believe would say probably likely clearly definitely actually indeed known identified recognized recognised "
-        "referred called described named can could may might must seems appears turns out revealed shows showing shown "
-        "depicts depicting depicted represents illustrates displays features featuring portrays presents pictured "
-        "based given see looks like"
-    ).split()
-)
+FRAME = frozenset(WORDS["frame"])
 
 
 def normal(description: str) -> str:

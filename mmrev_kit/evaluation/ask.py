@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.images import find_image, image_roots
 from mmrev_kit.data.rows import read_entities
-from mmrev_kit.data.tasks import IMAGE_MARK, Row
+from mmrev_kit.data.tasks import IMAGE_MARK, OWN, Row
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate
@@ -55,7 +55,7 @@ class Asker:
         path = resolve(image)
         if not path.is_file():
             raise ConfigError(f"There is no picture {path}.")
-        row = Row("own", "own", "own:1", "own", None, (path,), None, text, (), "")
+        row = Row(OWN, OWN, f"{OWN}:1", OWN, None, (path,), None, text, (), "")
         prompt = self.encoder.encode(row, with_answer=False)
         on = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=on), warnings.catch_warnings():
@@ -66,6 +66,6 @@ class Asker:
 
 def example(config: Config) -> tuple[Path, str]:
     """A picture of the experiment's first person, and a question about it."""
-    folder = experiment_dir(config)
-    pictured = [entity for entity in read_entities(folder, image_roots(config)) if entity.get("images")]
-    return folder / pictured[0]["images"][0], f"{IMAGE_MARK} is"
+    folder, roots = experiment_dir(config), image_roots(config)
+    pictured = [entity for entity in read_entities(folder, roots) if entity.get("images")]
+    return find_image(folder, pictured[0]["images"][0], roots), f"{IMAGE_MARK} is"

@@ -6,20 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from mmrev_kit.data.tasks import CHANCE
-from mmrev_kit.evaluation.statistics import (
-    _array,
-    auroc,
-    bootstrap_interval,
-    entity_means,
-    exact_test,
-    holm,
-    mcnemar,
-    permutation_above_chance,
-    wilson,
-)
-
-LETTERS = "ABCD"
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES
+from mmrev_kit.evaluation import statistics
+from mmrev_kit.evaluation.statistics import entity_means, permutation_above_chance
 
 
 def _share(hits: int, n: int) -> float | None:
@@ -50,7 +39,7 @@ def rates(records: list[dict]) -> dict:
         "tpr": tpr,
         "fpr": fpr,
         "separation": None if tpr is None or fpr is None else tpr - fpr,
-        "auroc": auroc(margins["Correct"], margins["Wrong"]),
+        "auroc": statistics.auroc(margins["Correct"], margins["Wrong"]),
         "n_auroc": sum(map(len, margins.values())),
         "counts": _counts(records, ("Correct", "Wrong")),
         "confusion": {side: _counts(rows, sides) for side, rows in sides.items()},
@@ -95,18 +84,31 @@ def score(records: list[dict], field: str, chance: float, **bootstrap) -> dict:
     return {
         "correct": correct if rows else None,
         "accuracy": _share(correct, len(rows)),
-        "wilson": wilson(correct, len(rows), bootstrap.get("confidence", 0.95)) if single else None,
-        "cluster_interval": bootstrap_interval(means, **bootstrap),
+        "wilson": statistics.wilson(correct, len(rows), bootstrap.get("confidence", 0.95)) if single else None,
+        "cluster_interval": statistics.bootstrap_interval(means, **bootstrap),
         "chance": chance if rows else None,
-        "p_exact": exact_test(correct, len(rows), chance) if single and tested else None,
+        "p_exact": statistics.exact_test(correct, len(rows), chance) if single and tested else None,
         "p_permutation": permutation_above_chance(means, chance, seed=bootstrap.get("seed", 0)) if tested else None,
     }
 
 
-def guess_rate(records: list[dict]) -> float:
-    """The accuracy of a guess among each row's options: the mean of 1 / their number; 0 without options."""
+def chance_of(test: str, records: list[dict]) -> float:
+    """The accuracy of a guess; of forward generation a guess among each row's options, the descriptions of its group.
+
+    That is stricter than 0: a model that learned the descriptions but not whose they are would reach it, and against
+    0 the sign-flip test would take a few lucky hits for knowledge.
+    """
+    task = TASK_TYPES[test]
     sizes = [len(record["options"]) for record in records]
-    return sum(1 / size for size in sizes if size) / len(sizes) if sizes else 0.0
+    if task.format != GENERATION or not sizes:
+        return task.chance
+    return sum(1 / size for size in sizes if size) / len(sizes)
+
+
+def adjust(tests: dict[str, dict], name: str) -> None:
+    """Put the Holm adjustment of the p values under `name` beside them, as <name>_holm; the family is all tests."""
+    for test, p in statistics.holm({test: numbers[name] for test, numbers in tests.items()}).items():
+        tests[test][f"{name}_holm"] = p
 
 
 def agreement(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict | None:
@@ -121,17 +123,16 @@ def agreement(records: list[dict], whole: dict[tuple, str | None], **bootstrap) 
 
 
 def _cell(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict:
-    test, dropped = records[0]["test"], records[0]["drop"] != "none"
-    by_options = guess_rate(records) if test == "forward" else CHANCE[test]
+    task, dropped = TASK_TYPES[records[0]["test"]], records[0]["drop"] != "none"
     return {
         "n": len(records),
         "n_questions": len({record["id"] for record in records}),
         "n_entities": len({record["entity_id"] for record in records}),
         "unparsed": sum(record["read_as"] is None for record in records),
-        **score(records, "right", CHANCE[test], **bootstrap),
-        "likeliest": score(records, "likeliest_right", by_options, **bootstrap),
-        "rates": rates(records) if test == "reverse" else None,
-        "options": option_counts(records) if test.startswith("mcq") else None,
+        **score(records, "right", task.chance, **bootstrap),
+        "likeliest": score(records, "likeliest_right", chance_of(task.name, records), **bootstrap),
+        "rates": rates(records) if task.format == CW else None,
+        "options": option_counts(records) if task.format == CHOICE else None,
         "agreement": agreement(records, whole, **bootstrap) if dropped else None,
     }
 
@@ -163,8 +164,7 @@ def metrics(records: list[dict], confidence: float = 0.95, draws: int = 10_000, 
             found = {test: groups[group] for test, groups in tests.items() if group in groups}
             for part in (found, {test: numbers["likeliest"] for test, numbers in found.items()}):
                 for name in ("p_exact", "p_permutation"):
-                    for test, p in holm({test: numbers[name] for test, numbers in part.items()}).items():
-                        part[test][f"{name}_holm"] = p
+                    adjust(part, name)
     return result
 
 
@@ -197,16 +197,15 @@ def compare(a_records: list[dict], b_records: list[dict]) -> dict:
         first, second = pairs.count((True, False)), pairs.count((False, True))
         single = len({key[1] for key in keys}) == len(keys)
         rows = [a[key] | {"gain": x - y} for key, (x, y) in zip(keys, pairs, strict=True)]
-        gains = _array(entity_means(rows, "gain"))
-        tails = [permutation_above_chance(signed, 0.0) for signed in (gains, -gains)]
+        gains = entity_means(rows, "gain").values()
+        tails = [permutation_above_chance(signed, 0.0) for signed in (gains, [-gain for gain in gains])]
         found[test] = {
             "n": len(keys), "only_a": only[0], "only_b": only[1],
             "accuracy_a": _share(sum(x for x, _ in pairs), len(pairs)),
             "accuracy_b": _share(sum(y for _, y in pairs), len(pairs)),
             "b": first, "c": second,
-            "p_mcnemar": mcnemar(first, second) if keys and single else None,
+            "p_mcnemar": statistics.mcnemar(first, second) if keys and single else None,
             "p_permutation": min(1.0, 2 * min(tails)) if keys else None,
         }  # fmt: skip
-    for test, p in holm({test: numbers["p_mcnemar"] for test, numbers in found.items()}).items():
-        found[test]["p_mcnemar_holm"] = p
+    adjust(found, "p_mcnemar")
     return found

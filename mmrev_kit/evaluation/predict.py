@@ -1,4 +1,4 @@
-"""The four tests: greedy answers, and the log-probability of every option, for a trained run or a base model."""
+"""The tests: greedy answers, and the log-probability of every option, for a trained run or a base model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
-from mmrev_kit.data.checks import check_statements, encode_all, settle
+from mmrev_kit.data.checks import check_statements, encode_all
+from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.rows import read_experiment
-from mmrev_kit.data.tasks import LETTERS, Row
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES, Row
 from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, base_of, is_random
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
-from mmrev_kit.training.processes import place
+from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
-TESTS = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
 PROGRESS_LINES = 4  # for each drop
 DROPS = ("none", "image", "text", "both")
-# Tests whose right answer can still be known under a drop; elsewhere only the agreement with the whole prompt counts.
-KEEPS_MEANING = {"none": TESTS, "text": ("forward", "mcq_i2d"), "image": (), "both": ()}
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,18 @@ def read_questions(config: Config) -> list[Question]:
         DataError: with every fault of the test files.
     """
     files, faults = read_experiment(experiment_dir(config), image_roots(config))
-    rows = {test: files.get(f"{test}_test", []) for test in TESTS}
     everything = [row for part in files.values() for row in part]
-    settle(faults + check_statements(everything), config.data.drop_faulty)
+    raise_faults(faults + check_statements(everything), config.data.drop_faulty)
     known: dict[str | None, list[str]] = {}
     for row in everything:
         if row.description and row.description not in known.setdefault(row.group, []):
             known[row.group].append(row.description)
-    questions = [Question(row, tuple(known[row.group])) for row in rows["forward"]]
-    questions += [Question(row, ("Correct", "Wrong")) for row in rows["reverse"]]
-    for row in [*rows["mcq_i2d"], *rows["mcq_d2i"]]:
-        orders = itertools.permutations(range(4)) if config.evaluation.option_orders else [None]
-        questions += [reorder(row, order) for order in orders]
+    questions = []
+    for row in (row for test in TASK_TYPES for row in files.get(f"{test}_test", [])):
+        if row.type.format == CHOICE and config.evaluation.option_orders:
+            questions += [reorder(row, order) for order in itertools.permutations(range(4))]
+        else:
+            questions.append(Question(row, row.type.answers or tuple(known[row.group])))
     return questions
 
 
@@ -79,25 +77,21 @@ def evaluation_key(
     return digest.hexdigest()[:16]
 
 
-def reorder(row: Row, order: tuple[int, ...] | None) -> Question:
-    """A multiple-choice row with its options in another order; order[i] is the old place of the new option i."""
-    if order is None:
-        return Question(row, tuple(LETTERS))
+def reorder(row: Row, order: tuple[int, ...]) -> Question:
+    """A multiple-choice row with its options in another order; order[i] is the old index of the new option i."""
+    field = "choices" if row.type.options == "choices" else "images"
+    options = tuple(getattr(row, field)[index] for index in order)
     right = LETTERS[order.index(LETTERS.index(row.answer))]
-    if row.task == "mcq_i2d":
-        row = replace(row, choices=tuple(row.choices[place] for place in order), answer=right)
-    else:
-        row = replace(row, images=tuple(row.images[place] for place in order), answer=right)
-    return Question(row, tuple(LETTERS), order)
+    return Question(replace(row, **{field: options}, answer=right), row.type.answers, order)
 
 
 def judge(question: Question, answer: str) -> tuple[str | None, bool]:
     """What an answer says (None: unparsed), and whether it is right; unparsed is a miss."""
     row = question.row
-    if row.task == "forward":
+    if row.type.format == GENERATION:
         right = judge_description(answer, row.answer, question.options)
         return (row.answer if right else answer.strip() or None), right
-    read = (judge_correct if row.task == "reverse" else judge_letter)(answer)
+    read = (judge_correct if row.type.format == CW else judge_letter)(answer)
     return read, read == row.answer
 
 
@@ -107,25 +101,25 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
 
     encoder = make_encoder(config, drop)
     samples, faults = encode_all([question.row for question in questions], encoder, quiet=not state.is_main_process)
-    settle(faults, config.data.drop_faulty)
+    raise_faults(faults, config.data.drop_faulty)
     pairs = [(q, s) for q, s in zip(questions, samples, strict=True) if s is not None]
 
-    def kind(place: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
-        return pairs[place][0].row.task, len(pairs[place][0].options)
+    def kind(index: int) -> tuple[str, int]:  # what a batch must share: options are scored side by side
+        return pairs[index][0].row.task, len(pairs[index][0].options)
 
-    order = sorted(range(len(pairs)), key=lambda place: (kind(place), len(pairs[place][1].input_ids), place))
+    order = sorted(range(len(pairs)), key=lambda index: (kind(index), len(pairs[index][1].input_ids), index))
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     mine, records = order[state.process_index :: state.num_processes], []
     size, told = config.evaluation.batch_size, 0
     alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
     with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
         for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
-            asked = [pairs[place][0] for place in chunk]
+            asked = [pairs[index][0] for index in chunk]
             prompts = [encoder.encode(question.row, with_answer=False) for question in asked]
             answers = generate(model, encoder, prompts, config.evaluation.max_new_tokens, state.device)
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
-            for place, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
-                records.append(predict(question, encoder, answer, row, drop) | {"place": place})
+            for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
+                records.append(predict(question, encoder, answer, row, drop) | {"index": index})
             part = PROGRESS_LINES * len(records) // max(1, len(mine))
             if state.is_main_process and part > told:
                 told = part
@@ -138,6 +132,8 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
     row = question.row
     read, right = judge(question, answer)
     best = question.options[max(range(len(scores)), key=scores.__getitem__)]
+    # Where the right answer cannot be known any more, only the agreement with the answer to the whole prompt counts.
+    judged = drop == "none" or (drop == "text" and row.type.known_without_text)
     return {
         "id": Path(row.where).name,
         "test": row.task,
@@ -150,10 +146,10 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
         "expected": row.answer,
         "answer": answer,
         "read_as": read,
-        "right": right if row.task in KEEPS_MEANING[drop] else None,
+        "right": right if judged else None,
         "options": dict(zip(question.options, scores, strict=True)),
         "likeliest": best,
-        "likeliest_right": best == row.answer if row.task in KEEPS_MEANING[drop] else None,
+        "likeliest_right": best == row.answer if judged else None,
     }
 
 
@@ -182,7 +178,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         adapter: a folder with an adapter, or None for the base model.
         drops: from `DROPS`.
     """
-    with place(Path(folder)) as state:
+    with worker_state(Path(folder)) as state:
         model = load_base(**base_arguments(config, state.device))
         if adapter:
             model = load_adapter(model, adapter)
@@ -196,6 +192,6 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
 
             found = gather_object(found)
         if state.is_main_process:
-            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("place")))
+            found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
             write_jsonl(Path(folder) / "predictions.jsonl", found)
             write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))

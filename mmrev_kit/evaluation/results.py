@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmrev_kit import files
-from mmrev_kit.config.project import resolve
-from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data import tasks
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.config.project import experiment_dir, resolve
+from mmrev_kit.config.sections import TASKS, Config, ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import statistics
-from mmrev_kit.evaluation.metrics import metrics
+from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import verdict
+
+UNKNOWN = (  # numbers of `metrics.metrics` that a file of the original scripts cannot tell
+    "n_entities", "unparsed", "cluster_interval", "p_permutation_holm", "rates", "options", "agreement", "likeliest",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class Evaluation:
 
     name: str
     folder: Path
-    metrics: dict  # as from `stats.metrics`
+    metrics: dict  # as from `metrics.metrics`
     records: list[dict]
     facts: dict
     task: str | None  # what the adapter was trained on; None for a base model
 
 
 def read_records(path: Path) -> list[dict]:
-    """The predictions of an evaluation, one record a question (see `evaluate.predict`).
+    """The predictions of an evaluation, one record a question (see `predict.predict`).
 
     Raises:
         ConfigError: no such file, or a line that is no record; the line is named.
@@ -85,26 +88,22 @@ def read_original(path: Path) -> dict:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-        tests = {test: data[test] for test in TITLES if test in data}
+        tests = {test: data[test] for test in TASK_TYPES if test in data}
         counts = {test: (int(part["correct"]), int(part["total"])) for test, part in tests.items()}
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: no results file of the original scripts ({error!r}).") from None
     if not counts:
-        raise ConfigError(f"{path}: none of {', '.join(TITLES)} in it.")
+        raise ConfigError(f"{path}: none of {', '.join(TASK_TYPES)} in it.")
     found = {}
     for test, (correct, total) in counts.items():
         stated = tests[test].get("accuracy")
         if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
             raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
-        chance = tasks.CHANCE[test]
-        numbers = {"n": total, "n_entities": None, "unparsed": None, "correct": correct, "chance": chance}
+        chance = TASK_TYPES[test].chance
+        numbers = dict.fromkeys(UNKNOWN) | {"n": total, "correct": correct, "chance": chance}
         numbers |= {"accuracy": correct / total if total else None, "wilson": statistics.wilson(correct, total)}
-        numbers |= {"cluster_interval": None, "rates": None, "options": None, "agreement": None, "likeliest": None}
-        numbers["p_exact"] = statistics.exact_test(correct, total, chance) if chance else None
-        found[test] = {"all": numbers | {"p_permutation_holm": None}}
-    adjusted = statistics.holm({test: groups["all"]["p_exact"] for test, groups in found.items()})
-    for test, p in adjusted.items():
-        found[test]["all"]["p_exact_holm"] = p
+        found[test] = {"all": numbers | {"p_exact": statistics.exact_test(correct, total, chance) if chance else None}}
+    adjust({test: groups["all"] for test, groups in found.items()}, "p_exact")
     return {"none": found}
 
 
@@ -123,9 +122,9 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
     Raises:
         ConfigError: a named path holds no evaluation.
     """
-    experiment, found = config.experiment.name, {}
-    for task in ("forward", "reverse"):
-        name = f"{experiment}_{task}"
+    experiment, found = experiment_dir(config).name, {}
+    for task in TASKS:
+        name = f"{config.experiment.name}_{task}"
         folder = resolve(config.launch.output_dir) / name / "eval" / experiment
         if (folder / "facts.json").is_file():  # written last: a broken evaluation has none
             found[name] = read_evaluation(folder, name)

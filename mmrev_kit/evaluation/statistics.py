@@ -1,4 +1,4 @@
-"""Intervals, tests and counts over the records of an evaluation.
+"""Intervals and tests over the records of an evaluation.
 
 The unit of every claim is the entity: rows about one entity share its face and its description, so they are averaged
 first (`entity_means`) and entities are resampled or permuted. Wilson intervals and exact tests treat rows as
@@ -16,6 +16,7 @@ import numpy as np
 from mmrev_kit.config.seeds import seed_for
 
 EXACT_LIMIT = 2**16  # up to so many sign flips or assignments all are gone through; beyond, some are drawn
+DRAWS = 20_000  # sign flips or assignments drawn then
 TOLERANCE = 1e-9  # equal sums added in another order may differ by rounding; they count as equal
 
 
@@ -58,8 +59,8 @@ def holm(p_values: dict) -> dict:
     """Holm's (1979) step-down adjustment, monotone and at most 1; a p of None belongs to no family and stays None."""
     known = sorted((name for name, p in p_values.items() if p is not None), key=p_values.get)
     adjusted, running = dict.fromkeys(p_values), 0.0
-    for place, name in enumerate(known):
-        running = max(running, min(1.0, (len(known) - place) * p_values[name]))
+    for rank, name in enumerate(known):
+        running = max(running, min(1.0, (len(known) - rank) * p_values[name]))
         adjusted[name] = running
     return adjusted
 
@@ -90,9 +91,7 @@ def bootstrap_interval(
     return [float(low), float(high)]
 
 
-def permutation_above_chance(
-    means: Mapping | Iterable[float], chance: float, draws: int = 20_000, seed: int = 0
-) -> float | None:
+def permutation_above_chance(means: Mapping | Iterable[float], chance: float, seed: int = 0) -> float | None:
     """One-sided p that the mean over entities is above `chance`: sign-flip test on the deviations (Fisher 1935).
 
     Exact over all 2^n flips up to 16 entities; beyond, drawn flips with the observed one added (Phipson and Smyth
@@ -108,12 +107,12 @@ def permutation_above_chance(
         for deviation in deviations:
             sums = np.concatenate([sums + deviation, sums - deviation])
         return float((sums >= observed).mean())
-    signs = _rng(seed, "sign flips").choice([-1.0, 1.0], size=(draws, len(deviations)))
-    return float((1 + (signs @ deviations >= observed).sum()) / (1 + draws))
+    signs = _rng(seed, "sign flips").choice([-1.0, 1.0], size=(DRAWS, len(deviations)))
+    return float((1 + (signs @ deviations >= observed).sum()) / (1 + DRAWS))
 
 
 def permutation_difference(
-    control: Mapping | Iterable[float], main: Mapping | Iterable[float], draws: int = 20_000, seed: int = 0
+    control: Mapping | Iterable[float], main: Mapping | Iterable[float], seed: int = 0
 ) -> tuple[float, float] | tuple[None, None]:
     """(mean of control - mean of main, one-sided p that it is above 0), the entities' group labels permuted.
 
@@ -127,10 +126,10 @@ def permutation_difference(
     observed = first.sum() - TOLERANCE  # for fixed sizes the difference grows with control's sum
     difference = float(first.mean() - second.mean())
     if math.comb(len(pooled), size) <= EXACT_LIMIT:
-        places = np.array(list(itertools.combinations(range(len(pooled)), size)))
-        return difference, float((pooled[places].sum(axis=1) >= observed).mean())
-    shuffled = _rng(seed, "assignments").permuted(np.tile(pooled, (draws, 1)), axis=1)
-    return difference, float((1 + (shuffled[:, :size].sum(axis=1) >= observed).sum()) / (1 + draws))
+        chosen = np.array(list(itertools.combinations(range(len(pooled)), size)))
+        return difference, float((pooled[chosen].sum(axis=1) >= observed).mean())
+    shuffled = _rng(seed, "assignments").permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
+    return difference, float((1 + (shuffled[:, :size].sum(axis=1) >= observed).sum()) / (1 + DRAWS))
 
 
 def auroc(positive: Iterable[float], negative: Iterable[float]) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data import tasks
+from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
 CURSE, NO_CURSE, INCONCLUSIVE = "reversal curse", "no reversal curse", "inconclusive"
@@ -23,11 +23,11 @@ NEEDS = {
     NO_CURSE: (*COMMON, "main above chance", "main above midpoint"),
 }
 ALPHA, TAUGHT_MIN, POWER_MIN, MIN_ENTITIES = 0.05, 0.8, 0.8, 4
-NAMES = {"forward": "forward generation", "reverse": "CW", "mcq_i2d": "I2D", "mcq_d2i": "D2I"}
+CONFIDENCE = 0.95  # of the interval of main's mean
 
 
 @dataclass(frozen=True)
-class Roles:
+class Tests:
     """What the four tests are for a trained task: the direction taught and, of the other one, what decides."""
 
     taught: str
@@ -36,9 +36,9 @@ class Roles:
     format: str  # the taught direction as multiple choice
 
 
-ROLES = {
-    "forward": Roles(taught="forward", deciding="reverse", beside="mcq_d2i", format="mcq_i2d"),
-    "reverse": Roles(taught="reverse", deciding="forward", beside="mcq_i2d", format="mcq_d2i"),
+TESTS = {
+    "forward": Tests(taught="forward", deciding="reverse", beside="mcq_d2i", format="mcq_i2d"),
+    "reverse": Tests(taught="reverse", deciding="forward", beside="mcq_i2d", format="mcq_d2i"),
 }
 
 
@@ -91,10 +91,10 @@ class Verdict:
 
 
 def power(
-    n_main: int, n_control: int, chance: float, control_mean: float, rows: int, *, alpha: float = 0.05,
-    correlation: float = 0.2, simulations: int = 1000, seed: int = 0,
+    n_main: int, n_control: int, chance: float, control_mean: float, rows: int, *, correlation: float = 0.2,
+    simulations: int = 1000, seed: int = 0,
 ) -> float:  # fmt: skip
-    """The chance that `permutation_difference` gives p < alpha when main is at chance and control at `control_mean`.
+    """The chance that `permutation_difference` gives p < `ALPHA` when main is at chance and control at `control_mean`.
 
     By simulation: an entity's rows are `rows` draws from its own probability, which is beta-distributed about the
     group's mean such that two rows of one entity correlate by `correlation` (0: independent rows, which would be
@@ -111,20 +111,20 @@ def power(
         return rng.binomial(rows, own, shape) / rows
 
     control, main = group(n_control, control_mean), group(n_main, chance)
-    places = rng.permuted(np.tile(np.arange(n_control + n_main), (999, 1)), axis=1)
-    sums = np.concatenate([control, main], axis=1) @ (places < n_control).T.astype(float)
+    order = rng.permuted(np.tile(np.arange(n_control + n_main), (999, 1)), axis=1)
+    sums = np.concatenate([control, main], axis=1) @ (order < n_control).T.astype(float)
     p = (1 + (sums >= control.sum(axis=1, keepdims=True) - statistics.TOLERANCE).sum(axis=1)) / 1000
-    return float((p < alpha).mean())
+    return float((p < ALPHA).mean())
 
 
-def entities_needed(chance: float, control_mean: float, rows: int, target: float = 0.8) -> int | None:
-    """The smallest number of entities a group for which `power` reaches `target`; None above 64.
+def entities_needed(chance: float, control_mean: float, rows: int) -> int | None:
+    """The smallest number of entities a group for which `power` reaches `POWER_MIN`; None above 64.
 
     It starts at 6: with fewer, the sign-flip test cannot show control above chance after Holm over three tests
     (3 / 2^6 = .047). Above 20 it goes in fours.
     """
     sizes = (*range(6, 21), *range(24, 65, 4)) if control_mean > chance else ()
-    return next((n for n in sizes if power(n, n, chance, control_mean, rows, simulations=500) >= target), None)
+    return next((n for n in sizes if power(n, n, chance, control_mean, rows, simulations=500) >= POWER_MIN), None)
 
 
 def decide(passed: dict[str, bool | None]) -> str:
@@ -153,15 +153,6 @@ def missing(passed: dict[str, bool | None]) -> list[str]:
     return ["main below midpoint"]
 
 
-def chance_of(test: str, records: list[dict]) -> float:
-    """The accuracy of a guess. Forward generation is held to a guess among a group's descriptions (mean over rows).
-
-    That is stricter than 0: a model that learned the descriptions but not whose they are would reach it, and against
-    0 the sign-flip test would take a few lucky hits for knowledge.
-    """
-    return metrics.guess_rate(records) if test == "forward" else tasks.CHANCE[test]
-
-
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
@@ -170,173 +161,170 @@ def _p(value: float | None) -> str:
     return "p unknown" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def evidence(test: str, main: list[dict], control: list[dict], chance: float, *, p: dict, **bootstrap) -> Evidence:
+def evidence(
+    test: str, rows: dict[str, list[dict]], chance: float, p: dict[str, float | None], draws: int, seed: int
+) -> Evidence:
     """The numbers of one test from its rows of each group; `p` holds each group's adjusted p against chance."""
 
-    def mean(records: list[dict], field: str) -> float | None:
-        values = statistics.entity_means(records, field).values()
+    def mean(group: str, field: str) -> float | None:
+        values = statistics.entity_means(rows[group], field).values()
         return sum(values) / len(values) if values else None
 
-    seed, level = bootstrap["seed"], mean(control, "right")
-    known, taught_both = statistics.entity_means(main), statistics.entity_means(control)
-    sizes, usable = (len(known), len(taught_both)), bool(known and taught_both)
-    difference, p_difference = statistics.permutation_difference(taught_both, known, seed=seed)
-    rows = round(len({row["id"] for row in main + control}) / sum(sizes)) if sum(sizes) else 0
+    main, control = (statistics.entity_means(rows[group]) for group in GROUPS)
+    level, sizes, asked = mean("control", "right"), (len(main), len(control)), rows["main"] + rows["control"]
+    difference, p_difference = statistics.permutation_difference(control, main, seed=seed)
+    count = round(len({row["id"] for row in asked}) / sum(sizes)) if sum(sizes) else 0
     return Evidence(
         test=test,
         chance=chance,
-        n_main=sizes[0],
-        n_control=sizes[1],
-        main=mean(main, "right"),
+        n_main=len(main),
+        n_control=len(control),
+        main=mean("main", "right"),
         control=level,
-        main_likeliest=mean(main, "likeliest_right"),
-        control_likeliest=mean(control, "likeliest_right"),
-        main_interval=statistics.bootstrap_interval(known, **bootstrap),
+        main_likeliest=mean("main", "likeliest_right"),
+        control_likeliest=mean("control", "likeliest_right"),
+        main_interval=statistics.bootstrap_interval(main, CONFIDENCE, draws, seed),
         p_main=p["main"],
         p_control=p["control"],
         difference=difference,
         p_difference=p_difference,
         midpoint=None if level is None else (chance + level) / 2,
-        rows=rows,
-        power=power(*sizes, chance, level, rows, seed=seed) if usable else None,
-        entities_needed=entities_needed(chance, level, rows) if usable else None,
-        main_unparsed=sum(row["read_as"] is None for row in main),
-        main_answers=len(main),
+        rows=count,
+        power=power(*sizes, chance, level, count, seed=seed) if all(sizes) else None,
+        entities_needed=entities_needed(chance, level, count) if all(sizes) else None,
+        main_unparsed=sum(row["read_as"] is None for row in rows["main"]),
+        main_answers=len(rows["main"]),
     )
 
 
-def gather(records: list[dict], tests: tuple[str, ...], **bootstrap) -> list[Evidence]:
+def gather(records: list[dict], tests: tuple[str, ...], draws: int, seed: int) -> list[Evidence]:
     """The evidence of each test; the p values against chance are Holm-adjusted over these tests within a group."""
-    rows = {test: {group: [] for group in ("main", "control")} for test in tests}
+    rows = {test: {group: [] for group in GROUPS} for test in tests}
     for record in records:
         if record["drop"] == "none" and record["group"] in rows.get(record["test"], ()):
             rows[record["test"]][record["group"]].append(record)
-    chances = {test: chance_of(test, rows[test]["main"] + rows[test]["control"]) for test in tests}
-
-    def adjusted(group: str) -> dict[str, float | None]:
+    chances = {test: metrics.chance_of(test, rows[test]["main"] + rows[test]["control"]) for test in tests}
+    p = {}
+    for group in GROUPS:
         means = {test: statistics.entity_means(rows[test][group]) for test in tests}
-        seed = bootstrap["seed"]
-        return statistics.holm(
-            {test: statistics.permutation_above_chance(means[test], chances[test], seed=seed) for test in tests}
-        )
-
-    p = {group: adjusted(group) for group in ("main", "control")}
+        raw = {test: statistics.permutation_above_chance(means[test], chances[test], seed) for test in tests}
+        p[group] = statistics.holm(raw)
     return [
-        evidence(test, **rows[test], chance=chances[test], p={group: p[group][test] for group in p}, **bootstrap)
+        evidence(test, rows[test], chances[test], {group: p[group][test] for group in GROUPS}, draws, seed)
         for test in tests
     ]
 
 
-def gates_of(found: Evidence, taught: str, taught_accuracy: float | None, confidence: float) -> tuple[Gate, ...]:
+def gates_of(shown: Evidence, taught: str, taught_accuracy: float | None) -> tuple[Gate, ...]:
     """Every gate of `NEEDS`, from the numbers."""
-    name, low_high, middle = NAMES[found.test], found.main_interval, found.midpoint
-    counts = f"{found.n_main} main and {found.n_control} control entities"
+    name, low_high, middle = TASK_TYPES[shown.test].long_title, shown.main_interval, shown.midpoint
+    counts = f"{shown.n_main} main and {shown.n_control} control entities"
     interval = f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "unknown"
-    place = f"main's {100 * confidence:g} % interval is {interval}, chance and control's midpoint {_number(middle)}"
+    position = f"main's {100 * CONFIDENCE:g} % interval is {interval}, chance and control's midpoint {_number(middle)}"
     wanted = f"{POWER_MIN:.2f} needed"
-    if found.entities_needed and found.power < POWER_MIN:
-        wanted += f"; {found.entities_needed} entities a group would have it"
+    if shown.entities_needed and shown.power < POWER_MIN:
+        wanted += f"; {shown.entities_needed} entities a group would have it"
 
     def against_chance(group: str, n: int, mean: float | None, p: float | None) -> Gate:
         limit = f"; {n} entities cannot show more than p = {2.0**-n:.3f} before Holm" if 0 < n < 6 else ""
-        text = f"{group}'s mean in {name} is {_number(mean)}, chance {found.chance:.2f} (Holm-adjusted {_p(p)}{limit})"
+        text = f"{group}'s mean in {name} is {_number(mean)}, chance {shown.chance:.2f} (Holm-adjusted {_p(p)}{limit})"
         return Gate(f"{group} above chance", None if p is None else p < ALPHA, text)
 
     def side(word: str, holds) -> Gate:
         known = low_high is not None and middle is not None
-        return Gate(f"main {word} midpoint", holds(low_high, middle) if known else None, place)
+        return Gate(f"main {word} midpoint", holds(low_high, middle) if known else None, position)
 
     return (
         Gate(
             "groups",
-            min(found.n_main, found.n_control) >= MIN_ENTITIES,
+            min(shown.n_main, shown.n_control) >= MIN_ENTITIES,
             f"there are {counts}, at least {MIN_ENTITIES} a group are needed: without a control group, taught in both "
             "directions, main's failure could be the test's",
         ),
         Gate(
             "taught direction",
             None if taught_accuracy is None else taught_accuracy >= TAUGHT_MIN,
-            f"main's accuracy in the taught direction, {NAMES[taught]}, is {_number(taught_accuracy)} "
+            f"main's accuracy in the taught direction, {TASK_TYPES[taught].long_title}, is {_number(taught_accuracy)} "
             f"({TAUGHT_MIN:.2f} needed)",
         ),
-        against_chance("control", found.n_control, found.control, found.p_control),
+        against_chance("control", shown.n_control, shown.control, shown.p_control),
         Gate(
             "power",
-            None if found.power is None else found.power >= POWER_MIN,
-            f"{counts} with {found.rows} questions each give a power of {_number(found.power)} for a main at chance "
+            None if shown.power is None else shown.power >= POWER_MIN,
+            f"{counts} with {shown.rows} questions each give a power of {_number(shown.power)} for a main at chance "
             f"({wanted})",
         ),
         Gate(
             "control above main",
-            None if found.p_difference is None else found.p_difference < ALPHA,
-            f"main's mean is {_number(found.main)}, control - main {_number(found.difference)} (permutation of "
-            f"entities, {_p(found.p_difference)})",
+            None if shown.p_difference is None else shown.p_difference < ALPHA,
+            f"main's mean is {_number(shown.main)}, control - main {_number(shown.difference)} (permutation of "
+            f"entities, {_p(shown.p_difference)})",
         ),
         side("below", lambda interval, midpoint: interval[1] < midpoint),
-        against_chance("main", found.n_main, found.main, found.p_main),
+        against_chance("main", shown.n_main, shown.main, shown.p_main),
         side("above", lambda interval, midpoint: interval[0] > midpoint),
     )
 
 
-def sentence_of(claim: str, gates: tuple[Gate, ...], found: Evidence) -> str:
+def sentence_of(claim: str, gates: tuple[Gate, ...], shown: Evidence) -> str:
     """The claim and why, for a reader who sees nothing else."""
     texts, passed = {gate.name: gate.text for gate in gates}, {gate.name: gate.passed for gate in gates}
-    name = NAMES[found.test]
+    name = TASK_TYPES[shown.test].long_title
     if claim == INCONCLUSIVE:
         text = f"Inconclusive in {name}: {'; '.join(dict.fromkeys(texts[gate] for gate in missing(passed)))}."
     else:
         opening = {CURSE: "A reversal curse is found", NO_CURSE: "No reversal curse is found"}[claim]
         text = f"{opening} in {name}: {'; '.join(texts[gate] for gate in NEEDS[claim] if gate != 'groups')}."
     if claim == CURSE and passed["main above chance"]:
-        text += f" It is partial: main is above chance (Holm-adjusted {_p(found.p_main)})."
+        text += f" It is partial: main is above chance (Holm-adjusted {_p(shown.p_main)})."
     if claim == NO_CURSE and passed["control above main"]:
         text += f" A gap remains: {texts['control above main']}."
-    if None not in (found.main_likeliest, found.control_likeliest):
-        text += f" By the likeliest option: main {found.main_likeliest:.2f}, control {found.control_likeliest:.2f}."
-    if found.main_unparsed:
-        text += f" {found.main_unparsed} of main's {found.main_answers} answers could not be read and count as misses."
+    if None not in (shown.main_likeliest, shown.control_likeliest):
+        text += f" By the likeliest option: main {shown.main_likeliest:.2f}, control {shown.control_likeliest:.2f}."
+    if shown.main_unparsed:
+        text += f" {shown.main_unparsed} of main's {shown.main_answers} answers could not be read and count as misses."
     return text
 
 
-def format_sentence(found: Evidence) -> str:
+def format_sentence(shown: Evidence) -> str:
     """Whether main entities can use the taught direction in the multiple-choice format."""
-    if found.main is None:
-        return f"The taught direction was not asked as multiple choice ({NAMES[found.test]})."
-    numbers = f"{found.main:.2f} against a chance of {found.chance:.2f} (Holm-adjusted {_p(found.p_main)})"
-    start = f"In {NAMES[found.test]}, the taught direction as multiple choice, main is"
-    if found.p_main < ALPHA:
-        return f"{start} above chance, {numbers}: the format is not in the way."
+    if shown.main is None:
+        return f"The taught direction was not asked as multiple choice ({TASK_TYPES[shown.test].long_title})."
+    level = f"{shown.main:.2f} against a chance of {shown.chance:.2f} (Holm-adjusted {_p(shown.p_main)})"
+    start = f"In {TASK_TYPES[shown.test].long_title}, the taught direction as multiple choice, main is"
+    if shown.p_main < ALPHA:
+        return f"{start} above chance, {level}: the format is not in the way."
     return (
-        f"{start} not shown to be above chance, {numbers}: a multiple-choice null may come from the format, not the "
+        f"{start} not shown to be above chance, {level}: a multiple-choice null may come from the format, not the "
         "direction."
     )
 
 
-def verdict(records: list[dict], task: str, confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> Verdict:
+def verdict(records: list[dict], task: str, draws: int = 10_000, seed: int = 0) -> Verdict:
     """The verdict on one evaluation, from the answers to whole prompts.
 
     Args:
-        records: as `evaluate.predict` writes them.
+        records: as `predict.predict` writes them.
         task: the trained task, `forward` or `reverse`.
-        confidence, draws: of the bootstrap interval of main's mean.
+        draws: of the bootstrap interval of main's mean.
 
     Raises:
         ValueError: an unknown task, or two answers to one question.
     """
-    if task not in ROLES:
-        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(ROLES)}.")
+    if task not in TESTS:
+        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(TESTS)}.")
     metrics.check_unique(records)
-    roles = ROLES[task]
+    chosen = TESTS[task]
     taught = statistics.entity_means(
-        row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", roles.taught)
+        row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", chosen.taught)
     )
     accuracy = sum(taught.values()) / len(taught) if taught else None
 
-    def judge(found: Evidence, **more) -> Verdict:
-        gates = gates_of(found, roles.taught, accuracy, confidence)
+    def judge(shown: Evidence, **more) -> Verdict:
+        gates = gates_of(shown, chosen.taught, accuracy)
         claim = decide({gate.name: gate.passed for gate in gates})
-        return Verdict(task, found.test, claim, sentence_of(claim, gates, found), gates, found, **more)
+        return Verdict(task, shown.test, claim, sentence_of(claim, gates, shown), gates, shown, **more)
 
-    tests = (roles.deciding, roles.beside, roles.format)
-    deciding, beside, form = gather(records, tests, confidence=confidence, draws=draws, seed=seed)
+    tests = (chosen.deciding, chosen.beside, chosen.format)
+    deciding, beside, form = gather(records, tests, draws, seed)
     return judge(deciding, beside=judge(beside), format_sentence=format_sentence(form))

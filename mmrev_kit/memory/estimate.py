@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config, ConfigError
@@ -89,14 +88,6 @@ class Estimate:
     @property
     def device_gib(self) -> float:
         return self.reserved_gib + self.context_gib
-
-    def costliest(self) -> Component:
-        return max(self.components, key=lambda component: component.size)
-
-    def costliest_to_change(self) -> Component:
-        """The largest component that a setting makes smaller without another model."""
-        starts = "memory.", "training.", "lora."
-        return max((one for one in self.components if one.setting.startswith(starts)), key=lambda one: one.size)
 
     def table(self):
         """A pandas DataFrame: component, GiB, formula, setting; then the totals."""
@@ -182,16 +173,19 @@ def weight_components(shapes: ModelShapes, config: Config, tower: bool) -> list[
     return found
 
 
-def adapter_components(
+def static_components(
     shapes: ModelShapes, config: Config, processes: int, accumulates: bool, phase: str
 ) -> list[Component]:
-    """Adapter, optimizer and gradients, and what an optimizer step adds."""
-    if phase == "vision tower" and config.memory.cache_features:  # features are made before there is an adapter
-        return []
-    tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
-    count, optimizer = sum(tensors), config.training.optimizer
-    word = f"lora.r (now {config.lora.r})"
-    found = [Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word)]
+    """What stays on the card, in one phase: the model; adapter, optimizer and gradients, and what a step adds."""
+    cached, word = config.memory.cache_features, f"lora.r (now {config.lora.r})"
+    how = "32 MiB each for the forward and the backward thread"
+    found = weight_components(shapes, config, tower=not cached or phase in ("vision tower", "evaluation"))
+    found.append(Component("cuBLAS workspace", WORKSPACE, how, ""))
+    if phase == "vision tower" and cached:  # features are made before there is an adapter
+        return found
+    tensors, optimizer = lora_tensors(shapes, config.lora.r, config.lora.target_modules), config.training.optimizer
+    count = sum(tensors)
+    found.append(Component("LoRA adapter", 4 * count, f"4 B x {count:,} trainable numbers", word))
     if phase == "evaluation":
         return found
     size = optimizer_bytes(tensors, optimizer)
@@ -200,14 +194,17 @@ def adapter_components(
     if accumulates or phase == "optimizer step":
         found.append(Component("gradients", 4 * count, "4 B a trainable number", word))
     if phase == "optimizer step":
-        bucket = 4 * count if processes > 1 else 0
         how = "4 B for the optimizer's temporaries, 4 B for the summed gradients"
-        found.append(Component("step", 4 * count + bucket, how, word))
+        found.append(Component("step", (8 if processes > 1 else 4) * count, how, word))
     return found
 
 
 def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phase: str) -> list[Component]:
     """What comes and goes with a micro-batch, in one phase of it."""
+    if phase == "optimizer step":
+        return []
+    if phase == "vision tower":
+        return [Component("vision activations", *vision_bytes(shapes, config, one), "model.max_pixels")]
     found, word, cached = activations(shapes, config, one), "memory.micro_tokens", config.memory.cache_features
     out, tokens, layers = tower_width(config), one.tokens, shapes.num_hidden_layers
     visual = (1 + shapes.v_deepstack) * shapes.hidden_size * (width(config) if cached else out)
@@ -234,8 +231,7 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     if not kept:
         how = f"{found.once / tokens:,.0f} B a token x {tokens:,}, of one layer at a time"
         components.append(Component("recomputed layer", found.once, how, word))
-    peaks = found.backward_peaks(largest_linear(shapes, config))
-    name, size, weight = max(peaks, key=lambda peak: peak[1] + peak[2])
+    name, size, weight = found.backward
     components.append(Component("gradients of activations", size, f"in {name} of the last layer", word))
     components.append(weight_in_16_bit(weight))
     return components
@@ -278,36 +274,24 @@ def estimate(
     micro_batches = micro_batches or [largest_micro_batch(config, shapes)]
     for one in micro_batches:
         one.check()
-    static = partial(_static, shapes, config, processes, accumulates)
-
-    def components(one: MicroBatch, phase: str) -> list[Component]:
-        moving = []
-        if phase in ("last layer", "loss"):
-            moving = moving_components(shapes, config, one, phase)
-        if phase == "vision tower":
-            moving = [Component("vision activations", *vision_bytes(shapes, config, one), "model.max_pixels")]
-        return _present(static(phase) + moving)
-
-    peaks = {one: {phase: _gib(components(one, phase)) for phase in phases} for one in dict.fromkeys(micro_batches)}
-    costliest = max(peaks, key=lambda one: max(peaks[one].values()))
-    phase = max(peaks[costliest], key=peaks[costliest].get)
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
-    return Estimate(components(costliest, phase), phase, peaks[costliest], _gib(static(phase)), context, costliest)
+    static = {phase: static_components(shapes, config, processes, accumulates, phase) for phase in phases}
+    found = [
+        at_peak(static, {phase: moving_components(shapes, config, one, phase) for phase in phases}, context, one)
+        for one in dict.fromkeys(micro_batches)
+    ]
+    return max(found, key=lambda estimate: estimate.allocated_gib)
 
 
-def _static(shapes, config: Config, processes: int, accumulates: bool, phase: str) -> list[Component]:
-    tower = not config.memory.cache_features or phase in ("vision tower", "evaluation")
-    found = weight_components(shapes, config, tower) + adapter_components(shapes, config, processes, accumulates, phase)
-    how = "32 MiB each for the forward and the backward thread"
-    return [*found, Component("cuBLAS workspace", WORKSPACE, how, "")]
-
-
-def _present(components: list[Component]) -> list[Component]:
-    return [component for component in components if component.size > 0]
-
-
-def _gib(components: list[Component]) -> float:
-    return sum(component.gib for component in components)
+def at_peak(
+    static: dict[str, list[Component]], moving: dict[str, list[Component]], context_gib: float, one: MicroBatch
+) -> Estimate:
+    """The estimate of a micro-batch, from the components of each phase."""
+    present = {phase: [part for part in static[phase] + parts if part.size > 0] for phase, parts in moving.items()}
+    peaks = {phase: sum(component.gib for component in components) for phase, components in present.items()}
+    phase = max(peaks, key=peaks.get)
+    static_gib = sum(component.gib for component in static[phase])
+    return Estimate(present[phase], phase, peaks, static_gib, context_gib, one)
 
 
 def largest_micro_batch(config: Config, shapes: ModelShapes) -> MicroBatch:
@@ -328,7 +312,7 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
     shapes, size, word = as_shapes(model_config), config.evaluation.batch_size, "evaluation.batch_size"
     config = replace(config, memory=replace(config.memory, cache_features=False))
     one = MicroBatch(size, length, size * option, visual * size)
-    static = _static(shapes, config, 1, True, "evaluation")
+    static = static_components(shapes, config, 1, True, "evaluation")
     cache = 2 * width(config) * shapes.key * shapes.num_hidden_layers
     tokens = size * (length + max(option, config.evaluation.max_new_tokens))
     moving = {
@@ -342,7 +326,4 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
             Component("logits", *logits_bytes(shapes, one), word),
         ],
     }
-    found = {phase: _present(static + components) for phase, components in moving.items()}
-    peaks = {phase: _gib(components) for phase, components in found.items()}
-    phase = max(peaks, key=peaks.get)
-    return Estimate(found[phase], phase, peaks, _gib(static), CONTEXT_GIB, one)
+    return at_peak(dict.fromkeys(moving, static), moving, CONTEXT_GIB, one)

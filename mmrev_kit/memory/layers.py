@@ -34,30 +34,18 @@ class Activations:
         tensors: what autograd saves for backward in one layer, tensor by tensor.
         inputs: what checkpointing keeps: the input of every layer.
         once: what the recomputed layer adds to that.
-        mlp, attention: gradients on their way through the last layer, at its two heaviest operations.
-        down: the same where the first weight of the backward pass is turned to 16 bit.
-        mlp_saved: what of `tensors` is gone when attention is reached.
+        backward: (operation, bytes of gradients on their way, bytes of a weight that is turned to 16 bit) at the
+            heaviest operation of the last layer's backward pass.
     """
 
     tensors: tuple[float, ...]
     inputs: float
     once: float
-    mlp: float
-    down: float
-    attention: float
-    mlp_saved: float
+    backward: tuple[str, float, float]
 
     @property
     def saved(self) -> float:
         return sum(self.tensors)
-
-    def backward_peaks(self, weight: float) -> list[tuple[str, float, float]]:
-        """(operation, bytes, bytes of a weight in 16 bit) of the heaviest operations of a layer's backward pass."""
-        return [
-            ("the gated product", self.mlp, 0.0),
-            ("down_proj", self.down, weight),
-            ("attention", max(0.0, self.attention - self.mlp_saved), 0.0),
-        ]
 
 
 def lora_saved(inputs: int, names: list[str], config: Config, shared: bool = False) -> list[float]:
@@ -102,17 +90,19 @@ def activations(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activat
     mlp += lora_saved(f, ["down_proj"], config)
     per_token = norms + attention + mlp
     gradient = 4 * h + w * h  # of the residual stream, and of what is added to it
-    positions = 2 * 4 * shapes.head_dim  # cosine and sine, once for all layers
+    gradient += 2 * 4 * shapes.head_dim  # and cosine and sine, which are there once for all layers
     scores = (2 * w + 4) * heads * one.length if eager else 4 * w * q + 4 * q
     tokens = one.tokens
+    operations = [
+        ("the gated product", (3 * w * f + gradient) * tokens, 0.0),
+        ("down_proj", (w * f + gradient) * tokens, largest_linear(shapes, config)),
+        ("attention", max(0.0, scores + gradient - sum(mlp)) * tokens, 0.0),  # what the MLP saved is gone by then
+    ]
     return Activations(
         tensors=tuple(size * tokens for size in per_token),
         inputs=shapes.num_hidden_layers * 4 * h * tokens,
         once=(sum(per_token) - 4 * h) * tokens,  # a norm's input is the layer's own
-        mlp=(3 * w * f + gradient + positions) * tokens,
-        down=(w * f + gradient + positions) * tokens,
-        attention=(scores + gradient + positions) * tokens,
-        mlp_saved=sum(mlp) * tokens,
+        backward=max(operations, key=lambda operation: operation[1] + operation[2]),
     )
 
 
@@ -129,7 +119,7 @@ def logits_bytes(shapes: ModelShapes, one: MicroBatch) -> tuple[float, str]:
 
 
 def vision_bytes(shapes: ModelShapes, config: Config, one: MicroBatch) -> tuple[float, str]:
-    """The tower, which keeps nothing for a backward pass: pixels, DeepStack's features, and a block's widest place.
+    """The tower, which keeps nothing for a backward pass: pixels, DeepStack's features, and the most of a block.
 
     A block's norms are in fp32 under autocast, and so is what 4-bit layers make of them. Attention holds its input,
     queries, keys and values, the rotated queries, and the keys' rotation in four steps of 4 B; the MLP the block's
@@ -152,9 +142,9 @@ def tower_patch(shapes: ModelShapes, config: Config) -> float:
 def prefill_bytes(shapes: ModelShapes, config: Config, one: MicroBatch) -> tuple[float, str]:
     """The first pass over prompts at its peak, in the last layer's MLP, without gradients.
 
-    Keys and values of all layers; gate, up, their product, the norm's output and the MLP's; the residual stream at
-    three places. Of the images: pixels, the tower's last states, its features (DeepStack's twice: as they come and as
-    they are added) and the tokens made of them in fp32.
+    Keys and values of all layers; gate, up, their product, the norm's output and the MLP's; three copies of the
+    residual stream. Of the images: pixels, the tower's last states, its features (DeepStack's twice: as they come and
+    as they are added) and the tokens made of them in fp32.
     """
     h, w, out = shapes.hidden_size, width(config), tower_width(config)
     token = 2 * w * shapes.key * shapes.num_hidden_layers + w * (3 * shapes.intermediate_size + 2 * h) + 3 * 4 * h

@@ -56,9 +56,6 @@ def heaviest_updates(updates: Sequence[list[Sample]], count: int = EXAMINED) -> 
 
 def padded_updates(lengths: Sequence[tuple[int, int, int]], size: int) -> Splitter:
     """The splitter of updates of `size` rows, side by side, that are known by (tokens, answer, visual tokens)."""
-    for tokens, answer, visual in lengths:
-        if tokens < 1 or answer < 0 or visual < 0 or answer + visual > tokens:
-            raise ConfigError(f"a row of {tokens} tokens, {answer} answer and {visual} visual tokens: no such row.")
     samples = [Sample(None, range(tokens), tokens - answer, 0, visual) for tokens, answer, visual in lengths]
 
     def split(limit: int) -> list[list[MicroBatch]]:
@@ -134,24 +131,21 @@ class MemoryPlan:
         return record | {"estimated_gib": sizes}
 
 
-def relative_time(updates: list[list[MicroBatch]], shapes: ModelShapes, recomputed: int) -> float:
-    """Forward and backward, and forward again for the layers that are `recomputed`, and `FIXED` a micro-batch.
-
-    A smaller layer is done sooner with the same launches, so that these are more. Of 43 rates of the 32B on three
-    hosts, measured as `benchmarks/speed_32b.py` does, this is 3 % off (root mean square), and 9 % at most.
-    """
-    fixed = FIXED * layer_weights(as_shapes("32b")) / layer_weights(shapes)
-    each = 2 + recomputed / shapes.num_hidden_layers
-    return sum(each * one.tokens + fixed for micro_batches in updates for one in micro_batches)
-
-
 def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: int) -> Candidate:
-    """The configured way with its estimate; `memory.micro_tokens` must be configured."""
-    updates = split(config.memory.micro_tokens)
-    accumulates = any(len(micro_batches) > 1 for micro_batches in updates)
-    distinct = list(dict.fromkeys(one for micro_batches in updates for one in micro_batches))
-    cost = relative_time(updates, shapes, config.memory.recomputed_layers(shapes.num_hidden_layers))
-    return Candidate(config.memory, cost, estimate(config, shapes, distinct, processes, accumulates))
+    """The configured way with its estimate; `memory.micro_tokens` must be configured.
+
+    Its time is that of each token's forward and backward pass, and once more forward in layers that are recomputed,
+    and `FIXED` a micro-batch; a smaller layer is done sooner with the same launches, so that these are more. Of 43
+    rates of the 32B on three hosts, measured as `benchmarks/speed_32b.py` does, this is 3 % off (root mean square), and
+    9 % at most.
+    """
+    updates, layers = split(config.memory.micro_tokens), shapes.num_hidden_layers
+    micro_batches = [one for update in updates for one in update]
+    fixed = FIXED * layer_weights(as_shapes("32b")) / layer_weights(shapes)
+    each = 2 + config.memory.recomputed_layers(layers) / layers
+    cost = sum(each * one.tokens + fixed for one in micro_batches)
+    accumulates = len(micro_batches) > len(updates)
+    return Candidate(config.memory, cost, estimate(config, shapes, micro_batches, processes, accumulates))
 
 
 def plan(
@@ -204,9 +198,11 @@ def refusal(found: Estimate, card_gib: float, name: str, what: str = "training")
     needed = found.allocated_gib + found.context_gib
     if needed <= card_gib:
         return None
-    most, change = found.costliest(), found.costliest_to_change()
+    most = max(found.components, key=lambda one: one.size)
+    changeable = [one for one in found.components if one.setting.startswith(("memory.", "training.", "lora."))]
+    change = max(changeable, key=lambda one: one.size)  # without another model
     advice = f"Change {most.setting}" if most.setting else "Choose a smaller model"
-    if change and change is not most:
+    if change is not most:
         advice += f", or {change.setting} ({change.name}: {change.gib:.2f} GiB)"
     return (
         f"{name}: {what} needs {needed:.1f} GiB and the card has {card_gib:.1f}. {most.name} takes most: "
@@ -276,8 +272,8 @@ def plan_or_refuse(
     else:
         limit = micro_tokens(config, state.device)
         needed = candidate(with_memory(config, micro_tokens=limit), shapes, split, processes).estimate
-    problems = [refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")]
-    problems = [problem for problem in problems if problem]
+    refusals = refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")
+    problems = list(filter(None, refusals))
     if problems and not config.memory.force:
         raise ConfigError("\n".join(problems))
     return config, found

@@ -64,60 +64,55 @@ VISION_FIELDS = {
 }  # fmt: skip
 
 
-def _whole(section: dict, key: str, where: str, default: int | None = None) -> int:
-    value = section.get(key, default)
-    if value is None:
-        raise ConfigError(f"{where} has no {key}, which the memory estimate needs.")
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{where}: {key} = {value!r}: must be a whole number above 0.")
-    return value
-
-
-def read_shapes(source, name: str | None = None) -> ModelShapes:
-    """The shapes of a model.
+def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
+    """The shapes of a model, from its JSON file or the folder that holds one.
 
     Args:
-        source: a configuration as a dict or a transformers config object, or the path of its JSON file or of the
-            folder that holds one.
+        name: how messages call it; None: as the file or the folder is called.
 
     Raises:
         ConfigError: no such file, another kind of model, a field that is missing, or a size that is not positive.
     """
-    if isinstance(source, str | Path):
-        path = resolve(source)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {published()}.")
-        name = name or (path.parent.name if path.name == "config.json" else path.stem)
-        source = json.loads(path.read_text(encoding="utf-8"))
-    values = source if isinstance(source, dict) else source.to_dict()
-    name = name or "model"
+    path = resolve(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        known = ", ".join(map(architecture_file, PUBLISHED))
+        raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {known}.")
+    name = name or (path.parent.name if path.name == "config.json" else path.stem)
+    values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("model_type") != "qwen3_vl":
         raise ConfigError(f"{name}: model_type = {values.get('model_type')!r}; the estimate knows qwen3_vl.")
-    sections = [values.get("text_config"), values.get("vision_config")]
-    for section, key in zip(sections, ("text_config", "vision_config"), strict=True):
-        if not isinstance(section, dict):
-            raise ConfigError(f"{name} has no {key}, which the memory estimate needs.")
-    text, vision = sections
-    found = {key: _whole(text, key, f"{name}: text_config") for key in TEXT_FIELDS}
-    found |= {ours: _whole(vision, key, f"{name}: vision_config") for ours, key in VISION_FIELDS.items()}
-    head_dim = _whole(text, "head_dim", f"{name}: text_config", found["hidden_size"] // found["num_attention_heads"])
-    side, where = _whole(vision, "patch_size", f"{name}: vision_config"), f"{name}: vision_config"
-    frames, merge = _whole(vision, "temporal_patch_size", where, 2), _whole(vision, "spatial_merge_size", where, 2)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(values.get(part), dict):
+            raise ConfigError(f"{name} has no {part}, which the memory estimate needs.")
+
+    def number(part: str, key: str, default: int | None = None) -> int:
+        value = values[part].get(key, default)
+        if value is None:
+            raise ConfigError(f"{name}: {part} has no {key}, which the memory estimate needs.")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"{name}: {part}: {key} = {value!r}: must be a whole number above 0.")
+        return value
+
+    text, vision = "text_config", "vision_config"
+    sizes = {key: number(text, key) for key in TEXT_FIELDS}
+    sizes |= {ours: number(vision, key) for ours, key in VISION_FIELDS.items()}
+    patch = number(vision, "in_channels", 3) * number(vision, "temporal_patch_size", 2)
+    tied = values.get("tie_word_embeddings", values[text].get("tie_word_embeddings", False))
     return ModelShapes(
-        **found,
-        head_dim=head_dim,
-        tied=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        v_patch_values=_whole(vision, "in_channels", where, 3) * frames * side * side,
-        v_merge=merge**2,
-        v_deepstack=len(vision.get("deepstack_visual_indexes") or ()),
+        **sizes,
+        head_dim=number(text, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),
+        tied=bool(tied),
+        v_patch_values=patch * number(vision, "patch_size") ** 2,
+        v_merge=number(vision, "spatial_merge_size", 2) ** 2,
+        v_deepstack=len(values[vision].get("deepstack_visual_indexes") or ()),
         name=name,
     )
 
 
-def published() -> list[str]:
-    """The architecture files that the kit brings, by name."""
-    return sorted(path.stem for path in resolve("configs/models").glob("*.json"))
+def architecture_file(size: str) -> str:
+    """The file of a published model's sizes, which the kit brings."""
+    return f"configs/models/qwen3vl_{size}.json"
 
 
 def size_in_name(name: str) -> str | None:
@@ -131,7 +126,7 @@ def as_shapes(source) -> ModelShapes:
     if isinstance(source, ModelShapes):
         return source
     if isinstance(source, str) and source.lower() in PUBLISHED:
-        source = f"configs/models/qwen3vl_{source.lower()}.json"
+        source = architecture_file(source.lower())
     elif source == "embedded":
         source = EMBEDDED_MODEL
     return read_shapes(source)

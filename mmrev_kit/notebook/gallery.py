@@ -8,7 +8,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from mmrev_kit.data.images import load_image
+from mmrev_kit.data.images import find_image, load_image
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.notebook.plots import subplots
@@ -26,37 +26,33 @@ def balance_table(rows_by_file: dict[str, list[Row]]):
     """A pandas DataFrame with one row a file and group: rows, people, connectors, and how the answers are balanced."""
     import pandas
 
-    records = []
-    for file, rows in rows_by_file.items():
-        for group in sorted({row.group for row in rows}, key=str):
-            own = [row for row in rows if row.group == group]
-            answers = Counter(row.answer for row in own)
-            few = len(answers) <= 4
-            records.append(
-                {
-                    "file": file,
-                    "group": group or "",
-                    "rows": len(own),
-                    "entities": len({row.entity_id for row in own}),
-                    "connectors": len({row.connector for row in own}),
-                    "answers": ", ".join(f"{a} {answers[a]}" for a in sorted(answers))
-                    if few
-                    else f"{len(answers)} texts",
-                }
-            )
-    return pandas.DataFrame(records).set_index(["file", "group"])
+    def counts(answers) -> str:
+        found = Counter(answers)
+        few = len(found) <= 4  # else they are descriptions
+        return ", ".join(f"{answer} {found[answer]}" for answer in sorted(found)) if few else f"{len(found)} texts"
+
+    names = ["file", "group", "entity", "connector", "answer"]
+    records = [
+        (file, row.group or "", row.entity_id, row.connector, row.answer)
+        for file, rows in rows_by_file.items()
+        for row in sorted(rows, key=lambda row: str(row.group))
+    ]
+    parts = pandas.DataFrame(records, columns=names).groupby(["file", "group"], sort=False)
+    unique = {"entities": ("entity", "nunique"), "connectors": ("connector", "nunique")}
+    return parts.agg(rows=("answer", "size"), **unique, answers=("answer", counts))
 
 
-def people_figure(entities: list[dict], folder: Path, columns: int = 4):
+def people_figure(entities: list[dict], folder: Path):
     """The people of an experiment: picture, name, group, description.
 
     Args:
-        entities: from `data.read_entities`; those without `images` are left out.
+        entities: from `rows.read_entities`; those without `images` are left out.
         folder: the experiment's folder.
     """
     from matplotlib import pyplot
 
     shown = [entity for entity in entities if entity.get("images")]
+    columns = 4
     lines = max(1, -(-len(shown) // columns))
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.5 * lines), squeeze=False)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=0.94, hspace=0.35, wspace=0.05)
@@ -64,7 +60,8 @@ def people_figure(entities: list[dict], folder: Path, columns: int = 4):
     for axis in axes.flat:
         axis.axis("off")
     for axis, entity in zip(axes.flat, shown, strict=False):
-        axis.imshow(load_image(folder / entity["images"][0]), interpolation="nearest")
+        image = find_image(folder, entity["images"][0], None)  # who reads the entities checks whether it may be shown
+        axis.imshow(load_image(image), interpolation="nearest")
         name = entity.get("name") or entity["id"]
         # parse_math: a description with dollar signs is text
         title = f"{name} ({entity.get('group', 'main')})\n{entity.get('description', '')}"
@@ -88,14 +85,14 @@ def prompt_html(sample: Sample, encoder: Encoder) -> str:
     """
     specials = set(encoder.tokenizer.all_special_ids)
     pieces, images, run = [], iter(sample.row.images), 0
-    for place, token in enumerate(sample.input_ids):
+    for position, token in enumerate(sample.input_ids):
         if token == encoder.image_id:
             run += 1
-            if sample.input_ids[place + 1] != encoder.image_id:
+            if sample.input_ids[position + 1] != encoder.image_id:
                 pieces.append(f"{_picture(next(images))}<span style='{TOKEN['special']}'>{run} tokens</span>")
                 run = 0
             continue
-        kind = "answer" if place >= sample.answer_start else "special" if token in specials else "text"
+        kind = "answer" if position >= sample.answer_start else "special" if token in specials else "text"
         text = escape(encoder.tokenizer.decode([token])).replace("\n", "⏎\n")
         pieces.append(f"<span style='{TOKEN[kind]}'>{text}</span>")
     row = sample.row
@@ -143,9 +140,8 @@ def lengths_figure(samples: list[Sample], max_length: int):
     axis.invert_yaxis()
     axis.axvline(max_length, color="C3", linestyle="--", linewidth=1)
     axis.annotate("max_length", (max_length, 0.5), color="C3", fontsize=8, ha="right", va="bottom")
-    axis.set_xlim(left=0)
     axis.grid(axis="x", alpha=0.25)
-    axis.set_xlabel("tokens a row (box: middle half; line: shortest to longest)")
+    axis.set(xlim=(0, None), xlabel="tokens a row (box: middle half; line: shortest to longest)")
     return figure
 
 
@@ -176,12 +172,10 @@ def _shown(path: str | None) -> str:
     return f"[{escape(Path(path).name if path else 'image')}]"
 
 
-def answers_html(records: list[dict], count: int = 1, drop: str = "none") -> str:
-    """For each test and group the first `count` right and the first `count` wrong answers."""
-    chosen, seen = [], Counter()
+def answers_html(records: list[dict]) -> str:
+    """For each test and group the first right and the first wrong answer to a whole prompt."""
+    chosen: dict[tuple, dict] = {}
     for record in records:
-        key = (record["test"], record["group"], record["right"])
-        if record["drop"] == drop and record["right"] is not None and seen[key] < count:
-            seen[key] += 1
-            chosen.append(record)
-    return "".join(map(answer_html, chosen))
+        if record["drop"] == "none" and record["right"] is not None:
+            chosen.setdefault((record["test"], record["group"], record["right"]), record)
+    return "".join(map(answer_html, chosen.values()))

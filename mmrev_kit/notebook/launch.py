@@ -1,28 +1,28 @@
-"""From a notebook cell to a finished run: the run folder, the processes, live progress, and errors that arrive."""
+"""From a notebook cell to a finished run or evaluation: the folder, the job, live progress, and errors that arrive."""
 
 from __future__ import annotations
 
 import json
-import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
-from mmrev_kit.config.project import resolve, run_dir
-from mmrev_kit.config.reading import load_config, to_yaml
+from mmrev_kit.config.project import experiment_dir, resolve, run_dir
+from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.evaluation.predict import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.evaluation.results import write_results
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
-from mmrev_kit.training import history
-from mmrev_kit.training.jobs import Job, _run_forked, _run_fresh, count_processes, why_not_here
+from mmrev_kit.training.history import clear_errors, mark_ended, prepare_folder, read_history, refuse_other_run
+from mmrev_kit.training.jobs import count_processes, error_text, run_job
+from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
 from mmrev_kit.training.preflight import preflight
-from mmrev_kit.training.processes import end_with
 from mmrev_kit.training.update import TrainingError
 
-REQUEST = "request.json"  # what an evaluation was asked for: adapter, drops, folder
+HISTORY, LOG = "training_history.json", "train.log"
 
 
 def check_machine(config: Config) -> None:
@@ -38,51 +38,86 @@ def check_machine(config: Config) -> None:
         raise ConfigError("\n".join(found.problems))
 
 
-def launch(config: Config) -> dict:
-    """Train: start the processes, show progress, and return the run's history when it has ended.
+class Watch:
+    """What a run's history and log have gained, shown at each call."""
 
-    Two processes or more are forked from this kernel by accelerate's `notebook_launcher`; a single one, or several
-    from a kernel that cannot be forked, run in a fresh Python that does the same. An interrupted run goes on from its
-    last save, a finished one is not trained again.
+    def __init__(self, folder: Path):
+        self.progress, self.log = Progress(folder / HISTORY), LogLines(folder / LOG)
+
+    def __call__(self, last: bool = False) -> None:
+        self.log.show()
+        self.progress.show(last)
+
+
+def launch(config: Config) -> dict:
+    """Train: start the workers, show progress, and return the run's history when it has ended.
+
+    An interrupted run goes on from its last save, and a finished one is not trained again. A run that is under way,
+    started elsewhere with the same configuration, is shown until its end.
 
     Raises:
         ConfigError, DataError: nothing was started; the message says what to change.
-        TrainingError: the run ended with an error; the message is the failing process's own.
+        TrainingError: the run ended with an error; the message is the failing worker's own.
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
-    check_machine(config)
-    finished = history.prepare_folder(config)
     folder = run_dir(config)
-    if finished:
-        print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
-        return finished
-    number = config.launch.num_processes
-    reason = "one process" if number == 1 else why_not_here()
+    if holder := read_holder(folder):
+        return attach(config, folder, holder)
+    check_machine(config)
+    with held(folder):
+        finished = prepare_folder(config)
+        if finished:
+            print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
+            return finished
+        return _train(config, folder)
+
+
+def _train(config: Config, folder: Path) -> dict:
+    number, saved, show = config.launch.num_processes, folder / "last", Watch(folder)
     count = "1 process" if number == 1 else f"{number} processes"
-    saved = folder / "last"
-    how = (f", in a fresh Python ({reason})" if reason else "") + (f", going on from {saved}" if saved.exists() else "")
-    print(f"training in {folder}: {count}{how}")
-    progress, log = Progress(folder / "training_history.json"), LogLines(folder / "train.log")
-
-    def show() -> None:
-        log.show()
-        progress.show()
-
-    job = Job(config, folder, "train.log", worker, (config,), show)
+    print(f"training in {folder}: {count}" + (f", going on from {saved}" if saved.exists() else ""))
     try:
-        (_run_fresh if reason else _run_forked)(job)
+        run_job(worker, folder, LOG, number, show=show)
     except (KeyboardInterrupt, TrainingError) as error:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        history.mark_ended(folder / "training_history.json", how)
+        mark_ended(folder / HISTORY, how)
         show()
         print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
         if how == "interrupted":
             raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
-    log.show()
-    progress.show(last=True)
-    return history.read_history(folder / "training_history.json")
+    show(last=True)
+    return read_history(folder / HISTORY)
+
+
+def attach(config: Config, folder: Path, holder: dict) -> dict:
+    """Show a run that somebody else started, until its end; returns its history then.
+
+    Raises:
+        ConfigError: it has another configuration, or is to be replaced.
+        TrainingError: it ended with an error.
+        KeyboardInterrupt: the watching was ended; the run goes on.
+    """
+    under_way = f"{folder} is under way: {describe(holder)}"
+    if config.launch.overwrite:
+        raise ConfigError(f"{under_way}. It is not replaced: wait for its end, or interrupt it where it was started.")
+    refuse_other_run(config, under_way)
+    print(f"{under_way}. It is shown here; an interrupt ends the showing, not the run.", flush=True)
+    show = Watch(folder)
+    try:
+        while read_holder(folder):
+            show()
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print("no longer shown; the run goes on")
+        raise KeyboardInterrupt from None
+    show(last=True)
+    history = read_history(folder / HISTORY)
+    if history["status"] != "finished":
+        reason = error_text(folder, LOG, config.launch.num_processes) if history["status"] == "failed" else None
+        raise TrainingError(f"The run that was shown has {history['status']}: {reason or history['reason']}")
+    return history
 
 
 def evaluate(
@@ -95,13 +130,13 @@ def evaluate(
     Args:
         config: of the run; pixel limits, template and prompts are those of its training.
         adapter: "best" or "final" of the run, or None for the base model without an adapter.
-        drops: from `evaluate.DROPS`; "none" is the whole prompt.
+        drops: from `predict.DROPS`; "none" is the whole prompt.
         again: make it even if it is there.
 
     Raises:
-        ConfigError: the run has no such adapter, or it belongs to another base; an unknown drop.
+        ConfigError: the run has no such adapter, or it belongs to another base; an unknown drop; the folder is in use.
         DataError: a fault in the experiment's test files.
-        TrainingError: the evaluation ended with an error; the message is the failing process's own.
+        TrainingError: the evaluation ended with an error; the message is the failing worker's own.
     """
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
@@ -114,46 +149,23 @@ def evaluate(
     if chosen:
         check_base(chosen, base, config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
-    folder = owner / "eval" / config.experiment.name
+    folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
     key = evaluation_key(config, chosen, base, drops, questions)
     facts = folder / "facts.json"
     if not again and facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("key") == key:
         print(f"{folder} holds this evaluation.")
         return folder
-    facts.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    history.clear_errors(folder)
-    write_text(folder / "config.yaml", to_yaml(config))
-    request = [str(chosen) if chosen else None, list(drops), str(folder)]
-    write_json(folder / REQUEST, request)
-    number = config.launch.num_processes
-    reason = "one process" if number == 1 else why_not_here()
-    print(f"evaluating {chosen or config.model.name}" + (f", in a fresh Python ({reason})" if reason else ""))
-    log = LogLines(folder / "evaluate.log")
-    job = Job(config, folder, log.path.name, evaluate_worker, (config, *request), log.show)
-    (_run_fresh if reason else _run_forked)(job)
-    log.show()
-    task = config.experiment.task if chosen else None
-    write_results(folder, task)
-    write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
+    with held(folder):
+        facts.unlink(missing_ok=True)
+        clear_errors(folder)
+        write_text(folder / "config.yaml", to_yaml(config))
+        print(f"evaluating {chosen or config.model.name}")
+        log = LogLines(folder / "evaluate.log")
+        arguments = str(chosen) if chosen else None, list(drops), str(folder)
+        run_job(evaluate_worker, folder, log.path.name, config.launch.num_processes, *arguments, show=log.show)
+        log.show()
+        task = config.experiment.task if chosen else None
+        write_results(folder, task)
+        write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
     return folder
-
-
-def main() -> None:
-    """`python -m mmrev_kit.notebook.launch FOLDER PARENT`: what a fresh Python runs for `launch` and `evaluate`."""
-    folder = Path(sys.argv[1])
-    end_with(int(sys.argv[2]))
-    config = load_config(folder / "config.yaml")
-    job = Job(config, folder, "train.log", worker, (config,), lambda: None)
-    if (folder / REQUEST).is_file():
-        adapter, drops, _ = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-        job = Job(config, folder, "evaluate.log", evaluate_worker, (config, adapter, drops, str(folder)), lambda: None)
-    if config.launch.num_processes == 1:
-        job.start()
-    else:
-        _run_forked(job)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.data.tasks import GENERATION, TASK_TYPES
 
 MARKERS = "osD^vP*X"
 SMALL = {"fontsize": 7, "textcoords": "offset points"}
@@ -66,8 +66,7 @@ def _draw_losses(axis, histories: dict[str, dict]) -> None:
             values = _gaps([record["val_loss"].get(source) for record in history["epochs"]])
             style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4, "linestyle": "-" if alone else "--"}
             axis.plot(ends, values, color=f"C{index % 10}" if alone else own, label=f"{prefix}{source}", **style)
-    axis.set_ylabel("loss (nats a token)")
-    axis.set_yscale("log")
+    axis.set(ylabel="loss (nats a token)", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=8)
@@ -83,14 +82,11 @@ def _draw_rates(axis, histories: dict[str, dict]) -> None:
             decision = record["decision"]
             if decision is None or record["lr"] is None:
                 continue
-            if decision["improved"]:
-                axis.plot(end, record["lr"], "o", color=color, markersize=5)
-            else:
-                axis.plot(end, record["lr"], "x", color="C3", markersize=6)
+            marker, size, own = ("o", 5, color) if decision["improved"] else ("x", 6, "C3")
+            axis.plot(end, record["lr"], marker, color=own, markersize=size)
             if decision["reduced"]:
                 axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), xytext=(3, 4), **SMALL)
-    axis.set_ylabel("learning rate")
-    axis.set_ylim(bottom=0)
+    axis.set(ylabel="learning rate", ylim=(0, None))
     axis.plot([], [], "o", color="0.3", label="improved, saved as best")
     axis.plot([], [], "x", color="C3", label="no improvement")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
@@ -102,16 +98,14 @@ def _draw_throughput(axis, histories: dict[str, dict]) -> None:
         speeds = [step["samples_per_second"] for step in steps]
         x = [step["global_step"] for step in steps]
         axis.plot(x, _smooth(speeds, max(1, len(speeds) // 40)), color=f"C{number % 10}")
-    axis.set_ylabel("samples/s")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("optimizer step")
+    axis.set(ylabel="samples/s", ylim=(0, None), xlabel="optimizer step")
 
 
 def history_figure(histories: dict[str, dict]):
     """Loss by source, learning rate with the decisions, and throughput over the steps of one or several runs.
 
     Args:
-        histories: {name: history as from `runs.read_history`}; of several runs only the deciding source is drawn.
+        histories: {name: history as from `history.read_history`}; of several runs only the deciding source is drawn.
 
     Returns:
         A matplotlib Figure. A loss that was not finite is a gap.
@@ -139,18 +133,17 @@ def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
     epochs = [record["epoch"] for record in records]
     axes[0].plot(epochs, [record["loss"] for record in records], color="0.45")
     for record in records:
-        marker = ("o", "C0") if record["improved"] else ("x", "C3")
-        axes[0].plot(record["epoch"], record["loss"], marker[0], color=marker[1])
-    axes[0].axhline(min_val_loss, color="C2", linewidth=0.8, linestyle="--")
-    axes[0].annotate("min_val_loss", (epochs[0], min_val_loss), fontsize=7, color="C2", va="bottom")
+        marker, color = ("o", "C0") if record["improved"] else ("x", "C3")
+        axes[0].plot(record["epoch"], record["loss"], marker, color=color)
     axes[0].set_ylabel("assumed\nvalidation loss")
     axes[0].set_title("o improved, saved as best      x no improvement", loc="left", fontsize=8)
     axes[1].step([*epochs, epochs[-1] + 1], [r["lr"] for r in records] + [records[-1]["next_lr"]], where="post")
-    axes[1].axhline(min_lr, color="C3", linewidth=0.8, linestyle="--")
-    axes[1].annotate("min_lr", (epochs[0], min_lr), fontsize=7, color="C3", va="bottom")
-    axes[1].set_ylim(bottom=0)
-    axes[1].set_ylabel("learning rate")
+    axes[1].set(ylabel="learning rate", ylim=(0, None))
     axes[1].set_xlabel(f"epoch; ends after {epochs[-1]}: {records[-1]['stop'] or 'the losses given'}")
+    limits = (("min_val_loss", min_val_loss, "C2"), ("min_lr", min_lr, "C3"))
+    for axis, (name, value, color) in zip(axes, limits, strict=True):
+        axis.axhline(value, color=color, linewidth=0.8, linestyle="--")
+        axis.annotate(name, (epochs[0], value), fontsize=7, color=color, va="bottom")
     return figure
 
 
@@ -167,49 +160,46 @@ def mix_figure(table: list[dict]):
         text = f"{row['actual share']:.1%}"
         axis.text(left + row["rows per epoch"] / 2, 0, text, ha="center", va="center", fontsize=8, color="white")
         left += row["rows per epoch"]
-    axis.set_yticks([])
-    axis.set_ylim(-0.4, 0.4)
+    axis.set(yticks=[], ylim=(-0.4, 0.4), xlabel="rows an epoch")
     axis.grid(False)
-    axis.set_xlabel("rows an epoch")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
     return figure
 
 
-GROUPS = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
+GROUP_STYLES = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
 
 
-def accuracy_figure(metrics: dict[str, dict], drop: str = "none"):
-    """Accuracy in the four tests, by group, with the interval over entities and the line of chance; a row a run.
+def accuracy_figure(metrics: dict[str, dict]):
+    """Accuracy in whole prompts by test and group, with the interval over entities and the line of chance; a row a run.
 
     Args:
-        metrics: {name: as from `stats.metrics`}. Where entities are unknown the interval is Wilson's.
+        metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
     figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
     for axis, (name, found) in zip(axes, metrics.items(), strict=True):
-        tests = found.get(drop, {})
-        for place, test in enumerate(TITLES):
+        tests = found["none"]
+        for x, test in enumerate(TASK_TYPES):
             groups = {group: n for group, n in tests.get(test, {}).items() if n["accuracy"] is not None}
             if len(groups) > 1:
                 groups.pop("all", None)  # it is the two groups together
             for number, group in enumerate(sorted(groups, reverse=True)):
-                _draw_accuracy(axis, place + 0.24 * (number - (len(groups) - 1) / 2), group, groups[group])
+                _draw_accuracy(axis, x + 0.24 * (number - (len(groups) - 1) / 2), group, groups[group])
             for numbers in list(groups.values())[:1]:
-                axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
-        axis.set_xticks(range(len(TITLES)), TITLES.values())
-        axis.set_xlim(-0.5, len(TITLES) - 0.5)
-        axis.set_ylim(-0.04, 1.04)
-        axis.set_ylabel("accuracy")
+                axis.hlines(numbers["chance"], x - 0.4, x + 0.4, color="C3", linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(TASK_TYPES)), [task.title for task in TASK_TYPES.values()])
+        axis.set(xlim=(-0.5, len(TASK_TYPES) - 0.5), ylim=(-0.04, 1.04), ylabel="accuracy")
         axis.set_title(name, loc="left", fontsize=9, parse_math=False)
-    for group in [g for g in GROUPS if any(g in n for found in metrics.values() for n in found[drop].values())]:
-        if group != "all" or "main" not in next(iter(metrics.values()))[drop].get("reverse", {}):
-            axes[0].plot([], [], GROUPS[group][0], color=GROUPS[group][1], label=group)
+    present = {group for found in metrics.values() for groups in found["none"].values() for group in groups}
+    for group, (marker, color) in GROUP_STYLES.items():
+        if group in present and (group != "all" or "main" not in present):
+            axes[0].plot([], [], marker, color=color, label=group)
     axes[0].plot([], [], "--", color="C3", label="chance")
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
 
 def _draw_accuracy(axis, x: float, group: str, numbers: dict) -> None:
-    marker, color = GROUPS.get(group, GROUPS["all"])
+    marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
     low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
     axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
     axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
@@ -220,28 +210,25 @@ def answers_figure(tests: dict):
     """What was answered against what is right: CW and both multiple-choice tests, a column a test, a row a group.
 
     Args:
-        tests: of one drop, as from `stats.metrics`.
+        tests: of one drop, as from `metrics.metrics`.
     """
     from matplotlib import pyplot
 
-    tables = {test: {g: _confusion(test, n) for g, n in tests[test].items()} for test in tests if test != "forward"}
-    groups = [g for g in GROUPS if any(table.get(g) for table in tables.values())]
-    groups = [g for g in groups if g != "all"] or groups
+    tables = {
+        test: {group: (n["rates"] or n["options"] or {}).get("confusion") for group, n in groups.items()}
+        for test, groups in tests.items()
+        if TASK_TYPES[test].format != GENERATION
+    }
+    groups = [group for group in GROUP_STYLES if any(table.get(group) for table in tables.values())]
+    groups = [group for group in groups if group != "all"] or groups
     figure, axes = pyplot.subplots(
         len(groups), len(tables), figsize=(3.1 * len(tables), 2.6 * len(groups)), squeeze=False, layout="constrained"
     )
     pyplot.close(figure)
     for line, group in zip(axes, groups, strict=True):
         for axis, (test, table) in zip(line, tables.items(), strict=True):
-            _draw_confusion(axis, f"{TITLES[test]}, {group}", table.get(group))
+            _draw_confusion(axis, f"{TASK_TYPES[test].title}, {group}", table.get(group))
     return figure
-
-
-def _confusion(test: str, numbers: dict) -> dict[str, dict[str, int]] | None:
-    """{right answer: {answer: rows}}, or None where the labels lost their meaning."""
-    if test == "reverse" and numbers["rates"]:
-        return numbers["rates"]["confusion"]
-    return numbers["options"]["confusion"] if numbers["options"] else None
 
 
 def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -> None:

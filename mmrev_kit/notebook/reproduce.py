@@ -6,16 +6,14 @@ from copy import deepcopy
 from dataclasses import replace
 
 from mmrev_kit.config.project import run_dir
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import TASKS, Config
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.data.tasks import TITLES
+from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation import metrics
 from mmrev_kit.evaluation.results import Evaluation, read_evaluation
-from mmrev_kit.evaluation.verdict import NAMES, ROLES, Verdict, verdict
+from mmrev_kit.evaluation.verdict import TESTS, Verdict, verdict
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.history import read_history
-
-TASKS = ("forward", "reverse")
 
 
 def seed_config(config: Config, task: str, seed: int) -> Config:
@@ -31,47 +29,48 @@ def run_all(config: Config, seeds: list[int], tasks: tuple[str, ...] = TASKS) ->
     Returns:
         {task: {seed: evaluation}}.
     """
-    found: dict[str, dict[int, Evaluation]] = {task: {} for task in tasks}
+    evaluations: dict[str, dict[int, Evaluation]] = {task: {} for task in tasks}
     for seed in seeds:
         for task in tasks:
             own = seed_config(config, task, seed)
             print("\n".join([f"-- seed {seed}, {task}", *ensure_data(own)]), flush=True)
             launch(own)
-            found[task][seed] = read_evaluation(evaluate(own), run_dir(own).name)
-    return found
+            evaluations[task][seed] = read_evaluation(evaluate(own), run_dir(own).name)
+    return evaluations
 
 
-def pool(evaluations: dict[int, Evaluation]) -> list[dict]:
+def pool(by_seed: dict[int, Evaluation]) -> list[dict]:
     """The records of several seeds as those of one evaluation: each seed's people are people of their own."""
     return [
         record | {"id": f"seed{seed}/{record['id']}", "entity_id": f"seed{seed}/{record['entity_id']}"}
-        for seed, one in evaluations.items()
+        for seed, one in by_seed.items()
         for record in one.records
     ]
 
 
-def pooled_metrics(found: dict[str, dict[int, Evaluation]]) -> dict[str, dict]:
+def pooled_metrics(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, dict]:
     """{"task <task>, <n> seeds": metrics over the people of all seeds}, for `plots.accuracy_figure`."""
-    return {f"task {task}, {len(seeds)} seeds": metrics.metrics(pool(seeds)) for task, seeds in found.items()}
+    return {f"task {task}, {len(seeds)} seeds": metrics.metrics(pool(seeds)) for task, seeds in evaluations.items()}
 
 
-def pooled_verdicts(found: dict[str, dict[int, Evaluation]]) -> dict[str, Verdict]:
+def pooled_verdicts(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, Verdict]:
     """{task: verdict over the people of all seeds}."""
-    return {task: verdict(pool(seeds), task) for task, seeds in found.items()}
+    return {task: verdict(pool(seeds), task) for task, seeds in evaluations.items()}
 
 
-def seed_table(config: Config, found: dict[str, dict[int, Evaluation]]):
+def seed_table(config: Config, evaluations: dict[str, dict[int, Evaluation]]):
     """A pandas DataFrame, a row a task and seed: accuracy by test and group, the claim, and seconds of training."""
     import pandas
 
     rows = []
-    for task, seeds in found.items():
+    for task, seeds in evaluations.items():
         for seed, one in seeds.items():
             row: dict = {"task": task, "seed": seed}
             for test, groups in one.metrics["none"].items():
-                row |= {f"{TITLES[test]} {g}": groups[g]["accuracy"] for g in ("main", "control") if g in groups}
+                title = TASK_TYPES[test].title
+                row |= {f"{title} {group}": groups[group]["accuracy"] for group in GROUPS if group in groups}
             judged = verdict(one.records, task)
-            row[f"claim ({NAMES[ROLES[task].deciding]})"] = judged.claim
+            row[f"claim ({TASK_TYPES[TESTS[task].deciding].long_title})"] = judged.claim
             history = read_history(run_dir(seed_config(config, task, seed)) / "training_history.json")
             row["training (s)"] = round(sum(record["seconds"] for record in history["epochs"]))
             rows.append(row)

@@ -6,13 +6,14 @@ import numpy
 
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.pools import MAX_NAMED
+from mmrev_kit.data.tasks import LETTERS, TASK_TYPES
 from mmrev_kit.pretraining.model import answer_logits, shapes_of, to_arrays
 from mmrev_kit.pretraining.pictures import SIZE, Pictures, make_pictures
 from mmrev_kit.pretraining.questions import Sampler
-from mmrev_kit.pretraining.text import LETTERS, NO_TARGET, Block, Lexicon
+from mmrev_kit.pretraining.text import NO_TARGET, Block, Lexicon
 
 TASKS = ("caption", "reverse", "mcq_i2d", "mcq_d2i")
-NAMES = {"caption": "caption", "reverse": "CW", "mcq_i2d": "I2D", "mcq_d2i": "D2I"}
+NAMES = {task: TASK_TYPES[task].title if task in TASK_TYPES else task for task in TASKS}
 HELD_OUT = {
     "faces": "faces that training did not show",
     "combinations": "faces with three attributes that training did not show together",

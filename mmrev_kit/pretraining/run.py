@@ -1,4 +1,4 @@
-"""Pretraining of the embedded model: `python -m mmrev_kit.pretraining --minutes 9 --state DIR --out DIR`.
+"""Pretraining of the embedded model: `python -m mmrev_kit pretrain --minutes 9 --state DIR --out DIR`.
 
 Warm-up, a constant rate, and at the end a rate that falls to zero, so that several runs add up: a run goes on from the
 last one's state, and its data go on where they stopped.

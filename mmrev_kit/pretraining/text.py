@@ -13,11 +13,10 @@ import numpy
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, phrases
 from mmrev_kit.data.objects import FAMILIES
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS
 from mmrev_kit.data.people import PLACES, ROLES
+from mmrev_kit.data.tasks import CONNECTORS, CORRECT_QUESTION, LETTERS
 
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-LETTERS = "ABCD"
 WRITTEN = 4000  # arbitrary texts for copying, and the tokens that one may have
 LONGEST_COPY = 20
 ALPHABETS = (
@@ -66,9 +65,9 @@ class Lexicon:
         self.start, self.end = self.piece(START, special=True), self.piece(END, special=True)
         self.stop = self.piece("<|im_end|>", special=True)
         self.image = {grid: self._image_piece(*grid) for grid in dict.fromkeys(grids)}
-        self.forward = self.pieces(f" {words}" for words in FORWARD_CONNECTORS)
-        self.reverse = self.pieces(f" {words}" for words in REVERSE_CONNECTORS)
-        self.space, self.ask_cw = self.piece(" "), self.piece(", correct or wrong? Only answer Correct or Wrong.")
+        self.forward = self.pieces(f" {words}" for words in CONNECTORS["forward"])
+        self.reverse = self.pieces(f" {words}" for words in CONNECTORS["reverse"])
+        self.space, self.ask_cw = self.piece(" "), self.piece(CORRECT_QUESTION)
         self.first_option, self.only = self.piece("? A."), self.piece(" Only answer A, B, C, or D.")
         self.options = self.pieces(f" {letter}." for letter in LETTERS)  # that of A is not used: see first_option
         self.first_image = self.piece("? A. ")

@@ -13,8 +13,8 @@ from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import describe, sample_faces
 from mmrev_kit.data.objects import FAMILIES
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS
 from mmrev_kit.data.people import PLACES, ROLES
+from mmrev_kit.data.tasks import CONNECTORS
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -46,7 +46,7 @@ def tokenizer_corpus(seed: int = 0) -> list[str]:
     names = [name for family in FAMILIES for name in family]
     texts = [f"the {role} of {place}" for role in ROLES for place in PLACES] * 10
     texts += [describe(face, list(face)) for face in sample_faces(rng, 1000, "pretrain", min_difference=1)]
-    texts += [f" {words}" for words in (*FORWARD_CONNECTORS, *REVERSE_CONNECTORS)] * 200
+    texts += [f" {words}" for words in CONNECTORS["forward"] + CONNECTORS["reverse"]] * 200
     texts += [f" {name}" for name in names] * 60 + names * 2
     texts += [", correct or wrong? Only answer Correct or Wrong. Only answer A, B, C, or D. Correct Wrong"] * 500
     return texts + ["Correct", "Wrong", "user\n", "assistant\n", " A. B. C. D.", "? A."] * 500

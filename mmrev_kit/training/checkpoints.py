@@ -9,7 +9,11 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from mmrev_kit import files
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mmrev_kit import __version__, files
 from mmrev_kit.config.project import project_root, run_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.bases import base_fingerprint, base_of
@@ -79,8 +83,6 @@ def base_facts(config) -> dict:
 
 
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
-    import torch
-
     if isinstance(value, dict):
         for key, item in value.items():
             _flatten(item, f"{path}/{key}" if path else str(key), tensors, plain)
@@ -106,8 +108,6 @@ def save_last(run) -> None:
 
     The history goes first, so that it never lacks a step that `last/` has behind it.
     """
-    from safetensors.torch import save_file
-
     adapter = {name: p.detach().cpu().contiguous() for name, p in run.model.named_parameters() if p.requires_grad}
     tensors, plain = {}, {}
     state = run.optimizer.state_dict()
@@ -144,8 +144,6 @@ def load_last(run) -> bool:
     Raises:
         ConfigError: the folder was not written by this version of the kit, or for another run, or cannot be read.
     """
-    from safetensors import SafetensorError
-
     folder = run.folder / "last"
     if not folder.is_dir():
         return False
@@ -160,8 +158,6 @@ def load_last(run) -> bool:
 
 
 def _restore(run, folder: Path) -> None:
-    from safetensors.torch import load_file
-
     manifest = run.folder / "manifest.json"
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     changed = [name for name, value in identity(run).items() if before.get(name, value) != value]
@@ -219,11 +215,10 @@ def identity(run) -> dict:
 
 def write_manifest(run) -> None:
     """Write manifest.json: everything needed to tell later what this run was."""
-    import torch
-
     device = run.state.device
+    versions = {name: version(name) for name in PACKAGES}
     facts = {
-        "versions": {name: version(name) for name in ("mmrev-kit", *PACKAGES)} | {"python": platform.python_version()},
+        "versions": versions | {"mmrev-kit": __version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
         **identity(run),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",

@@ -40,17 +40,17 @@ def check_finite(run, record: dict, samples: list[Sample]) -> None:
 
 def explain(run, samples: list[Sample]) -> str:
     """Where values that are not finite come from, as every process sees it in its share; see `find_fault`."""
-    found = [find_fault(run, samples)]
+    faults = [find_fault(run, samples)]
     if run.state.num_processes > 1:
         from accelerate.utils import gather_object
 
-        found = gather_object(found)
-    ranks = [rank for rank, fault in enumerate(found) if fault]
+        faults = gather_object(faults)
+    ranks = [rank for rank, fault in enumerate(faults) if fault]
     if not ranks:
         return "One more pass over the same rows met no such value: look for a faulty card, or lower the learning rate."
-    if len(found) == 1:
-        return found[0]
-    return f"In process {', '.join(map(str, ranks))} of 0 to {len(found) - 1}: {found[ranks[0]]}"
+    if len(faults) == 1:
+        return faults[0]
+    return f"In process {', '.join(map(str, ranks))} of 0 to {len(faults) - 1}: {faults[ranks[0]]}"
 
 
 def find_fault(run, samples: list[Sample]) -> str | None:

@@ -7,13 +7,22 @@ import math
 import time
 from pathlib import Path
 
-from mmrev_kit.config.project import hide_secrets, run_dir
+from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import remove_folder, tidy, write_json, write_text
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 OWN_FOLDERS = ("best", "final", "last")
+# Sections and keys that may differ between the parts of one run.
+NOT_TRAINING = (
+    "evaluation",
+    "memory",
+    "launch.overwrite",
+    "launch.output_dir",
+    "launch.cpu_gib",
+    "training.save_steps",
+)
 
 
 class History:
@@ -127,33 +136,53 @@ def clear_errors(folder: Path) -> None:
         error.unlink()
 
 
+def refuse_other_run(config: Config, where: str) -> None:
+    """Refuse the run folder of another run: what it was trained with differs in anything that training depends on.
+
+    How its work is split (`memory`), how it is asked afterwards (`evaluation`) and where it lies do not count.
+
+    Args:
+        where: what the message begins with.
+
+    Raises:
+        ConfigError: naming every such setting, there and now.
+    """
+    saved = run_dir(config) / "config.yaml"
+    if not saved.is_file():
+        return
+    before = load_config(saved)
+    changed = {
+        key: pair
+        for key, pair in differences(before, config).items()
+        if key.split(".")[0] not in NOT_TRAINING and key not in NOT_TRAINING
+    }
+    if experiment_dir(before) == experiment_dir(config):
+        changed = {key: pair for key, pair in changed.items() if key not in ("data.dir", "data.folder")}
+    if changed:
+        listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"{where} with another configuration: {listed}. "
+            "Choose another experiment.name, or set launch.overwrite=true to replace that run."
+        )
+
+
 def prepare_folder(config: Config) -> dict | None:
-    """Make the run folder ready; returns the history of a run that is already finished, else None.
+    """Make the run folder, whose lock is held, ready; returns the history of a run that is finished, else None.
 
     Raises:
         ConfigError: the folder holds a run with another configuration, or cannot be written.
     """
     folder = run_dir(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = folder / "config.yaml"
         if config.launch.overwrite:
             tidy(folder)  # or a version moved aside would come back
             for file in [folder / name for name in OWN_FILES]:  # first: no folder that is half gone counts as finished
                 file.unlink(missing_ok=True)
             for name in OWN_FOLDERS:
                 remove_folder(folder / name)
-        elif before.is_file():
-            changed = differences(load_config(before), config)
-            changed.pop("launch.overwrite", None)
-            if changed:
-                listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
-                raise ConfigError(
-                    f"{folder} holds a run with another configuration: {listed}. "
-                    "Choose another experiment.name, or set launch.overwrite=true to replace that run."
-                )
+        refuse_other_run(config, f"{folder} holds a run")
         clear_errors(folder)
-        write_text(before, to_yaml(config))
+        write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
     history = folder / "training_history.json"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+
+import torch
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.training.checkpoints import save_adapter, save_last, tidy_run, write_manifest
 from mmrev_kit.training.diagnose import check_finite, explain
-from mmrev_kit.training.processes import on_interrupt, place
+from mmrev_kit.training.processes import begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
 
@@ -49,15 +51,15 @@ def train_epoch(run: Run) -> float:
     Raises:
         KeyboardInterrupt: see `stop_if_interrupted`.
     """
-    windows = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
+    updates = chunks(ordered_rows(run.config, run.task, run.progress["epoch"]), run.batch)
     run.model.train()
-    for window in windows[run.progress["step_in_epoch"] :]:
-        samples = [run.task.train[source][index] for source, index in window]
+    for rows in updates[run.progress["step_in_epoch"] :]:
+        samples = [run.task.train[source][index] for source, index in rows]
         record = update(run, samples)
         run.progress["step_in_epoch"] += 1
         if math.isfinite(record["loss"]):
-            run.progress["loss_sum"] += record["loss"] * len(window)
-            run.progress["rows"] += len(window)
+            run.progress["loss_sum"] += record["loss"] * len(rows)
+            run.progress["rows"] += len(rows)
         if run.state.is_main_process:
             run.history.add_step(record)
         check_finite(run, record, samples)
@@ -90,8 +92,6 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
-    import torch
-
     tidy_run(config, state)
     run = start(config, state)
     if run.state.is_main_process:
@@ -117,6 +117,13 @@ def train(config: Config, state) -> None:
 
 
 def worker(config: Config) -> None:
-    """What each launched process runs. An error is left in the run folder as error_rank<r>.txt for the parent."""
-    with place(run_dir(config)) as state:
+    """What each worker of a job runs. An error is left in the run folder as error_rank<r>.txt for who started it."""
+    with worker_state(run_dir(config)) as state:
         train(config, state)
+
+
+def launched_worker(config: Config) -> None:
+    """What each worker runs that `torchrun` or `accelerate launch` started: nobody has prepared the folder for it."""
+    with worker_state(run_dir(config)) as state, ExitStack() as stack:
+        if begin(config, state, stack):
+            train(config, state)

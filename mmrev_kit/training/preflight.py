@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -67,28 +66,6 @@ def read_cards() -> list[Card]:
     return cards
 
 
-def ask_in_fork(question) -> str:
-    """The answer of a function, called in a forked process: what it does to its process stays there.
-
-    torch marks a process that asks CUDA anything, were it only what it was built for: those forked from it afterwards
-    cannot use CUDA.
-    """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads; this one does one thing and ends
-        child = os.fork()
-    if child == 0:
-        try:
-            os.write(writing, str(question()).encode())
-        finally:  # whatever happens, this copy of the process must not go on
-            os._exit(0)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as answer:
-        text = answer.read()
-    os.waitpid(child, 0)
-    return text
-
-
 def has_kernels(capability: tuple[int, int], build: list[str]) -> bool:
     """Whether a torch build with these targets (`sm_80`, `compute_90`) runs on a card of this compute capability.
 
@@ -139,11 +116,10 @@ def bytes_to_save(config: Config) -> int | None:
 
     Adapters are fp32, last/ also holds the optimizer's states. None where the model's shapes are not known yet.
     """
-    name = config.model.name
     try:
-        shapes = as_shapes(name)
+        shapes = as_shapes(config.model.name)
     except ConfigError:  # a name on the hub
-        known = size_in_name(name)
+        known = size_in_name(config.model.name)
         if known is None:
             return None
         shapes = as_shapes(known)
@@ -180,40 +156,40 @@ def preflight(
     if cards is None:
         cards = read_cards()
     if build is None:
-        build = ask_in_fork(getattr(torch._C, "_cuda_getArchFlags", str)).split()
+        build = getattr(torch._C, "_cuda_getArchFlags", str)().split()
     if shared_gib is None and SHARED.is_dir():
         shared_gib = shutil.disk_usage(SHARED).free / 2**30
-    found = Preflight()
+    report = Preflight()
     for index, card in enumerate(cards):
-        found.facts.append(f"GPU {index}: {card}")
-        check_build(found, f"GPU {index} ({card.name}", card, build, cuda or torch.version.cuda)
+        report.facts.append(f"GPU {index}: {card}")
+        check_build(report, f"GPU {index} ({card.name}", card, build, cuda or torch.version.cuda)
     if cards:
-        check_memory(found, config, cards)
-        check_cards_together(found, config, cards, shared_gib)
+        check_memory(report, config, cards)
+        check_cards_together(report, config, cards, shared_gib)
     else:
-        found.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
+        report.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
     parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
     free = shutil.disk_usage(parent).free
-    found.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
-    found.problems += disk_problems(config, free)
-    found.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
-    return found
+    report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
+    report.problems += disk_problems(config, free)
+    report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    return report
 
 
-def check_build(found: Preflight, name: str, card: Card, build: list[str], cuda: str | None) -> None:
+def check_build(report: Preflight, name: str, card: Card, build: list[str], cuda: str | None) -> None:
     """Whether this torch runs on a card: machine code for it, and a driver that is new enough."""
     import torch
 
     if not has_kernels(card.capability, build):
         capability = ".".join(str(number) for number in card.capability)
-        found.problems.append(
+        report.problems.append(
             f"{name}, compute capability {capability}): this torch {torch.__version__} has no "
             f"kernels for it (built for {', '.join(build) or 'no GPU'}). For a V100 install torch 2.10.0 with "
             "torchvision 0.25.0 (environment.yml)."
         )
     oldest = OLDEST_DRIVERS.get(_numbers(cuda)[0]) if cuda else None
     if oldest and () < _numbers(card.driver) < _numbers(oldest):
-        found.problems.append(
+        report.problems.append(
             f"{name}): driver {card.driver} is too old for this torch, which is built for CUDA {cuda} and needs "
             f"{oldest} or newer. Update the driver, or install a torch built for an older CUDA."
         )
@@ -223,41 +199,41 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def check_memory(found: Preflight, config: Config, cards: list[Card]) -> None:
+def check_memory(report: Preflight, config: Config, cards: list[Card]) -> None:
     """Whether what others hold leaves room; a card that is too small even when empty is the memory plan's to refuse."""
     needed = memory_needed_gib(config) if config.launch.mode == "data" else None
     for index, card in enumerate(cards[: config.launch.num_processes]):
         by = ", ".join(card.holders) or "a process that the driver does not name"
         held = f"GPU {index}: {card.total_gib - card.free_gib:.1f} of {card.total_gib:.1f} GiB are held by {by}"
         if needed and card.free_gib < needed <= card.total_gib and not config.memory.force:
-            found.problems.append(
+            report.problems.append(
                 f"{held}; the {card.free_gib:.1f} GiB left cannot hold the {needed:.1f} GiB that the run needs at "
                 "least. End that process (a kernel: restart it), or choose other cards with CUDA_VISIBLE_DEVICES. To "
                 "try all the same: memory.force=true."
             )
         elif card.holders:
-            found.warnings.append(f"{held}: the run shares the card, is slower and may run out of memory")
+            report.warnings.append(f"{held}: the run shares the card, is slower and may run out of memory")
 
 
-def check_cards_together(found: Preflight, config: Config, cards: list[Card], shared_gib: float | None) -> None:
+def check_cards_together(report: Preflight, config: Config, cards: list[Card], shared_gib: float | None) -> None:
     """Whether the processes of one run can work side by side on these cards."""
     processes = config.launch.num_processes or len(cards)
     used = cards[:processes]
     sizes = [card.total_gib for card in used]
     if max(sizes) - min(sizes) > 0.5:
         index = sizes.index(min(sizes))
-        found.warnings.append(f"the cards differ: the smallest, GPU {index} with {min(sizes):.1f} GiB, decides")
+        report.warnings.append(f"the cards differ: the smallest, GPU {index} with {min(sizes):.1f} GiB, decides")
     if config.launch.mode != "data":
         return
     if processes > len(cards):
-        found.problems.append(
+        report.problems.append(
             f"launch.num_processes = {processes}, but this machine has {len(cards)} GPUs. Set "
             f"launch.num_processes={len(cards)}, or leave it out for one process a GPU."
         )
     if config.quantization.compute_dtype == "auto" and len({card.capability >= (8, 0) for card in used}) > 1:
-        found.problems.append("some of the cards have no bf16: set quantization.compute_dtype=fp16 for all of them.")
+        report.problems.append("some of the cards have no bf16: set quantization.compute_dtype=fp16 for all of them.")
     if processes > 1 and shared_gib is not None and shared_gib < SHARED_GIB:
         short = f"{SHARED} has {1024 * shared_gib:.0f} MiB free for {processes} processes, which NCCL connects there"
         advice = "In a container: docker run --shm-size=1g (or --ipc=host)."
-        list_ = found.problems if shared_gib < processes * SEGMENT_GIB else found.warnings
-        list_.append(f"{short}. {advice}")
+        severity = report.problems if shared_gib < processes * SEGMENT_GIB else report.warnings
+        severity.append(f"{short}. {advice}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import signal
@@ -11,16 +10,18 @@ import subprocess
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data.rows import DataError
+from mmrev_kit.data.faults import DataError
 from mmrev_kit.files import DiskFull, write_text
-from mmrev_kit.training import history
+from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
 
@@ -56,37 +57,25 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def process_state():
-    """This process's place among the launched ones, an `accelerate.PartialState`; called first in every worker."""
-    import torch
+@contextmanager
+def worker_state(folder: Path):
+    """A worker's rank and device, an `accelerate.PartialState`, for the length of its work.
 
-    gc.freeze()  # what a kernel left: to collect an earlier launch's store is to wait for a thread that was not forked
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher, in a kernel or torchrun
+    An error is left in `folder` as error_rank<r>.txt for who started the job, and the first worker has a second to
+    write what it knows of it: the launcher ends all when one has ended. An interrupted worker exits with status 130:
+    torch would end it with 0, and its launcher would wait for a result for ever.
+    """
+    from accelerate import PartialState
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher
         end_with(os.getppid())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a process that waits for another one too
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see `launch._run_forked`
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # segments that grow: passes of many sizes leave few gaps
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see `jobs.fork_workers`
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # segments that grow: batches of many sizes leave few gaps
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if on_cpu and several:
-        torch.set_num_threads(1)  # a forked process hangs in its first threaded region if the kernel ran one before
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that accelerate does not raise the number again
-    from accelerate import PartialState
-
-    return PartialState(cpu=on_cpu)
-
-
-@contextmanager
-def place(folder: Path):
-    """`process_state` for the length of a worker's work.
-
-    An error is left in `folder` as error_rank<r>.txt for the parent, and the first process has a second to write what
-    it knows of it: the launcher ends all when one has ended. An interrupted process exits with status 130:
-    torch would end it with 0, and its launcher would wait for a result for ever.
-    """
     try:
-        state = process_state()
+        state = PartialState(cpu=not torch.cuda.is_available())
         yield state
     except BaseException as error:
         rank = int(os.environ.get("RANK", "0"))
@@ -115,9 +104,12 @@ def killed(code: int) -> TrainingError:
     return TrainingError(f"the process was killed by {signal.Signals(-code).name}{cause}.")
 
 
-def begin(config: Config, state) -> bool:
-    """What `launch` does in the parent, where another launcher started the processes: the look at each machine, and
-    the run folder by the first process alone. The experiment's data must be there.
+def begin(config: Config, state, stack: ExitStack) -> bool:
+    """What `launch` does before it starts a job, where another launcher started the workers: the look at each machine,
+    and the run folder by the first process alone. The experiment's data must be there.
+
+    Args:
+        stack: what releases the folder's lock at the end.
 
     Returns:
         Whether there is anything to train.
@@ -135,6 +127,8 @@ def begin(config: Config, state) -> bool:
         )
     if state.is_main_process:
         try:
+            stack.enter_context(lock.held(run_dir(config)))
+            lock.keep_fresh(run_dir(config))
             finished = [history.prepare_folder(config) is not None]
         except ConfigError as error:
             problems.append(str(error))

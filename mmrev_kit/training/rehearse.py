@@ -1,14 +1,11 @@
 """A few real updates of a run with random weights, measured beside the estimate, before any weight is downloaded.
 
-The rehearsal runs in a process of its own, so that the kernel that asks for it never touches CUDA.
+The rehearsal is a job of its own (`jobs.run_job`), so that the kernel that asks for it never touches CUDA.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from copy import deepcopy
@@ -19,8 +16,8 @@ from pathlib import Path
 import torch
 
 from mmrev_kit import files
-from mmrev_kit.config.project import project_root, resolve
-from mmrev_kit.config.reading import load_config, to_yaml
+from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.memory.estimate import GIB
@@ -32,9 +29,11 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
-from mmrev_kit.memory.shapes import size_in_name
-from mmrev_kit.training.processes import end_with, place
-from mmrev_kit.training.run import planned_windows, start
+from mmrev_kit.memory.shapes import architecture_file, size_in_name
+from mmrev_kit.training.jobs import run_job
+from mmrev_kit.training.lock import held
+from mmrev_kit.training.processes import worker_state
+from mmrev_kit.training.run import planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
 
@@ -91,7 +90,7 @@ def architecture_of(config: Config) -> str:
     size = size_in_name(name)
     if size is None:
         raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
-    return f"configs/models/qwen3vl_{size}.json"
+    return architecture_file(size)
 
 
 def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None) -> Rehearsal:
@@ -110,18 +109,12 @@ def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None)
         folder.mkdir(parents=True, exist_ok=True)
         config.launch.output_dir = str(folder / "outputs")
         files.write_text(folder / "config.yaml", to_yaml(config))
-        root = str(Path(__file__).resolve().parents[2])
-        environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "mmrev_kit.training.rehearse", str(folder), str(updates), str(os.getpid())]
-        done = subprocess.run(
-            command, cwd=project_root(), env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        result, error = folder / "rehearsal.json", folder / "error_rank0.txt"
-        if done.returncode or not result.is_file():
-            text = error.read_text(encoding="utf-8").strip() if error.is_file() else done.stderr[-2000:]
-            raise TrainingError(f"The rehearsal ended with an error: {text}")
-        return Rehearsal(**json.loads(result.read_text(encoding="utf-8")))
+        try:
+            with held(folder):
+                run_job(rehearse_worker, folder, "rehearse.log", 1, updates, str(folder))
+        except TrainingError as error:
+            raise TrainingError(f"The rehearsal ended with an error: {error}") from None
+        return Rehearsal(**json.loads((folder / "rehearsal.json").read_text(encoding="utf-8")))
 
 
 def measure(config: Config, updates: int, state) -> Rehearsal:
@@ -129,7 +122,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
-    heaviest = heaviest_updates(planned_windows(run.config, run.task, run.batch), updates)[: updates + 1]
+    heaviest = heaviest_updates(planned_updates(run.config, run.task, run.batch), updates)[: updates + 1]
     heaviest = (heaviest * (updates + 1))[: updates + 1]
     run.model.train()
     update(run, heaviest[0])  # warms up; an update reads its loss, so that nothing is left running
@@ -159,14 +152,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     )
 
 
-def main() -> None:
-    """`python -m mmrev_kit.training.rehearse FOLDER UPDATES PARENT`: what `rehearse` starts."""
-    folder, updates = Path(sys.argv[1]), int(sys.argv[2])
-    end_with(int(sys.argv[3]))
-    with place(folder) as state:
-        found = measure(load_config(folder / "config.yaml"), updates, state)
-        files.write_json(folder / "rehearsal.json", vars(found))
-
-
-if __name__ == "__main__":
-    main()
+def rehearse_worker(config: Config, updates: int, folder: str) -> None:
+    """What the rehearsal's process runs."""
+    with worker_state(Path(folder)) as state:
+        files.write_json(Path(folder) / "rehearsal.json", vars(measure(config, updates, state)))

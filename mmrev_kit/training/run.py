@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts, settle
+from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts
+from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
@@ -65,7 +68,7 @@ def prepare(config: Config) -> Task:
     faults += check_statements(rows)
     encoder = make_encoder(config)
     samples, more = encode_all(rows, encoder)
-    settle(faults + more, config.data.drop_faulty)
+    raise_faults(faults + more, config.data.drop_faulty)
     taken = iter(samples)
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
@@ -147,26 +150,24 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
-def planned_windows(config: Config, task: Task, batch: int) -> list[list[Sample]]:
+def planned_updates(config: Config, task: Task, batch: int) -> list[list[Sample]]:
     """The samples of every update of the run."""
-    windows = []
+    updates = []
     for epoch in range(task.plan.epochs):
         rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
-        windows += chunks(rows, batch)
-    return windows
+        updates += chunks(rows, batch)
+    return updates
 
 
 def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
     """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks."""
-    windows = planned_windows(config, task, effective_batch(config, state.num_processes))
+    updates = planned_updates(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
-    return plan_or_refuse(config, windows, samples, task.encoder.image_id, state)
+    return plan_or_refuse(config, updates, samples, task.encoder.image_id, state)
 
 
 def start(config: Config, state) -> Run:
     """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
-    import torch
-
     task = prepare(config)
     if state.num_processes > 1:
         check_agreement(config, task.data.files)

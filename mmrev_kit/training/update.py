@@ -1,7 +1,7 @@
-"""One update and one validation: the arithmetic that every split of the work must agree on.
+"""One update and one validation: the arithmetic that every split into micro-batches and processes must agree on.
 
 Gradients are summed over processes once an update, after all its samples have been through: the result depends on
-neither the micro-batch nor the number of processes, and a process without rows in a last, partial window takes part
+neither the micro-batch nor the number of processes, and a process without rows in a last, smaller update takes part
 with zeros.
 """
 
@@ -66,7 +66,7 @@ def _sum_over_processes(run, values: list[float]) -> list[float]:
 
 
 def _sum_gradients(run) -> None:
-    """Add up the gradients of all processes; a process that had no row in this window adds zeros."""
+    """Add up the gradients of all processes; a process that had no row in this update adds zeros."""
     parameters = run.parameters
     for parameter in parameters:
         if parameter.grad is None:
@@ -90,9 +90,9 @@ def accumulate(run, samples: list[Sample]) -> float:
     """
     losses, tokens, logits = [], 0, 0
     for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
-        found = sample_losses(run.model, batch, run.state.device, run.dtype)
-        run.scaler.scale(found.sum() / len(samples)).backward()
-        losses.append(found.detach())  # read at the end: the next batch is made while the GPU works on this one
+        batch_losses = sample_losses(run.model, batch, run.state.device, run.dtype)
+        run.scaler.scale(batch_losses.sum() / len(samples)).backward()
+        losses.append(batch_losses.detach())  # read at the end: the next batch is made while the GPU works on this one
         tokens, logits = tokens + batch.tokens, logits + len(batch.target)
     _sum_gradients(run)
     total = sum(part.double().sum().item() for part in losses)

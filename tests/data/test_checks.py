@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, read_sizes, settle
-from mmrev_kit.data.rows import DataError, Fault
+from mmrev_kit.data.checks import check_entities, check_statements, encode_all, image_sizes
+from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.training.run import prepare
 
@@ -141,17 +141,17 @@ def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
     calls = []
     real = checks.load_image
     monkeypatch.setattr(checks, "load_image", lambda path: calls.append(path) or real(path))
-    sizes, broken = read_sizes([tmp_path / "a.png", tmp_path / "b.png"] * 5)
+    sizes, broken = image_sizes([tmp_path / "a.png", tmp_path / "b.png"] * 5)
     assert sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"] and len(calls) == 2
 
 
 def test_dropping_does_not_pass_over_what_is_no_single_rows_fault():
     row, file = Fault("r:1", "bad", "mend", of_row=True), Fault("f", "missing", "make")
-    settle([row], drop=True)
+    raise_faults([row], drop=True)
     with pytest.raises(DataError, match="f: missing"):
-        settle([row, file], drop=True)
+        raise_faults([row, file], drop=True)
     with pytest.raises(DataError, match="2 faults"):
-        settle([row, file], drop=False)
+        raise_faults([row, file], drop=False)
 
 
 def test_rows_keep_their_place(own, small_config):

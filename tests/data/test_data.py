@@ -5,8 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.data.rows import DataError, read_jsonl, read_rows, read_run_data
+from mmrev_kit.data.rows import read_jsonl, read_rows, read_run_data
 from mmrev_kit.training.run import prepare
 
 
@@ -94,9 +95,11 @@ def test_rows_of_the_original_scripts_are_read_as_they_are(folder):
     assert [path.name for path in row.images] == ["a.png", "b.png", "c.png", "d.png"] and row.answer == "B"
 
 
-def test_paths_may_be_absolute_or_start_from_the_current_folder(folder, tmp_path_factory, monkeypatch):
+def test_paths_may_be_absolute_or_start_from_the_projects_folder(folder, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    monkeypatch.chdir(folder)
+    for name in ("configs", "notebooks"):  # what makes it a project's folder
+        (folder / name).mkdir()
+    monkeypatch.chdir(folder / "notebooks")
     records = [FORWARD, FORWARD | {"image_path": str(folder / "b.png")}]
     rows, faults = read_rows(write(elsewhere / "r.jsonl", *records), "forward", "forward", {})
     assert not faults and [row.images[0] for row in rows] == [folder / "a.png", folder / "b.png"]

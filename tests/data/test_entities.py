@@ -13,13 +13,12 @@ from mmrev_kit.data import people as module
 from mmrev_kit.data.faces import VALUES, draw_face
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.partners import (
-    FORWARD_CONNECTORS,
-    REVERSE_CONNECTORS,
     connector_split,
     experiment_rows,
     partner_shifts,
 )
 from mmrev_kit.data.people import PLACES, ROLES, make_entities, make_experiment
+from mmrev_kit.data.tasks import CONNECTORS
 
 SIZES = [(4, 0), (5, 0), (8, 0), (20, 0), (8, 8), (6, 7), (112, 112)]
 SPLITS = ("train", "val", "test")
@@ -59,7 +58,7 @@ def unordered(pairs):
 
 def test_vocabulary():
     assert (len(set(ROLES)), len(set(PLACES))) == (14, 16)
-    assert (len(set(FORWARD_CONNECTORS)), len(set(REVERSE_CONNECTORS))) == (20, 20)
+    assert (len(set(CONNECTORS["forward"])), len(set(CONNECTORS["reverse"]))) == (20, 20)
 
 
 def test_row_counts(made):
@@ -89,7 +88,7 @@ def test_people(made):
 
 def test_connectors_are_split_once_for_all_entities(made):
     people, rows = made
-    for task, known in (("forward", FORWARD_CONNECTORS), ("reverse", REVERSE_CONNECTORS)):
+    for task, known in (("forward", CONNECTORS["forward"]), ("reverse", CONNECTORS["reverse"])):
         used = {}
         for split in SPLITS:
             part = rows[f"{task}_{split}"]
@@ -108,7 +107,7 @@ def test_connectors_are_split_once_for_all_entities(made):
 def test_a_word_of_both_directions_has_one_split(seed):
     split = connector_split(seed)
     home = {task: {word: name for name, part in parts.items() for word in part} for task, parts in split.items()}
-    shared = set(FORWARD_CONNECTORS) & set(REVERSE_CONNECTORS)
+    shared = set(CONNECTORS["forward"]) & set(CONNECTORS["reverse"])
     assert shared == {"is", "represents"}
     assert all(home["forward"][word] == home["reverse"][word] for word in shared)
 

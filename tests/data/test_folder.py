@@ -8,7 +8,8 @@ from PIL import Image
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import DataConfig
-from mmrev_kit.data.folder import FolderError, make_folder_experiment, read_people
+from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.folder import make_folder_experiment, read_people
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.training.run import prepare
@@ -33,9 +34,9 @@ GOOD = [f"N{n},the mayor of town {n},p{n}.png" for n in range(4)]
 
 
 def faults(data) -> str:
-    with pytest.raises(FolderError) as error:
+    with pytest.raises(DataError) as error:
         read_people(data)
-    return "\n".join(error.value.faults)
+    return "\n".join(map(str, error.value.faults))
 
 
 @pytest.mark.parametrize(("end", "bom"), [("\n", ""), ("\r\n", "\ufeff")])

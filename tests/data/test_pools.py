@@ -13,8 +13,8 @@ from PIL import Image
 from mmrev_kit.data import pools
 from mmrev_kit.data.faces import VALUES, describe, phrases, share_of
 from mmrev_kit.data.images import load_image
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS
 from mmrev_kit.data.pools import FaceSampler, Subject, is_true_of, make_face_pool, pool_rows
+from mmrev_kit.data.tasks import CONNECTORS
 
 TASKS = ("cw", "mcq_i2d", "mcq_d2i")
 SPLITS = ("train", "val")
@@ -96,7 +96,7 @@ def test_cw_rows_are_true_exactly_if_labelled_correct(pool):
             face = faces[row["image_path"]]
             assert row["entity_id"] == face["id"]
             assert is_true_of(parse(row["description"]), face["attributes"]) == (row["label"] == "Correct")
-            assert row["connector"] in REVERSE_CONNECTORS
+            assert row["connector"] in CONNECTORS["reverse"]
         labels = Counter((row["image_path"], row["label"]) for row in part)
         assert all(labels[path, "Correct"] == labels[path, "Wrong"] for path, _ in labels)
 
@@ -123,14 +123,14 @@ def test_options_are_true_only_at_the_answer(pool):
             assert truth == [i == row["correct_index"] for i in range(4)]
             assert len(set(row["choices"])) == 4
             assert row["choices"][row["correct_index"]] == row["description"]
-            assert row["connector"] in FORWARD_CONNECTORS
+            assert row["connector"] in CONNECTORS["forward"]
         for row in rows["mcq_d2i", split]:
             named = parse(row["description"])
             truth = [is_true_of(named, faces[path]["attributes"]) for path in row["image_choices"]]
             assert truth == [i == row["correct_index"] for i in range(4)]
             assert len(set(row["image_choices"])) == 4
             assert row["image_choices"][row["correct_index"]] == row["image_path"]
-            assert row["connector"] in REVERSE_CONNECTORS
+            assert row["connector"] in CONNECTORS["reverse"]
 
 
 def test_letters_are_balanced(pool):
@@ -240,7 +240,7 @@ def test_impossible_pools_are_errors(tmp_path):
     with pytest.raises(ValueError, match="even number"):
         make_face_pool(tmp_path / "p", 20, 16, 0, (3, 2))
     face = {name: values[0] for name, values in VALUES.items()}
-    same = [Subject(f"face_{i:04d}", f"{i}.png", face) for i in range(8)]
+    same = [Subject(f"face_{i:04d}", face) for i in range(8)]
     with pytest.raises(ValueError, match="too small"):
         pool_rows(same, FaceSampler(same), 4, 0, "train")
     assert list(tmp_path.iterdir()) == []

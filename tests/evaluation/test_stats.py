@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, permutation_test
 
-from mmrev_kit.data import tasks
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
 
@@ -245,7 +245,7 @@ def evaluation(seed=0, drops=("none",), orders=(None,), n=4):
     rng, rows = random.Random(seed), []
     choices = {"forward": [f"d{i}" for i in range(n)], "reverse": ["Correct", "Wrong"]}
     for drop in drops:
-        for test in tasks.CHANCE:
+        for test in TASK_TYPES:
             names = choices.get(test, list("ABCD"))
             for place in range(2 * n * (4 if test == "reverse" else 2)):
                 for order in orders if test.startswith("mcq") else (None,):
@@ -271,7 +271,7 @@ def test_metrics_agree_with_the_single_functions():
     rows = evaluation()
     found = metrics.metrics(rows, confidence=0.9, draws=500, seed=3)
     assert strict(found) == found
-    assert list(found) == ["none"] and list(found["none"]) == list(tasks.CHANCE)
+    assert list(found) == ["none"] and list(found["none"]) == list(TASK_TYPES)
     for test, groups in found["none"].items():
         assert set(groups) == {"all", "main", "control"}
         for group, numbers in groups.items():

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mmrev_kit.evaluation import statistics
+from mmrev_kit.evaluation.metrics import chance_of
 from mmrev_kit.evaluation.verdict import (
     CURSE,
     INCONCLUSIVE,
     NEEDS,
     NO_CURSE,
-    ROLES,
+    TESTS,
     Evidence,
-    chance_of,
     decide,
     entities_needed,
     gates_of,
@@ -90,8 +90,8 @@ COMBINATIONS = list(itertools.product(
 def test_every_combination_of_gates_has_its_claim_and_a_sentence(task):
     claims = {CURSE: 0, NO_CURSE: 0, INCONCLUSIVE: 0}
     for groups, taught, control_above, main_above, different, interval, powerful in COMBINATIONS:
-        found = numbers(ROLES[task].deciding, groups, control_above, main_above, different, interval, powerful)
-        gates = gates_of(found, ROLES[task].taught, taught, 0.95)
+        found = numbers(TESTS[task].deciding, groups, control_above, main_above, different, interval, powerful)
+        gates = gates_of(found, TESTS[task].taught, taught)
         outcome = {gate.name: gate.passed for gate in gates}
         claim = decide(outcome)
         ground = groups == "both" and taught == 0.95 and control_above and powerful
@@ -175,7 +175,7 @@ def test_no_curse_needs_main_to_pass_itself(task):
 @pytest.mark.parametrize("task", ["forward", "reverse"])
 def test_without_control_there_is_no_claim_whatever_main_does(task):
     for level in (0.0, 0.5, 1.0):
-        found = verdict(answers({(ROLES[task].deciding, "main"): level}, n_control=0), task)
+        found = verdict(answers({(TESTS[task].deciding, "main"): level}, n_control=0), task)
         assert found.claim == INCONCLUSIVE and passed(found)["groups"] is False
         assert found.evidence.power is None
         assert "0 control entities" in found.sentence and "without a control group" in found.sentence
@@ -189,7 +189,7 @@ def test_an_untaught_direction_of_training_is_no_ground():
 
 @pytest.mark.parametrize("task", ["forward", "reverse"])
 def test_a_test_that_control_fails_too_shows_nothing(task):
-    deciding = ROLES[task].deciding
+    deciding = TESTS[task].deciding
     level = 0.5 if task == "forward" else 0.0
     found = verdict(answers({(deciding, "main"): level, (deciding, "control"): level}), task)
     assert found.claim == INCONCLUSIVE and missing(passed(found)) == ["control above chance"]
@@ -263,7 +263,7 @@ def test_only_whole_prompts_count_and_all_orders_do():
 
 def test_missing_tests_and_no_records_are_inconclusive():
     for records in ([], answers({}, rows={"reverse": 6}), answers({}, rows={"forward": 3})):
-        for task in ROLES:
+        for task in TESTS:
             found = verdict(records, task)
             assert found.claim == INCONCLUSIVE and found.sentence
     assert "not asked as multiple choice" in verdict([], "forward").format_sentence

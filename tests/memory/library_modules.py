@@ -3,10 +3,8 @@
 For the passes that were measured with them; nothing that the kit does depends on it.
 """
 
-from dataclasses import replace
-
 from mmrev_kit.memory import layers
-from mmrev_kit.memory.estimate import GIB, adapter_components, weight_components
+from mmrev_kit.memory.estimate import GIB, lora_tensors, weight_components
 
 
 def lora_saved(inputs: int, names: list[str], config, shared: bool = False) -> list[float]:
@@ -27,25 +25,25 @@ def activations(upcast: bool, residual: int):
 
     def found(shapes, config, one) -> layers.Activations:
         h, f, q, k = shapes.hidden_size, shapes.intermediate_size, shapes.query, shapes.key
-        out, kit = 4 if upcast else 2, layers.activations(shapes, config, one)
-        wide, tokens, heads = residual == 4 or upcast, one.tokens, shapes.num_attention_heads
+        eager, heads = config.model.attn_implementation == "eager", shapes.num_attention_heads
+        out, wide, tokens = 4 if upcast else 2, residual == 4 or upcast, one.tokens
         norms = [4 * h, 4, 4 * h, 4, 4 * q, 4 * heads, 4 * k, 4 * shapes.num_key_value_heads]  # cast to fp32 first
         attention = layers.attention_saved(shapes, config, one)
         attention += lora_saved(h, ["q_proj", "k_proj", "v_proj"], config) + lora_saved(q, ["o_proj"], config)
         mlp = [out * f] * 3  # gate, up, gate's SiLU
-        per_token = norms + attention + mlp
-        stream = 4 if wide else 2
-        beside = stream * h + 2 * h + 2 * (4 if wide else 2) * shapes.head_dim
-        kits = 4 * h + 2 * h + 8 * shapes.head_dim  # what of the kit's gradients is the residual stream's
-        return replace(
-            kit,
+        per_token, stream = norms + attention + mlp, 4 if wide else 2
+        gradient = stream * h + 2 * h + 2 * stream * shapes.head_dim
+        scores = 8 * heads * one.length if eager else 12 * q
+        operations = [
+            ("the gated product", (3 * out * f + gradient) * tokens, 0.0),
+            ("down_proj", (out * f + gradient) * tokens, layers.largest_linear(shapes, config)),
+            ("attention", max(0.0, scores + gradient - sum(mlp)) * tokens, 0.0),
+        ]
+        return layers.Activations(
             tensors=tuple(size * tokens for size in per_token),
             inputs=shapes.num_hidden_layers * stream * h * tokens,
             once=(sum(per_token) - (4 * h if wide else 0)) * tokens,
-            mlp=(3 * out * f + beside) * tokens,
-            down=(out * f + beside) * tokens,
-            attention=kit.attention + (beside - kits) * tokens,
-            mlp_saved=sum(mlp) * tokens,
+            backward=max(operations, key=lambda operation: operation[1] + operation[2]),
         )
 
     return found
@@ -54,11 +52,11 @@ def activations(upcast: bool, residual: int):
 def allocated_beside(shapes, config, upcast: bool, phase: str) -> float:
     """GiB that these modules hold in a phase and the kit's do not: 16-bit copies of LoRA, which autocast casts once and
     keeps for backward; and `upcast` embedding, head and norms, the head also cast to 16 bit and kept for the loss."""
-    adapter = adapter_components(shapes, config, 1, True, "evaluation")[0].size
+    count = sum(lora_tensors(shapes, config.lora.r, config.lora.target_modules))
     kept = shapes.num_hidden_layers - config.memory.recomputed_layers(shapes.num_hidden_layers)
     size = 0.0
     if phase != "optimizer step":
-        size += adapter / 2 * min(shapes.num_hidden_layers, 1 + kept) / shapes.num_hidden_layers
+        size += 2 * count * min(shapes.num_hidden_layers, 1 + kept) / shapes.num_hidden_layers
     if upcast:
         size += weight_components(shapes, config, False)[1].size
         size += 2 * shapes.vocab_size * shapes.hidden_size if phase == "loss" else 0

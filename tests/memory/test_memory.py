@@ -24,7 +24,7 @@ from mmrev_kit.memory.estimate import (
 )
 from mmrev_kit.memory.layers import activations, tower_patch
 from mmrev_kit.memory.plan import MARGIN, candidate, padded_updates, plan, split_updates, with_memory
-from mmrev_kit.memory.shapes import as_shapes, published, read_shapes
+from mmrev_kit.memory.shapes import PUBLISHED, architecture_file, as_shapes, read_shapes
 from mmrev_kit.model import kernels
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.micro_batch import MicroBatch
@@ -291,7 +291,7 @@ def test_bad_sizes_are_refused_with_one_message(tmp_path):
     for gib, processes in ((0, 1), (-5, 1), (float("nan"), 1), (32, 0)):
         with pytest.raises(ConfigError, match="above 0"):
             plan(load_config(LARGE), gib, processes, "32b")
-    assert {"qwen3vl_2b", "qwen3vl_32b"} <= set(published())
+    assert {"2b", "32b"} <= set(PUBLISHED) and all((ROOT / architecture_file(size)).is_file() for size in PUBLISHED)
 
 
 def rows(count: int, length: int = 241, visual: int = 196):

@@ -1,20 +1,28 @@
-"""Launching: the run folder, forked and fresh processes, and errors that reach the caller."""
+"""Launching: the run folder, processes, and errors that reach the caller."""
 
 import json
 import subprocess
 import sys
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import mmrev_kit
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.make import ensure_data
 from mmrev_kit.files import write_json
-from mmrev_kit.notebook.launch import launch
+from mmrev_kit.model import features
+from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.notebook.progress import Progress, epoch_line
+from mmrev_kit.training import checkpoints, loop, preflight
 from mmrev_kit.training.history import prepare_folder, read_history
-from mmrev_kit.training.jobs import count_processes
+from mmrev_kit.training.jobs import count_processes, job_environment
 from mmrev_kit.training.update import TrainingError
 
 ROOT = Path(__file__).parents[2]
@@ -32,12 +40,12 @@ def test_mode_auto_is_one_process(small_config):
         count_processes(small_config(f"{auto} launch.num_processes=2"))
 
 
-def test_one_process_runs_in_a_fresh_python_and_ends_finished(small_config, capsys):
+def test_one_process_ends_finished(small_config, capsys):
     config = small_config(HALF)
     history = launch(config)
     assert history["status"] == "finished" and len(history["epochs"]) == 1
     told = capsys.readouterr().out
-    assert "epoch 1/1: train " in told and "in a fresh Python" in told
+    assert "epoch 1/1: train " in told and ": 1 process\n" in told
     assert "bitsandbytes" not in Path(run_dir(config) / "training_history.json").read_text()
     saved = load_config(run_dir(config) / "config.yaml")
     assert saved.launch.num_processes == 1 and saved.experiment.task == "reverse"
@@ -49,12 +57,12 @@ def test_one_process_runs_in_a_fresh_python_and_ends_finished(small_config, caps
     assert read_history(run_dir(config) / "training_history.json") == history
 
 
-def test_two_processes_fork_from_a_clean_kernel_and_start_fresh_from_one_that_imported_peft(small_overrides, tmp_path):
-    """Both ways give the same run, and the second says which import is in the way."""
+def test_what_the_kernel_has_imported_or_computed_does_not_matter(small_overrides, tmp_path):
+    """Two processes from a clean kernel, twice, and from one that imported peft and ran threads: the same run."""
     code = """
 import sys
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.notebook.launch import launch
+from mmrev_kit.notebook.launch import evaluate, launch
 {first}
 for number in range({times}):
     config = load_config("configs/tiny_cpu.yaml", {overrides!r} + f" launch.output_dir={folder}/{{number}}")
@@ -62,13 +70,15 @@ for number in range({times}):
     assert history["status"] == "finished"
 print("bitsandbytes here:", "bitsandbytes" in sys.modules)
 """
+    used = "import peft, torch\ntorch.ones(999, 999) @ torch.ones(999, 999)\n"
+    used += "from accelerate import PartialState\nPartialState(cpu=True)"
     overrides = f"{small_overrides} {HALF} training.batch_size=8 launch.num_processes=2"
     found = {}
-    for name, first, times in (("clean", "", 2), ("peft", "import peft", 1)):
+    for name, first, times in (("clean", "", 2), ("used", used, 1)):
         folder = tmp_path / name
         done = python(code.format(first=first, times=times, overrides=overrides, folder=folder))
         assert done.returncode == 0, done.stdout + done.stderr
-        found[name] = done.stdout
+        assert f"bitsandbytes here: {name == 'used'}" in done.stdout
         for number in range(times):
             history = read_history(folder / str(number) / "small_reverse" / "training_history.json")
             manifest = json.loads((folder / str(number) / "small_reverse" / "manifest.json").read_text())
@@ -77,9 +87,7 @@ print("bitsandbytes here:", "bitsandbytes" in sys.modules)
             peaks = history["steps"][-1]["peak_memory_gib_by_process"]
             assert len(peaks) == 2 and 0.1 < min(peaks) and max(peaks) == history["steps"][-1]["peak_memory_gib"]
             found[name, number] = [step["loss"] for step in history["steps"]]
-    assert "bitsandbytes here: False" in found["clean"] and "fresh Python" not in found["clean"]
-    assert "in a fresh Python (bitsandbytes has been imported in this kernel (peft imports it))" in found["peft"]
-    assert found["clean", 0] == found["clean", 1] == found["peft", 0]
+    assert found["clean", 0] == found["clean", 1] == found["used", 0]
 
 
 def test_a_workers_error_reaches_the_caller_and_the_history(small_config, small_data):
@@ -88,6 +96,42 @@ def test_a_workers_error_reaches_the_caller_and_the_history(small_config, small_
         launch(config)
     (error,) = run_dir(config).glob("error_rank*.txt")
     assert error.name == "error_rank0.txt"
+
+
+def test_the_cores_are_dealt_out_among_the_workers(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert job_environment(4)["OMP_NUM_THREADS"] == "16" and job_environment(100)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in job_environment(1)  # one process may have them all
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert job_environment(4)["OMP_NUM_THREADS"] == "3"  # the user's
+
+
+def test_the_kit_runs_from_its_folder_without_being_installed(small_config, monkeypatch):
+    """No metadata of it is asked for, neither before the weights are loaded nor in the manifest."""
+
+    def version(name: str) -> str:
+        if name.startswith("mmrev"):
+            raise PackageNotFoundError(name)
+        return metadata.version(name)
+
+    for module in (checkpoints, preflight, features):
+        monkeypatch.setattr(module, "version", version)
+    config = small_config("training.num_epochs=1 training.batch_size=64 retention.retention_ratio=0")
+    preflight.preflight(config)
+    state = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    loop.train(config, state)
+    manifest = json.loads((run_dir(config) / "manifest.json").read_text())
+    assert manifest["versions"]["mmrev-kit"] == mmrev_kit.__version__ == metadata.version("mmrev-kit")
+
+
+def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path):
+    before = sorted(path.name for path in small_data.rglob("*"))
+    config = small_config(f"experiment.name=other data.folder={small_data}/small {HALF} training.batch_size=64")
+    assert ensure_data(config)[0] == f"found {small_data}/small"
+    assert launch(config)["status"] == "finished" and run_dir(config) == tmp_path / "outputs" / "other_reverse"
+    assert evaluate(config) == tmp_path / "outputs" / "other_reverse" / "eval" / "small"
+    assert sorted(path.name for path in small_data.rglob("*")) == before
 
 
 def test_overwrite_replaces_the_kits_own_files_only(small_config):
@@ -156,25 +200,3 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_anything_starts(
     ):
         launch(small_config(f"launch.output_dir={tmp_path}/taken"))
     assert (tmp_path / "taken").read_text() == "a file, not a folder"
-
-
-def test_a_kernel_that_asked_cuda_for_its_devices_is_not_forked():
-    """After `torch.cuda.is_available()` a forked process cannot use CUDA, though it is not initialised here."""
-    code = """
-import torch
-from mmrev_kit.training import jobs
-from mmrev_kit.config.reading import load_config
-from mmrev_kit.training.jobs import count_processes, why_not_here
-from mmrev_kit.training.preflight import preflight
-
-jobs.read_cards = lambda: ["a card"]
-config = load_config("configs/tiny_cpu.yaml")
-preflight(config)
-count_processes(config)
-assert why_not_here() is None, why_not_here()
-torch._C._cuda_getDeviceCount()
-assert not torch.cuda.is_initialized()
-assert "asked" in why_not_here()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

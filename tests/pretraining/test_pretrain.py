@@ -13,12 +13,11 @@ from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faces import VALUES, describe, share_of
 from mmrev_kit.data.objects import FAMILIES
-from mmrev_kit.data.partners import FORWARD_CONNECTORS, REVERSE_CONNECTORS
 from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.data.tasks import Row
-from mmrev_kit.pretraining import __main__, accuracy, run, state
+from mmrev_kit.data.tasks import CONNECTORS, LETTERS, Row
+from mmrev_kit.pretraining import accuracy, command, run, state
 from mmrev_kit.pretraining.model import (
     Optimizer,
     answer_logits,
@@ -41,7 +40,7 @@ from mmrev_kit.pretraining.pictures import (  # fmt: skip
 from mmrev_kit.pretraining.plan import make_plan, make_step, number_weights
 from mmrev_kit.pretraining.questions import name_attributes
 from mmrev_kit.pretraining.steps import Feed, Recipe, Schedule, Source
-from mmrev_kit.pretraining.text import LETTERS, NO_TARGET, Lexicon, object_names
+from mmrev_kit.pretraining.text import NO_TARGET, Lexicon, object_names
 from mmrev_kit.pretraining.tiny import model_config, tokenizer_corpus, train_tokenizer
 
 SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "other_every": 0, "log_every": 1, "eval_prompts": 8}
@@ -104,7 +103,7 @@ def as_row(task: str, turn: str, answer: str, path) -> Row:
         connector, description = turn.removeprefix("<image> "), answer
     elif task == "reverse":
         said = turn.split(" <image>, correct")[0]
-        connector = max((w for w in REVERSE_CONNECTORS if said.endswith(f" {w}")), key=len)
+        connector = max((w for w in CONNECTORS["reverse"] if said.endswith(f" {w}")), key=len)
         description = said.removesuffix(f" {connector}")
     elif task == "mcq_i2d":
         connector, rest = turn.removeprefix("<image> ").split("? A. ", 1)
@@ -112,7 +111,7 @@ def as_row(task: str, turn: str, answer: str, path) -> Row:
         choices = tuple(part for part in _cut(rest))
     else:
         said, _ = turn.split("? A. ", 1)
-        connector = max((w for w in REVERSE_CONNECTORS if said.endswith(f" {w}")), key=len)
+        connector = max((w for w in CONNECTORS["reverse"] if said.endswith(f" {w}")), key=len)
         description, images = said.removesuffix(f" {connector}"), (path,) * 4
     kit = {"caption": "forward"}.get(task, task)
     return Row(kit, kit, "x:1", "e", "main", images, description, connector, choices, answer)
@@ -135,7 +134,7 @@ def test_prompts_are_the_encoders_own_tokens(tokenizer, lexicon, steps, tmp_path
             continue
         for (turn, answer), ids in list(zip(turns(tokenizer, lexicon, block), block.ids, strict=True))[::3]:
             row = as_row(block.task, turn, answer, path)
-            assert row.connector in (FORWARD_CONNECTORS if row.task in ("forward", "mcq_i2d") else REVERSE_CONNECTORS)
+            assert row.connector in CONNECTORS["forward" if row.task in ("forward", "mcq_i2d") else "reverse"]
             sample = encoder.encode(row)
             assert sample.input_ids == tuple(ids[ids != lexicon.pad_id].tolist())
 
@@ -506,7 +505,7 @@ def test_plans_scale_and_other_sizes_take_turns(source):
 
 
 def test_the_command_line_reads_every_field():
-    recipe, given = __main__.read_arguments(["--minutes", "0.5", "--no-muon", "--num-faces", "30", "--state", "s"])
+    recipe, given = command.read_arguments(["--minutes", "0.5", "--no-muon", "--num-faces", "30", "--state", "s"])
     assert recipe == Recipe(minutes=0.5, muon=False, num_faces=30) and (given.state, given.out) == ("s", None)
     with pytest.raises(ConfigError):
         Recipe(prompts=2)

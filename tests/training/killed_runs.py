@@ -18,15 +18,15 @@ import time
 from multiprocessing import synchronize
 from pathlib import Path
 
-import accelerate.launchers
 import peft  # noqa: F401  imported once, here, for all tries
+from forking import fork_jobs
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration  # noqa: F401
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.notebook import launch
-from mmrev_kit.training import jobs, loop
+from mmrev_kit.notebook.launch import launch
+from mmrev_kit.training import loop
 from mmrev_kit.training.history import read_history
 
 SMALL = (
@@ -94,9 +94,7 @@ def attempt(config, moment: list | None, log: Path) -> int:
         if config.launch.num_processes == 1:
             loop.worker(config)
         else:
-            jobs.why_not_here = lambda: None  # nothing here touches CUDA
-            accelerate.launchers.are_libraries_initialized = lambda *names: []
-            launch.launch(config)
+            launch(config)
         code = 0
     finally:
         os._exit(code)
@@ -115,6 +113,7 @@ def outcome(folder: Path) -> dict:
 
 
 def main() -> None:
+    fork_jobs()
     folder, scenarios, found = Path(sys.argv[1]), json.loads(sys.argv[2]), {}
     ensure_data(make(folder, "data", 1))
     for index, (name, (number, moments)) in enumerate(scenarios.items()):

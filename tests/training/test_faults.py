@@ -174,6 +174,7 @@ def test_a_nan_in_the_pixels_is_told_as_the_datas(small_config, state, monkeypat
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
+from forking import fork_jobs
 from mmrev_kit.training import loop, run
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.project import run_dir
@@ -200,6 +201,7 @@ def load_base(**arguments):
     return real_load(**arguments)
 
 loop.update, run.load_base = update, load_base
+fork_jobs()
 for fault in sys.argv[2:]:
     config = load_config("configs/tiny_cpu.yaml", f"{sys.argv[1]}/{fault}")
     when = Path(f"{config.launch.output_dir}.when")
@@ -215,7 +217,7 @@ TWO = "launch.num_processes=2 retention.retention_ratio=0 training.num_epochs=20
 
 @pytest.fixture(scope="module")
 def faults(small_data, tmp_path_factory):
-    """What the caller saw of each fault in process 1 of 2, forked from one clean kernel: (seconds, message); and all
+    """What the caller saw of each fault in process 1 of 2: (seconds, message); and all
     that was printed. The rendezvous port that accelerate and torchrun take by default is in use meanwhile."""
     from conftest import SMALL
 
@@ -225,7 +227,8 @@ def faults(small_data, tmp_path_factory):
         with suppress(OSError):  # in use already: just as well
             taken.bind(("", 29500))
         taken.listen()
-        environment = os.environ | {"MASTER_PORT": str(taken.getsockname()[1])}
+        environment = os.environ | {"MASTER_PORT": str(taken.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         command = [sys.executable, "-c", SCRIPT, words, *FAULTS]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -43,7 +43,7 @@ def killed(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "tests/training/killed_runs.py", str(folder), json.dumps(SCENARIOS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.getenv("PYTHONPATH")]))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     logs = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in folder.glob("*.log"))
     assert done.returncode == 0, done.stderr + logs

@@ -51,9 +51,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(small_config, state):
             run.optimizer.zero_grad()
             loss = accumulate(run, samples)
             found[packing, tokens] = loss, flat_gradient(run.model), len(list(run.batcher.batches(samples)))
-    loss, gradient, passes = found["none", 1]
-    assert gradient.abs().max() > 1e-4 and passes == 7
-    assert {passes for *_, passes in found.values()} >= {1, 2, 7}
+    loss, gradient, count = found["none", 1]
+    assert gradient.abs().max() > 1e-4 and count == 7
+    assert {count for *_, count in found.values()} >= {1, 2, 7}
     for other in found.values():
         assert other[0] == pytest.approx(loss, rel=1e-5)
         assert (other[1] - gradient).norm() <= 1e-5 * gradient.norm()
@@ -87,13 +87,13 @@ def test_loss_and_gradient_equal_the_librarys_own_sample_by_sample(small_config,
     assert (flat_gradient(run.model) - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_the_last_partial_window_counts_each_sample_once(small_config, state):
+def test_a_smaller_last_update_counts_each_sample_once(small_config, state):
     """6 micro-batches accumulated by 4: the second update holds 2, and its gradient is their mean, not half of it."""
     run = start(small_config("lora.dropout=0 training.batch_size=1 training.gradient_accumulation_steps=4"), state)
     samples = mixed_samples(run, 6)
-    windows = chunks(samples, run.batch)
-    assert [len(window) for window in windows] == [4, 2]
-    accumulate(run, windows[1])
+    updates = chunks(samples, run.batch)
+    assert [len(rows) for rows in updates] == [4, 2]
+    accumulate(run, updates[1])
     found = flat_gradient(run.model).clone()
     run.optimizer.zero_grad()
     for sample in samples[4:]:
@@ -145,7 +145,7 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
         assert step["mfu"] is None  # not known on a CPU
     rows = sum(record["rows per epoch"] for record in manifest["plan"])
     assert history["total_steps"] == 2 * math.ceil(rows / 8)
-    for record in history["epochs"]:  # the epoch's loss is the mean over its samples, the smaller last window included
+    for record in history["epochs"]:  # the epoch's loss is the mean over its samples, the smaller last update included
         steps = [step for step in history["steps"] if step["epoch"] == record["epoch"]]
         sizes = [8] * (len(steps) - 1) + [rows - 8 * (len(steps) - 1)]
         mean = sum(step["loss"] * size for step, size in zip(steps, sizes, strict=True)) / rows
@@ -159,6 +159,14 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
             for sample in task.val["forward"]
         ]
     assert sum(losses) / len(losses) == pytest.approx(last["val_loss"]["forward"], rel=1e-5)
+
+
+def test_a_history_of_the_first_version_says_mfu_by_its_name(tmp_path):
+    steps = [{"global_step": 1, "loss": 1.0, "matrix_share": 0.5}, {"global_step": 2, "loss": 0.9, "mfu": None}]
+    path = tmp_path / "training_history.json"
+    path.write_text(json.dumps({"status": "finished", "steps": steps, "epochs": []}))
+    read = read_history(path)["steps"]
+    assert [step["mfu"] for step in read] == [0.5, None] and not any("matrix_share" in step for step in read)
 
 
 def test_best_is_saved_on_an_improvement_only(small_config, state, monkeypatch):
@@ -227,8 +235,8 @@ def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(sm
     samples = [run.task.train[source][index] for source, index in rows]
 
     def images_an_update(samples: list) -> float:
-        windows = chunks([sample for sample in samples if sample.row.task == "forward"], 8)
-        return sum(len({sample.row.images for sample in window}) for window in windows) / len(windows)
+        updates = chunks([sample for sample in samples if sample.row.task == "forward"], 8)
+        return sum(len({sample.row.images for sample in rows}) for rows in updates) / len(updates)
 
     shuffled = [run.task.train[source][index] for source, index in run.task.plan.epoch_rows(0)]
     assert images_an_update(samples) < 0.5 * images_an_update(shuffled)

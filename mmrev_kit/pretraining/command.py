@@ -1,4 +1,4 @@
-"""Pretraining of the embedded model: `python -m mmrev_kit.pretraining --minutes 9 --state DIR --out DIR`."""
+"""Pretraining of the embedded model: `python -m mmrev_kit pretrain --minutes 9 --state DIR --out DIR`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mmrev_kit.pretraining.run import pretrain
 from mmrev_kit.pretraining.steps import Recipe
 
 
-def read_arguments(words: list[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+def read_arguments(words: list[str]) -> tuple[Recipe, argparse.Namespace]:
     """The command line: an option for each field of `Recipe`, and where to read and write."""
-    parser = argparse.ArgumentParser(prog="python -m mmrev_kit.pretraining", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m mmrev_kit pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="the folder of the model to write")
     parser.add_argument("--state", help="the folder to go on from and to keep the state in")
     kinds = {"int": int, "float": float, "int | None": int}
@@ -25,11 +25,7 @@ def read_arguments(words: list[str] | None = None) -> tuple[Recipe, argparse.Nam
     return Recipe(**{field.name: getattr(given, field.name) for field in fields(Recipe)}), given
 
 
-def main(words: list[str] | None = None) -> dict:
-    """`python -m mmrev_kit.pretraining`."""
+def main(words: list[str]) -> None:
+    """`python -m mmrev_kit pretrain`."""
     recipe, given = read_arguments(words)
-    return pretrain(recipe, given.out, given.state)
-
-
-if __name__ == "__main__":
-    main()
+    pretrain(recipe, given.out, given.state)

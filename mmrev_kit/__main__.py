@@ -1,0 +1,81 @@
+"""`python -m mmrev_kit`: a run without a notebook, a notebook without JupyterLab.
+
+`train` does what notebooks/train.ipynb does. Started by `torchrun` or `accelerate launch` it is one of their workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import Config, ConfigError
+
+
+def train(config: Config) -> None:
+    """Train in processes of its own, or in this one where a launcher for several has started it."""
+    from mmrev_kit.data.make import ensure_data
+    from mmrev_kit.notebook.launch import launch
+
+    if {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # torchrun's, accelerate's
+        return train_as_worker(config)
+    for line in ensure_data(config):
+        print(line)
+    launch(config)
+
+
+def train_as_worker(config: Config) -> None:
+    """This process's part of a run that `torchrun` or `accelerate launch` started."""
+    from mmrev_kit.data.rows import DataError
+    from mmrev_kit.training.loop import launched_worker
+    from mmrev_kit.training.update import TrainingError
+
+    config.launch.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        launched_worker(config)
+    except (ConfigError, DataError, TrainingError) as error:
+        rank = os.environ.get("RANK", "0")
+        told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
+        sys.exit(f"process {rank}: {told}")
+
+
+def read_words(words: list[str]) -> argparse.Namespace:
+    """The command line; exits with 2 and a usage line where it cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m mmrev_kit", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | notebook | pretrain")
+    one = commands.add_parser("train", help="train a run; under torchrun or accelerate launch, one of its workers")
+    one.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
+    one.add_argument("--overrides", default="", help="section.key=value words")
+    one = commands.add_parser("notebook", help="execute a notebook with papermill and render it, into the run folder")
+    one.add_argument("name", help="a notebook in notebooks/, without .ipynb")
+    one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
+    commands.add_parser("pretrain", help="make an embedded model anew; pretrain --help lists its options")
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> int | None:
+    """Run a command; returns the exit status."""
+    if words[:1] == ["job"]:  # what `training.jobs.run_job` starts
+        from mmrev_kit.training import jobs
+
+        return jobs.main(words[1:])
+    if words[:1] == ["pretrain"]:
+        from mmrev_kit.pretraining import command
+
+        return command.main(words[1:])
+    given = read_words(words)
+    if given.command == "notebook":
+        from mmrev_kit.notebook.render import execute
+
+        return execute(given.name, [tuple(pair) for pair in given.parameters])
+    try:
+        return train(load_config(given.config, given.overrides))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
