@@ -50,29 +50,19 @@ def is_random(name: str) -> bool:
     return name.endswith(".json")
 
 
-def read_fingerprint(adapter: Path) -> str:
-    """The fingerprint of the base that an adapter was trained on, from its model card.
+def check_base(adapter: Path, base: str, name: str) -> None:
+    """Refuse an adapter whose model card names another base than `name`, which has the fingerprint `base`.
 
     Raises:
-        ConfigError: the folder is no adapter of the kit's.
+        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; or it is not in safetensors.
     """
     card = adapter / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.search(r"^base_fingerprint: ([0-9a-f]{16})$", text, re.MULTILINE)
-    if not found:
+    trained_on = re.search(r"^base_fingerprint: ([0-9a-f]{16})$", text, re.MULTILINE)
+    if not trained_on:
         raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
-    return found[1]
-
-
-def check_base(adapter: Path, base: str, name: str) -> None:
-    """Refuse an adapter that was trained on another base than `name` with the fingerprint `base`.
-
-    Raises:
-        ConfigError: naming both fingerprints; or the adapter is not in safetensors.
-    """
-    wanted = read_fingerprint(adapter)
-    if wanted != base:
-        raise ConfigError(f"{adapter} was trained on the base {wanted}; {name} is {base}.")
+    if trained_on[1] != base:
+        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {base}.")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import IGNORED, Encoder, Sample
 from mmrev_kit.model.features import Features
@@ -68,8 +70,6 @@ def micro_tokens(config: Config, device) -> int:
     2,048 on a CPU; on a GPU 4,096 with gradient checkpointing and 1,024 without, twice as many on a card of 60 GiB or
     more.
     """
-    import torch
-
     if config.memory.micro_tokens is not None:
         return config.memory.micro_tokens
     if device.type != "cuda":
@@ -112,8 +112,6 @@ class Batcher:
 
     def images(self, images: list[tuple[Path, int]]) -> dict:
         """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
-        import torch
-
         if self.features is not None and all(image in self.features for image in images):
             features = [self.features.get(image) for image in images]
             return as_model_input(features, self.device)
@@ -130,8 +128,6 @@ class Batcher:
 
     def packed(self, rows: list[list[Group]]) -> Batch:
         """Packed sequences of these groups of rows."""
-        import torch
-
         found = pack(rows, self.encoder, self.layout.multiple)
 
         def tensor(array):
@@ -197,8 +193,6 @@ def padded(samples: list[Sample], limit: int) -> list[list[Sample]]:
 
 def from_labels(inputs: dict, device) -> Batch:
     """A batch from `Encoder.collate`: logits where an answer token is predicted, nowhere else."""
-    import torch
-
     inputs = dict(inputs)
     labels = inputs.pop("labels")[:, 1:]  # position i predicts token i + 1
     kept = labels != IGNORED

@@ -19,17 +19,9 @@ import torch
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
+from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.fused import fuse
-from mmrev_kit.model.qwen3vl import (
-    complete,
-    empty_model,
-    language_model,
-    load_weights,
-    projections,
-    read_architecture,
-    text_config,
-)
 from mmrev_kit.model.vision import use_fast_tower
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,7 +71,7 @@ def load_base(
     dtype = torch_dtype(compute_dtype, device)
     nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
     if is_random(name):
-        model = random_model(read_architecture(name), dtype, device, seed, nf4)
+        model = random_model(qwen3vl.read_architecture(name), dtype, device, seed, nf4)
         model.set_attn_implementation(attn_implementation)
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
@@ -87,7 +79,13 @@ def load_base(
         if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
             raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
         placement |= {"quantization_config": nf4} if nf4 else {}
-        model = load_weights(folder, dtype=dtype, attn_implementation=attn_implementation, **placement)
+        model = qwen3vl.model_class().from_pretrained(
+            folder,
+            use_safetensors=True,  # never a pickle
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            **placement,
+        )
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
     return finish_base(model)
@@ -141,7 +139,7 @@ def finish_base(model):
     """What every base needs, wherever its weights come from: frozen, unpacked on CPU, elementwise steps fused, summed
     in fp32, and a vision tower that takes images together."""
     model.requires_grad_(False)
-    model.config.use_cache = text_config(model).use_cache = False  # evaluation asks for it where it wants it
+    model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)
     fuse(model)
     keep_residual_in_fp32(model)
@@ -163,7 +161,7 @@ def random_model(architecture, dtype: torch.dtype, device, seed: int = 0, nf4=No
     from transformers.integrations import replace_with_bnb_linear
 
     with torch.device("meta"):
-        model = empty_model(architecture)
+        model = qwen3vl.model_class()(architecture)
         if nf4:
             model.is_loaded_in_4bit = True  # PEFT asks, to take its 4-bit adapter
             model = replace_with_bnb_linear(model, nf4.llm_int8_skip_modules, quantization_config=nf4)
@@ -182,7 +180,7 @@ def random_model(architecture, dtype: torch.dtype, device, seed: int = 0, nf4=No
                 setattr(module, key, Params4bit(value, requires_grad=False, module=module, **options).to(device))
             else:
                 setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
-    complete(model, device)
+    qwen3vl.complete(model, device)
     return model
 
 
@@ -206,7 +204,7 @@ def keep_residual_in_fp32(model) -> None:
     dtype = model.dtype
     if dtype == torch.float32:
         return
-    language = language_model(model)
+    language = qwen3vl.language_model(model)
     language.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
     norms = [language.norm]
     for layer in language.layers:
@@ -240,11 +238,11 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in language_model(model).layers.named_modules()}
+    names = {name.rsplit(".", 1)[-1] for name, _ in qwen3vl.language_model(model).layers.named_modules()}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
         raise ConfigError(f"lora.target_modules: the language model has no {', '.join(unknown)}.")
-    lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": projections(target_modules)}
+    lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": qwen3vl.projections(target_modules)}
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     fuse(model)
     if gradient_checkpointing:
@@ -263,7 +261,7 @@ def adapter_arguments(config: Config) -> dict:
 
 def set_recomputed(model, kept_layers: int) -> None:
     """Which layers of a model with checkpointing are recomputed: the first, but for the last `kept_layers`."""
-    layers = language_model(model).layers
+    layers = qwen3vl.language_model(model).layers
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < len(layers) - kept_layers
 

@@ -2,14 +2,14 @@
 
 A `Group` is one prefix and its suffixes: rows with the same image up to the last token that all of them share, and
 then each row's own rest. A row that shares nothing is a group of its own. Groups stand one after the other in a
-sequence, after its root: the tokens with which all prompts begin. A boolean mask lets a token see the root, its own
-group's prefix and its own suffix up to itself, and nothing else; every suffix keeps the positions that it has in its
-row; the prefix's last token predicts the first token of every suffix. So each row's loss is the one that it has alone,
-whatever stands beside it, and the gradient of a batch is the sum over its rows.
+sequence, after its preamble: the tokens with which all prompts begin. A boolean mask lets a token see the preamble,
+its own group's prefix and its own suffix up to itself, and nothing else; every suffix keeps the positions that it has
+in its row; the prefix's last token predicts the first token of every suffix. So each row's loss is the one that it has
+alone, whatever stands beside it, and the gradient of a batch is the sum over its rows.
 
-What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix or a root share its
-mask, as they would if it were one row. The mean over masks is the same, the draw is another one (as it is for another
-micro-batch or another number of processes).
+What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix or the preamble
+share its mask, as they would if it were one row. The mean over masks is the same, the draw is another one (as it is
+for another micro-batch or another number of processes).
 
 `grouping: batch` shares prefixes among the rows that an update holds anyway: an update's gradient is unchanged.
 `grouping: epoch` (`gather_images`) orders the epoch so that the rows of one image come in the same update: faster,
@@ -30,7 +30,7 @@ from mmrev_kit.model.qwen3vl import row_positions
 
 MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
 MAX_PADDING = 0.1  # padding per token of a pass at most; with none, the embedded model takes a third longer on a CPU
-PAD, ROOT = -1, -2  # instead of a group's number
+PADDING, PREAMBLE = -1, -2  # instead of a group's number
 
 
 @dataclass(frozen=True)
@@ -76,29 +76,29 @@ def computed(sample: Sample) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share their first `prefix` tokens; of these, a sequence's groups share the first `root`.
+    """Rows that share their first `prefix` tokens; of these, a sequence's groups share the first `preamble`.
 
-    `tokens` are those that are computed for the group, the root's not counted.
+    `tokens` are those that are computed for the group, the preamble's not counted.
     """
 
     samples: tuple[Sample, ...]
     prefix: int
     tokens: int
-    root: int = 0
+    preamble: int = 0
 
 
 def common(samples: Sequence[Sample]) -> int:
     """How many first tokens rows have in common, as far as the shortest prompt goes."""
     low, high = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
-    same = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    same = next((index for index, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
     return min(same, *(sample.answer_start for sample in samples))
 
 
-def make_group(samples: Sequence[Sample], root: int = 0) -> Group:
+def make_group(samples: Sequence[Sample], preamble: int = 0) -> Group:
     """The rows as one group, with everything shared that they have in common before their answers."""
-    prefix = common(samples) if len(samples) > 1 else root
-    tokens = prefix - root + sum(computed(sample) - prefix for sample in samples)
-    return Group(tuple(samples), prefix, tokens, root)
+    prefix = common(samples) if len(samples) > 1 else preamble
+    tokens = prefix - preamble + sum(computed(sample) - prefix for sample in samples)
+    return Group(tuple(samples), prefix, tokens, preamble)
 
 
 def image_key(sample: Sample, image_id: int) -> Hashable | None:
@@ -115,38 +115,38 @@ def image_key(sample: Sample, image_id: int) -> Hashable | None:
 def make_groups(samples: Sequence[Sample], packing: str, image_id: int) -> list[Group]:
     """The rows as groups, in the order of their first rows; only `shared_prefix` puts several rows into one, and lets
     all groups share how their prompts begin: the first tokens of the chat, up to the first image."""
-    root = 0
+    preamble = 0
     if packing == "shared_prefix" and samples:
         before = min(sample.answer_start for sample in samples) - 1  # what predicts an answer is the group's own
-        root = min(common(samples), before)
-        root = next((place for place in range(root) if samples[0].input_ids[place] == image_id), root)
+        preamble = min(common(samples), before)
+        preamble = next((index for index in range(preamble) if samples[0].input_ids[index] == image_id), preamble)
     found: dict[Hashable, list[Sample]] = {}
-    for place, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         key = image_key(sample, image_id) if packing == "shared_prefix" else None
-        found.setdefault(place if key is None else key, []).append(sample)
-    return [make_group(part, root) for part in found.values()]
+        found.setdefault(index if key is None else key, []).append(sample)
+    return [make_group(part, preamble) for part in found.values()]
 
 
 def halve(group: Group) -> list[Group]:
     """A group as two, each with a prefix of its own."""
     middle = len(group.samples) // 2
-    return [make_group(part, group.root) for part in (group.samples[:middle], group.samples[middle:])]
+    return [make_group(part, group.preamble) for part in (group.samples[:middle], group.samples[middle:])]
 
 
 def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
     """Groups dealt to `bins` so that none holds much more than another: longest first, to the emptiest (LPT)."""
     heap = [(0, number) for number in range(bins)]
     dealt: list[list[Group]] = [[] for _ in range(bins)]
-    for place in sorted(range(len(groups)), key=lambda place: (-groups[place].tokens, place)):
+    for index in sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index)):
         held, number = heapq.heappop(heap)
-        dealt[number].append(groups[place])
-        heapq.heappush(heap, (held + groups[place].tokens, number))
+        dealt[number].append(groups[index])
+        heapq.heappush(heap, (held + groups[index].tokens, number))
     return dealt
 
 
 def heaviest(dealt: list[list[Group]]) -> int:
-    """Tokens of the fullest bin, with its root."""
-    return max(sum(group.tokens for group in part) + part[0].root for part in dealt if part)
+    """Tokens of the fullest bin, with its preamble."""
+    return max(sum(group.tokens for group in part) + part[0].preamble for part in dealt if part)
 
 
 def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
@@ -159,15 +159,15 @@ def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
         large = max((group for group in groups if len(group.samples) > 1), key=lambda g: g.tokens, default=None)
         if large is None:
             break
-        place = next(place for place, group in enumerate(groups) if group is large)
-        groups[place : place + 1] = halve(large)
+        index = next(index for index, group in enumerate(groups) if group is large)
+        groups[index : index + 1] = halve(large)
         dealt = balance(groups, processes)
         best = min(best, dealt, key=heaviest)
     return best
 
 
 def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
-    """Groups dealt to as few passes of at most `limit` tokens as this finds; a row that is longer alone goes alone."""
+    """Groups dealt to few micro-batches of at most `limit` tokens each; a row that is longer alone goes alone."""
     waiting, fitting = list(groups), []
     while waiting:
         group = waiting.pop(0)
@@ -177,12 +177,12 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
             fitting.append(group)
     if not fitting:
         return []
-    passes = max(1, -(-sum(group.tokens for group in fitting) // limit))
-    while passes < len(fitting):
-        dealt = balance(fitting, passes)
-        if heaviest(dealt) <= max(limit, max(group.tokens + group.root for group in fitting)):
+    count = max(1, -(-sum(group.tokens for group in fitting) // limit))
+    while count < len(fitting):
+        dealt = balance(fitting, count)
+        if heaviest(dealt) <= max(limit, max(group.tokens + group.preamble for group in fitting)):
             return dealt
-        passes += 1
+        count += 1
     return [[group] for group in fitting]
 
 
@@ -197,7 +197,7 @@ def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[G
 
     def cost(rows: list[list[Group]]) -> tuple[bool, float]:
         longest = heaviest(rows)
-        length, room = -(-longest // multiple) * multiple, tokens + len(rows) * groups[0].root
+        length, room = -(-longest // multiple) * multiple, tokens + len(rows) * groups[0].preamble
         return len(rows) * longest > (1 + MAX_PADDING) * room, len(rows) * length * (1 + length / scale)
 
     return min((balance(groups, count) for count in counts), key=cost)
@@ -217,7 +217,7 @@ class Packed:
         images: (path, pixel limit) in the order of the image tokens.
         positions: (3, sequences, length).
         group, segment: which group a token belongs to, and which part of it: 0 the prefix, 1 and on the suffixes;
-            both are -1 on padding. The root's group is -2, its part 0.
+            both are -1 on padding. The preamble's group is -2, its part 0.
         wanted: where logits are needed.
         predictor, target, owner: (answer tokens,): which of the wanted logits predicts it, the token, whose it is.
     """
@@ -241,17 +241,17 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
     length = filled_length(rows, multiple)
     ids = numpy.full((len(rows), length), encoder.pad_id, dtype=numpy.int64)
     positions = numpy.zeros((3, *ids.shape), dtype=numpy.int64)
-    group_of, segment_of = numpy.full_like(ids, PAD), numpy.full_like(ids, PAD)
-    samples, images, places, targets, owners = [], [], [], [], []
+    group_of, segment_of = numpy.full_like(ids, PADDING), numpy.full_like(ids, PADDING)
+    samples, images, needed, targets, owners = [], [], [], [], []
     for row, groups in enumerate(rows):
-        end = root = groups[0].root
-        ids[row, :root] = groups[0].samples[0].input_ids[:root]
-        positions[:, row, :root] = numpy.arange(root)
-        group_of[row, :root], segment_of[row, :root] = ROOT, 0
+        end = preamble = groups[0].preamble
+        ids[row, :preamble] = groups[0].samples[0].input_ids[:preamble]
+        positions[:, row, :preamble] = numpy.arange(preamble)
+        group_of[row, :preamble], segment_of[row, :preamble] = PREAMBLE, 0
         for number, group in enumerate(groups):
-            fork = end + group.prefix - root  # the prefix is written with the first suffix
+            fork = end + group.prefix - preamble  # the prefix is written with the first suffix
             for part, sample in enumerate(group.samples, start=1):
-                first = group.prefix if part > 1 else root
+                first = group.prefix if part > 1 else preamble
                 begin, end = end, end + computed(sample) - first
                 ids[row, begin:end] = sample.input_ids[first:-1]
                 placed = row_positions(sample.input_ids, encoder.grids(sample), encoder.image_id)
@@ -263,13 +263,13 @@ def pack(rows: list[list[Group]], encoder: Encoder, multiple: int = 1) -> Packed
                 if part == 1:  # the images of a shared prefix, or of a row alone
                     images += [(path, sample.max_pixels) for path in sample.row.images]
                 answer = own + sample.answer_start - group.prefix
-                places += [row * length + (place - 1 if place > own else fork - 1) for place in range(answer, end + 1)]
+                needed += [row * length + (index - 1 if index > own else fork - 1) for index in range(answer, end + 1)]
                 targets += sample.input_ids[sample.answer_start :]
                 owners += [len(samples)] * (end + 1 - answer)
                 samples.append(sample)
     wanted = numpy.zeros(ids.size, dtype=bool)
-    wanted[places] = True
-    predictor = (numpy.cumsum(wanted) - 1)[places]
+    wanted[needed] = True
+    predictor = (numpy.cumsum(wanted) - 1)[needed]
     return Packed(
         samples, images, ids, positions, group_of, segment_of, wanted.reshape(ids.shape), predictor,
         numpy.asarray(targets), numpy.asarray(owners),
@@ -282,7 +282,7 @@ def attention_mask(group, segment):
     Args:
         group, segment: as in `Packed`, tensors of shape (sequences, length).
     """
-    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == ROOT)
+    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == PREAMBLE)
     seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     return (same & seen).tril()[:, None]
 
@@ -298,11 +298,11 @@ def gather_images(rows: list, source_of: Callable, key_of: Callable) -> list:
         key_of: from a row to what it may share, or None.
     """
     by_source: dict[Hashable, dict[Hashable, list]] = {}
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         key = key_of(row)
-        by_source.setdefault(source_of(row), {}).setdefault(place if key is None else key, []).append(row)
+        by_source.setdefault(source_of(row), {}).setdefault(index if key is None else key, []).append(row)
     merged = []
     for number, parts in enumerate(by_source.values()):
         together = [row for part in parts.values() for row in part]
-        merged += [((2 * place + 1) / len(together), number, place, row) for place, row in enumerate(together)]
+        merged += [((2 * index + 1) / len(together), number, index, row) for index, row in enumerate(together)]
     return [row for *_, row in sorted(merged, key=lambda item: item[:3])]

@@ -30,18 +30,11 @@ def read_architecture(name: str):
     return Qwen3VLConfig(**values | dict(zip(keys, ids, strict=True)))
 
 
-def load_weights(folder, **options):
-    """The model in a folder; `options` are those of transformers' `from_pretrained`."""
+def model_class():
+    """transformers' class."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, **options)  # never a pickle
-
-
-def empty_model(architecture):
-    """The model of a `Qwen3VLConfig`, on torch's default device."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration(architecture)
+    return Qwen3VLForConditionalGeneration
 
 
 def complete(model, device) -> None:

@@ -7,7 +7,7 @@ import numpy
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.pools import MAX_NAMED
 from mmrev_kit.data.tasks import LETTERS, TASK_TYPES
-from mmrev_kit.pretraining.model import answer_logits, pack, shapes_of
+from mmrev_kit.pretraining.model import answer_logits, shapes_of, to_arrays
 from mmrev_kit.pretraining.pictures import SIZE, Pictures, make_pictures
 from mmrev_kit.pretraining.questions import Sampler
 from mmrev_kit.pretraining.text import NO_TARGET, Block, Lexicon
@@ -50,7 +50,7 @@ def answers_to(model, block: Block, images: numpy.ndarray, pixels) -> numpy.ndar
     import torch
 
     device = pixels.device
-    batch = {name: torch.from_numpy(value).to(device) for name, value in pack([block], images).items()}
+    batch = {name: torch.from_numpy(value).to(device) for name, value in to_arrays([block], images).items()}
     with torch.no_grad():
         logits = answer_logits(model, batch, pixels, shapes_of([block]))
     return logits.argmax(-1).view(block.targets.shape).cpu().numpy()

@@ -21,7 +21,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon (Jordan e
 MUON_SCALE = 0.2  # times sqrt(longer side): the update's size is AdamW's (Liu et al. 2025, "Muon is scalable")
 
 
-def pack(blocks: list[Block], images: numpy.ndarray) -> dict[str, numpy.ndarray]:
+def to_arrays(blocks: list[Block], images: numpy.ndarray) -> dict[str, numpy.ndarray]:
     """A step as flat arrays: all tokens in one row, everything else pointing into it.
 
     ids (tokens,), places (3, tokens), images (pictures,), slots (images,), image_at (image tokens,),
@@ -102,7 +102,7 @@ def answer_logits(model, batch: dict, pixels, shapes, layer=text_layer, block=to
     """The logits at every answer token, (answer tokens, vocabulary).
 
     Args:
-        batch: `pack`'s arrays as tensors.
+        batch: `to_arrays`'s arrays as tensors.
         pixels: (all pictures, height, width, 3) bytes.
         shapes: see `shapes_of`.
         layer, block: `text_layer` and `vision.tower_block`, or compiled forms of them.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy
 
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.pretraining.model import Optimizer, answer_logits, losses_of, pack, shapes_of
+from mmrev_kit.pretraining.model import Optimizer, answer_logits, losses_of, shapes_of, to_arrays
 from mmrev_kit.pretraining.pictures import SIZE, Pictures
 from mmrev_kit.pretraining.plan import Plan, make_plan, make_step
 from mmrev_kit.pretraining.questions import Sampler
@@ -95,9 +95,9 @@ class Source:
         return self.sizes[0]
 
     def step(self, step: int) -> dict[str, numpy.ndarray]:
-        """A step as arrays; see `pretrain_model.pack`."""
+        """A step as arrays; see `model.to_arrays`."""
         size = self.size_of(step)
-        return pack(*make_step(self.samplers[size], self.plans[size], self.seed, step))
+        return to_arrays(*make_step(self.samplers[size], self.plans[size], self.seed, step))
 
     def shapes(self, size: tuple[int, int]) -> tuple[tuple, tuple]:
         """(rows, tokens) and (rows, answer tokens) of each block."""

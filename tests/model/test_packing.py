@@ -138,15 +138,15 @@ def test_what_all_prompts_begin_with_is_computed_once_a_sequence(model_and_task)
         before = [s.input_ids[: s.input_ids.index(image)] if image in s.input_ids else s.input_ids for s in samples]
         begin = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*before, strict=False)))
         groups = make_groups(samples, "shared_prefix", image)
-        assert {group.root for group in groups} == {begin} and begin >= 3
+        assert {group.preamble for group in groups} == {begin} and begin >= 3
         packed = packing.pack([groups], task.encoder)
         assert packed.input_ids.shape == (1, begin + sum(len(s.input_ids) - 1 - begin for s in samples))
         assert packed.input_ids[0, :begin].tolist() == list(samples[0].input_ids[:begin])
         two = packing.pack([groups[:2], groups[2:]], task.encoder)
         assert [row[:begin].tolist() for row in two.input_ids] == [list(samples[0].input_ids[:begin])] * 2
-    assert {group.root for group in make_groups(mixed, "block", image)} == {0}
+    assert {group.preamble for group in make_groups(mixed, "block", image)} == {0}
     assert make_groups([], "shared_prefix", image) == []
-    assert make_groups(forward[:1], "shared_prefix", image)[0].root == forward[0].input_ids.index(image)
+    assert make_groups(forward[:1], "shared_prefix", image)[0].preamble == forward[0].input_ids.index(image)
 
 
 def test_suffixes_and_neighbours_do_not_see_each_other(model_and_task):

@@ -160,19 +160,17 @@ def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides,
 
 
 def test_the_helpers_train_in_a_plain_loop(small_overrides, tmp_path):
-    """4 + 4 people: 60 forward rows each and 60 of the control group's reverse rows, or so; the loss must fall."""
+    """120 forward and 120 reverse rows, and 103 retention rows: 22 updates of 16."""
     executed = tmp_path / "helpers.ipynb"
-    words = ["-p", "num_epochs", "2", "-p", "batch_size", "8", "-p", "overrides", small_overrides]
+    words = ["-p", "num_epochs", "1", "-p", "overrides", small_overrides]
     done = papermill("notebooks/helpers.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
-    assert "epoch 2: lowest validation loss" in text
-    updates, first, last = re.search(r"(\d+) updates: .* fell from (\S+) to (\S+); last epoch", text).groups()
-    assert int(updates) >= 30 and float(last) < 0.8 * float(first)
+    assert "epoch 1: lowest validation loss" in text
+    first, last = re.search(r"22 updates: .* fell from (\S+) to (\S+); last epoch", text).groups()
+    assert float(last) < 0.8 * float(first)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
-    wrong = papermill("notebooks/helpers.ipynb", str(executed), "-p", "ration", "0.5", capture_output=True)
-    assert wrong.returncode and "Did you mean ratio?" in wrong.stderr
 
 
 def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):

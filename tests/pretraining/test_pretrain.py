@@ -18,7 +18,15 @@ from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.tasks import CONNECTORS, LETTERS, Row
 from mmrev_kit.pretraining import accuracy, command, run, state
-from mmrev_kit.pretraining.model import Optimizer, answer_logits, losses_of, orthogonal, pack, patches_of, shapes_of
+from mmrev_kit.pretraining.model import (
+    Optimizer,
+    answer_logits,
+    losses_of,
+    orthogonal,
+    patches_of,
+    shapes_of,
+    to_arrays,
+)
 from mmrev_kit.pretraining.pictures import (  # fmt: skip
     ICONS,
     Pictures,
@@ -311,7 +319,7 @@ def test_the_forward_pass_is_transformers_own(setting):
     size = (64, 64)
     sampler, plan = setting.source.samplers[size], setting.source.plans[size]
     blocks, images = make_step(sampler, plan, 0, 3)
-    batch = {name: torch.from_numpy(value) for name, value in pack(blocks, images).items()}
+    batch = {name: torch.from_numpy(value) for name, value in to_arrays(blocks, images).items()}
     pixels = setting.pixels[size]
     with torch.no_grad():
         ours = answer_logits(setting.model, batch, pixels, shapes_of(blocks))
@@ -334,7 +342,7 @@ def test_the_forward_pass_is_transformers_own(setting):
 
 def test_weights_of_a_step_add_up_and_blocks_report_their_own_loss(setting):
     blocks, images = make_step(setting.source.samplers[64, 64], setting.source.plans[64, 64], 0, 3)
-    batch = {name: torch.from_numpy(value) for name, value in pack(blocks, images).items()}
+    batch = {name: torch.from_numpy(value) for name, value in to_arrays(blocks, images).items()}
     assert abs(batch["weights"].sum() - 1) < 1e-5
     logits = torch.full((len(batch["targets"]), 1024), 0.0)
     loss, report = losses_of(logits, batch, tuple(block.targets.shape for block in blocks))

@@ -15,7 +15,7 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.evaluation.results import read_evaluation
-from mmrev_kit.model.bases import base_fingerprint, base_of, read_fingerprint
+from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.notebook.tables import epoch_table, find_histories, summary
 from mmrev_kit.training.history import read_history
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(project):
         assert (
             all(torch.allclose(found[key], wanted[key], atol=1e-3) for key in wanted) and found.keys() == wanted.keys()
         )
-    assert read_fingerprint(WRITTEN / "finished" / "best") == base_fingerprint(**base_of(config))
+    check_base(WRITTEN / "finished" / "best", base_fingerprint(**base_of(config)), "embedded")
 
 
 def test_its_finished_run_is_not_trained_again_and_another_one_is_refused(project, capsys):
