@@ -179,11 +179,12 @@ def guide_table(config: Config):
     configuration allows, with the vision tower on the card as in the guide. A pandas DataFrame."""
     import pandas
 
-    found = estimate(with_memory(config, cache_features=False), "32b")
-    sizes = {component.name: component.size / 1e9 for component in found.components}
-    ours = {"base in NF4": sum(sizes.pop(name) for name in GROUPS["weights"])}
-    ours |= {"LoRA": sizes.pop("LoRA adapter"), "optimizer": sizes.pop("optimizer states")}
-    ours["activations"] = sum(sizes.values())  # and what else comes and goes
-    table = pandas.DataFrame({"guide (GB)": GUIDE_GB, "estimate (GB)": ours}).rename_axis("component")
+    parts = {part.name: part for part in estimate(with_memory(config, cache_features=False), "32b").components}
+    ours = {"base in NF4": [parts.pop(name) for name in GROUPS["weights"]], "LoRA": [parts.pop("LoRA adapter")]}
+    ours |= {"optimizer": [parts.pop("optimizer states")], "activations": list(parts.values())}
+    sizes = {name: sum(part.size for part in own) / 1e9 for name, own in ours.items()}
+    table = pandas.DataFrame({"guide (GB)": GUIDE_GB, "estimate (GB)": sizes}).rename_axis("component")
     table.loc["sum"] = table.sum()
+    largest = [max(own, key=lambda part: part.size) for own in ours.values()]
+    table["largest part"] = [*(f"{part.name}: {part.formula}" for part in largest), ""]
     return table

@@ -77,11 +77,11 @@ def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
     words = ["notebooks/memory.ipynb", str(executed), "-p", "model", "8b", "-p", "card", "RTX 4090 24", "-p", "r", "16"]
     done = papermill(*words, "-p", "micro_batch", "4", capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "passes of" in printed(executed) and "19,922,944" in printed(executed)
+    assert "passes of" in printed(executed)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     page = render(executed).read_text()
-    assert "deepspeed ZeRO-2" in page and "guide (GB)" in page
+    assert "deepspeed ZeRO-2" in page and "guide (GB)" in page and "19,922,944" in page
     wrong = papermill(*words, "-p", "crad", "V100 32", capture_output=True)
     assert wrong.returncode and "Did you mean card?" in wrong.stderr
 
