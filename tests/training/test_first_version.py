@@ -3,7 +3,6 @@
 fixtures/first_version was written by it: the same small run once to its end, and once interrupted in its second epoch.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -78,7 +77,8 @@ def test_its_finished_run_is_not_trained_again_and_another_one_is_refused(projec
     config = load_config("outputs/first_forward/config.yaml")
     config.launch.output_dir = "outputs"
     history = launch(config)
-    assert history == json.loads((WRITTEN / "finished" / "training_history.json").read_text())
+    assert history == read_history(WRITTEN / "finished" / "training_history.json")
+    assert all(0 < step["tokens_per_second"] and step["mfu"] is None for step in history["steps"])
     assert "is finished (last epoch)" in capsys.readouterr().out
     config.lora.r = 2
     with pytest.raises(ConfigError, match=r"another configuration: lora.r \(1 there, 2 now\)"):
