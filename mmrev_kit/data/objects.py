@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.assets import draw, read_asset, style_meta
+from mmrev_kit.data.assets import draw, read_asset, style_definition
 from mmrev_kit.data.pools import Subject, make_pool, split_off
 
 STYLE = "icons"
@@ -21,7 +21,7 @@ BACKGROUNDS: list[str] = read_asset("icons")["backgrounds"]
 
 def credits() -> dict[str, str]:
     """Licence and makers of the icons, as the style's own file says."""
-    meta = style_meta(STYLE)
+    meta = style_definition(STYLE)["meta"]
     return {
         "style": f"DiceBear {STYLE}",
         "creator": meta["creator"]["name"],

@@ -269,7 +269,7 @@ def strict(value):
 
 def test_metrics_agree_with_the_single_functions():
     rows = evaluation()
-    found = metrics.metrics(rows, confidence=0.9, draws=500, seed=3)
+    found = metrics.metrics(rows)
     assert strict(found) == found
     assert list(found) == ["none"] and list(found["none"]) == list(TASK_TYPES)
     for test, groups in found["none"].items():
@@ -280,10 +280,10 @@ def test_metrics_agree_with_the_single_functions():
             assert (numbers["n"], numbers["correct"]) == (len(part), correct)
             assert numbers["n_entities"] == (8 if group == "all" else 4)
             assert numbers["accuracy"] == correct / len(part)
-            assert numbers["wilson"] == statistics.wilson(correct, len(part), 0.9)
+            assert numbers["wilson"] == statistics.wilson(correct, len(part))
             assert numbers["unparsed"] == sum(r["read_as"] is None for r in part)
             means = statistics.entity_means(part)
-            assert numbers["cluster_interval"] == statistics.bootstrap_interval(means, 0.9, 500, 3)
+            assert numbers["cluster_interval"] == statistics.bootstrap_interval(means)
             if test != "forward":
                 chance = 0.5 if test == "reverse" else 0.25
                 assert numbers["p_exact"] == pytest.approx(binomtest(correct, len(part), chance, "greater").pvalue)
