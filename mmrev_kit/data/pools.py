@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
@@ -41,8 +40,11 @@ class Subject:
         return f"images/{self.id}.png"
 
 
-class Sampler(Protocol):
+class Sampler:
     """True and false descriptions of a pool's subjects; a draw that does not come off is None and is tried again."""
+
+    def __init__(self, subjects: list[Subject]):
+        self.subjects = subjects
 
     def statement(self, rng: random.Random, subject: Subject, truth: bool) -> str | None:
         """A description that is true of the subject, or one that is false of it."""
@@ -59,16 +61,13 @@ def is_true_of(named: dict[str, str], attributes: dict[str, str]) -> bool:
     return named.items() <= attributes.items()
 
 
-class FaceSampler:
+class FaceSampler(Sampler):
     """Descriptions of drawn faces by one to four attributes; half of the false ones are near misses.
 
     The options of a question all name the same attributes. Near misses come as a square (two attributes with two
     values each) or a line (four values of one attribute), so that no option is nearer to the others than the rest
     are: the right one cannot be guessed from the options alone.
     """
-
-    def __init__(self, subjects: list[Subject]):
-        self.subjects = subjects
 
     def _named(self, rng: random.Random, subject: Subject) -> dict[str, str]:
         names = rng.sample(list(VALUES), rng.randint(1, MAX_NAMED))
@@ -196,7 +195,7 @@ def make_pool(
     folder: str | Path,
     kind: str,
     parts: dict[str, list[Subject]],
-    sampler: Callable[[list[Subject]], Sampler],
+    sampler: type[Sampler],
     draw: Callable[[Subject], Image.Image],
     rows_per_task: tuple[int, int],
     seed: int,

@@ -124,8 +124,7 @@ class Encoder:
         full = []
         for token in ids:
             full += [token] * next(counts_left) if token == self.image_id else [token]
-        start = len(full)
-        return Sample(row, tuple(full + answer if with_answer else full), start, limit, sum(counts))
+        return Sample(row, tuple(full + answer if with_answer else full), len(full), limit, sum(counts))
 
     def _fit(self, row: Row, room: int) -> tuple[int, list[int]]:
         """The pixel limit at which the row's images fill at most `room` tokens, and each image's tokens."""

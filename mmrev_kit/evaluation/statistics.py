@@ -134,10 +134,9 @@ def permutation_difference(
 
 def auroc(positive: Iterable[float], negative: Iterable[float]) -> float | None:
     """The chance that a positive scores above a negative, ties half (Mann-Whitney U / pairs); None if one is empty."""
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
     first, second = _array(positive), _array(negative)
     if not len(first) or not len(second):
         return None
-    ranks = rankdata(np.concatenate([first, second]))[: len(first)].sum()
-    return float((ranks - len(first) * (len(first) + 1) / 2) / (len(first) * len(second)))
+    return float(mannwhitneyu(first, second, method="asymptotic").statistic / (len(first) * len(second)))

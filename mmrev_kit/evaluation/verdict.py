@@ -161,15 +161,15 @@ def _p(value: float | None) -> str:
     return "p unknown" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
+def _mean(means: dict[object, float]) -> float | None:
+    return sum(means.values()) / len(means) if means else None
+
+
 def evidence(test: str, rows: dict[str, list[dict]], chance: float, p: dict[str, float | None]) -> Evidence:
     """The numbers of one test from its rows of each group; `p` holds each group's adjusted p against chance."""
-
-    def mean(group: str, field: str) -> float | None:
-        values = statistics.entity_means(rows[group], field).values()
-        return sum(values) / len(values) if values else None
-
     main, control = (statistics.entity_means(rows[group]) for group in GROUPS)
-    level, sizes, asked = mean("control", "right"), (len(main), len(control)), rows["main"] + rows["control"]
+    main_likeliest, control_likeliest = (statistics.entity_means(rows[group], "likeliest_right") for group in GROUPS)
+    level, sizes, asked = _mean(control), (len(main), len(control)), rows["main"] + rows["control"]
     difference, p_difference = statistics.permutation_difference(control, main)
     count = round(len({row["id"] for row in asked}) / sum(sizes)) if sum(sizes) else 0
     return Evidence(
@@ -177,10 +177,10 @@ def evidence(test: str, rows: dict[str, list[dict]], chance: float, p: dict[str,
         chance=chance,
         n_main=len(main),
         n_control=len(control),
-        main=mean("main", "right"),
+        main=_mean(main),
         control=level,
-        main_likeliest=mean("main", "likeliest_right"),
-        control_likeliest=mean("control", "likeliest_right"),
+        main_likeliest=_mean(main_likeliest),
+        control_likeliest=_mean(control_likeliest),
         main_interval=statistics.bootstrap_interval(main, CONFIDENCE),
         p_main=p["main"],
         p_control=p["control"],
@@ -312,10 +312,9 @@ def verdict(records: list[dict], task: str) -> Verdict:
     taught = statistics.entity_means(
         row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", chosen.taught)
     )
-    accuracy = sum(taught.values()) / len(taught) if taught else None
 
     def judge(shown: Evidence, **more) -> Verdict:
-        gates = gates_of(shown, chosen.taught, accuracy)
+        gates = gates_of(shown, chosen.taught, _mean(taught))
         claim = decide({gate.name: gate.passed for gate in gates})
         return Verdict(task, shown.test, claim, sentence_of(claim, gates, shown), gates, shown, **more)
 
