@@ -18,7 +18,8 @@ def read_asset(name: str) -> Any:
 
 
 @cache
-def _style_definition(style: str) -> dict:
+def style_definition(style: str) -> dict:
+    """A DiceBear style's own file; its `meta` says who drew it and under which licence."""
     return json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text(encoding="utf-8"))
 
 
@@ -26,12 +27,7 @@ def _style_definition(style: str) -> dict:
 def _style(style: str):
     import dicebear
 
-    return dicebear.Style(_style_definition(style))
-
-
-def style_meta(style: str) -> dict:
-    """Who drew a DiceBear style and under which licence, from its own file."""
-    return _style_definition(style)["meta"]
+    return dicebear.Style(style_definition(style))
 
 
 def draw(style: str, options: dict, size: int, background: str | None = None) -> Image.Image:

@@ -14,7 +14,7 @@ from functools import cache
 from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for, seed_for
-from mmrev_kit.data.assets import draw, read_asset, style_meta
+from mmrev_kit.data.assets import draw, read_asset, style_definition
 
 STYLE = "toon-head"
 TABLES = read_asset("faces")
@@ -36,7 +36,7 @@ BACKGROUNDS: list[str] = TABLES["backgrounds"]
 
 def credits() -> dict[str, str]:
     """Who drew the style and under which licence, from the style's own metadata."""
-    meta = style_meta(STYLE)
+    meta = style_definition(STYLE)["meta"]
     return {
         "style": meta["source"]["name"],
         "artist": meta["creator"]["name"],

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.assets import draw, read_asset, style_meta
-from mmrev_kit.data.pools import Subject, make_pool, split_off
+from mmrev_kit.data.assets import draw, read_asset, style_definition
+from mmrev_kit.data.pools import Sampler, Subject, make_pool, split_off
 
 STYLE = "icons"
 # Families of things that could be taken for one another: {description: icons}. A wrong text or picture always comes
@@ -21,7 +21,7 @@ BACKGROUNDS: list[str] = read_asset("icons")["backgrounds"]
 
 def credits() -> dict[str, str]:
     """Licence and makers of the icons, as the style's own file says."""
-    meta = style_meta(STYLE)
+    meta = style_definition(STYLE)["meta"]
     return {
         "style": f"DiceBear {STYLE}",
         "creator": meta["creator"]["name"],
@@ -38,11 +38,8 @@ def draw_object(icon: str, size: int, background: str = BACKGROUNDS[0]) -> Image
     return draw(STYLE, options | {"scale": 1.25, "seed": icon}, size)
 
 
-class ObjectSampler:
+class ObjectSampler(Sampler):
     """Names of things; what is wrong comes from another family. Attributes: name, family, icon, background."""
-
-    def __init__(self, subjects: list[Subject]):
-        self.subjects = subjects
 
     def _strangers(self, subject: Subject, rng: random.Random, count: int) -> list[Subject]:
         """Subjects of `count` other families, each from a family of its own."""

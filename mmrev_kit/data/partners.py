@@ -104,10 +104,7 @@ def _taught_rows(
 def _choice_rows(
     task: TaskType, circle: list[dict], connectors: list[str], shifts: list[int], letters: list[int], rng: random.Random
 ) -> list[dict]:
-    """One question for each member and connector, with descriptions or pictures for options.
-
-    Within a connector the three wrong options follow three shifts, so each member is a wrong option three times.
-    """
+    """One question for each member and connector; within a connector each member is a wrong option three times."""
     rows = []
     letters = iter(rng.sample(letters, len(letters)))
     for seat, entity in enumerate(circle):

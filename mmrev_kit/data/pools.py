@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
@@ -41,8 +40,11 @@ class Subject:
         return f"images/{self.id}.png"
 
 
-class Sampler(Protocol):
+class Sampler:
     """True and false descriptions of a pool's subjects; a draw that does not come off is None and is tried again."""
+
+    def __init__(self, subjects: list[Subject]):
+        self.subjects = subjects
 
     def statement(self, rng: random.Random, subject: Subject, truth: bool) -> str | None:
         """A description that is true of the subject, or one that is false of it."""
@@ -56,23 +58,16 @@ class Sampler(Protocol):
 
 def is_true_of(named: dict[str, str], attributes: dict[str, str]) -> bool:
     """Whether every named attribute has the named value."""
-    return all(attributes[name] == value for name, value in named.items())
+    return named.items() <= attributes.items()
 
 
-def _matches(named: dict[str, str], attributes: dict[str, str]) -> int:
-    return sum(attributes[name] == value for name, value in named.items())
-
-
-class FaceSampler:
+class FaceSampler(Sampler):
     """Descriptions of drawn faces by one to four attributes; half of the false ones are near misses.
 
     The options of a question all name the same attributes. Near misses come as a square (two attributes with two
     values each) or a line (four values of one attribute), so that no option is nearer to the others than the rest
     are: the right one cannot be guessed from the options alone.
     """
-
-    def __init__(self, subjects: list[Subject]):
-        self.subjects = subjects
 
     def _named(self, rng: random.Random, subject: Subject) -> dict[str, str]:
         names = rng.sample(list(VALUES), rng.randint(1, MAX_NAMED))
@@ -123,7 +118,7 @@ class FaceSampler:
             chosen = []
             for wanted in self._near_misses(rng, named):
                 rng.shuffle(wrong)
-                nearest = max(wrong, key=lambda other: _matches(wanted, other.attributes))
+                nearest = max(wrong, key=lambda other: len(wanted.items() & other.attributes.items()))
                 wrong.remove(nearest)
                 chosen.append(nearest)
         else:
@@ -153,14 +148,10 @@ def _draw_row(task: TaskType, sampler: Sampler, subject: Subject, answer: str, r
 
 
 def _task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
-    """`count` different rows of one task about the subjects in turn.
-
-    In CW every picture that is used is shown as often with a true text as with a false one. The letters are balanced
-    and in no step with the subjects: a subject's answer is not always the same letter.
-    """
-    if task.format == CW:
+    """`count` different rows of one task about the subjects in turn; answers are balanced."""
+    if task.format == CW:  # every picture that is used is shown as often with a true text as with a false one
         asked = [(subjects[i // 2 % len(subjects)], task.answers[i % 2]) for i in range(count)]
-    else:
+    else:  # in no step with the subjects: a subject's answer is not always the same letter
         letters = rng.sample(balanced_letters(count, rng), count)
         asked = [(subjects[i % len(subjects)], task.answers[letter]) for i, letter in enumerate(letters)]
     rows: dict[tuple, dict] = {}
@@ -188,8 +179,7 @@ def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, 
     rows = {}
     for name, task in POOL_TASKS.items():
         rng = rng_for(seed, "pool", name, split)
-        order = rng.sample(subjects, len(subjects))
-        part = _task_rows(task, order, sampler, count, rng)
+        part = _task_rows(task, rng.sample(subjects, len(subjects)), sampler, count, rng)
         rows[name] = rng.sample(part, len(part))
     return rows
 
@@ -205,7 +195,7 @@ def make_pool(
     folder: str | Path,
     kind: str,
     parts: dict[str, list[Subject]],
-    sampler: Callable[[list[Subject]], Sampler],
+    sampler: type[Sampler],
     draw: Callable[[Subject], Image.Image],
     rows_per_task: tuple[int, int],
     seed: int,
@@ -225,17 +215,13 @@ def make_pool(
         FileExistsError: the folder exists; it is not touched.
         ValueError: rows that cannot be made of so few subjects.
     """
-    counts: dict[str, dict[str, int]] = {task: {} for task in POOL_TASKS}
+    counts = dict(zip(parts, rows_per_task, strict=True))
     split_of = {subject: split for split, part in parts.items() for subject in part}
-    rows = {
-        split: pool_rows(part, sampler(part), count, seed, split)
-        for (split, part), count in zip(parts.items(), rows_per_task, strict=True)
-    }
+    rows = {split: pool_rows(part, sampler(part), counts[split], seed, split) for split, part in parts.items()}
     with fresh_folder(folder) as building:
         for split, tasks in rows.items():
             for task, part in tasks.items():
                 write_jsonl(building / f"{task}_{split}.jsonl", part)
-                counts[task][split] = len(part)
         (building / "images").mkdir()
         records = []
         for subject in sorted(split_of, key=lambda subject: subject.image_path):
@@ -243,8 +229,8 @@ def make_pool(
             names = {"id": subject.id, "image_path": subject.image_path, "split": split_of[subject]}
             records.append(names | {"attributes": subject.attributes})
         write_json(building / f"{kind}s.json", records)
-        more = {"made_by": "mmrev_kit", "kind": kind, "seed": seed, **info, "counts": counts}
-        write_json(building / "pool_info.json", more)
+        more = {"made_by": "mmrev_kit", "kind": kind, "seed": seed, **info}
+        write_json(building / "pool_info.json", more | {"counts": dict.fromkeys(POOL_TASKS, counts)})
     return Path(folder)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -63,34 +63,23 @@ class Encoder:
         self.image_id = processor.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.pad_id = self.tokenizer.pad_token_id
-        self._frames: dict[tuple[bool, ...], list[list[int]]] = {}
-        self._texts: dict[str, list[int]] = {}
         self.sizes: dict[Path, tuple[int, int]] = {}
+        self.frame, self.text_ids = cache(self._frame), cache(self._text_ids)
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
     def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
-        """The chat template around a turn, as token pieces between which the text parts go.
+        """The chat template around a turn of this shape (True: image), as token pieces between which its texts go."""
+        # Texts are put in later, as tokens, so that a description which looks like a special token stays text.
+        content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
+        turn = [{"role": "user", "content": content}]
+        pieces = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).split(SLOT)
+        if len(pieces) != shape.count(False) + 1:
+            raise ValueError("The processor's chat template changes the text of a turn; it cannot be used.")
+        return [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
 
-        The template is rendered once for a turn of this shape (True: image); text is put in later, as tokens, so that
-        a description which looks like a special token stays text.
-        """
-        if shape not in self._frames:
-            content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            pieces = text.split(SLOT)
-            if len(pieces) != shape.count(False) + 1:
-                raise ValueError("The processor's chat template changes the text of a turn; it cannot be used.")
-            self._frames[shape] = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
-        return self._frames[shape]
-
-    def text_ids(self, text: str) -> list[int]:
+    def _text_ids(self, text: str) -> list[int]:
         """A text as tokens, none of them special."""
-        if text not in self._texts:
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            self._texts[text] = ids
-        return self._texts[text]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def image_size(self, path: Path) -> tuple[int, int]:
         """(width, height) of an image; it is decoded once."""
@@ -123,7 +112,7 @@ class Encoder:
         """
         parts = self.parts(row)
         shape = tuple(isinstance(part, Path) for part in parts)
-        frame = self._frame(shape)
+        frame = self.frame(shape)
         ids, texts = list(frame[0]), iter(frame[1:])
         for part in parts:
             if not isinstance(part, Path):
@@ -135,8 +124,7 @@ class Encoder:
         full = []
         for token in ids:
             full += [token] * next(counts_left) if token == self.image_id else [token]
-        start = len(full)
-        return Sample(row, tuple(full + answer if with_answer else full), start, limit, sum(counts))
+        return Sample(row, tuple(full + answer if with_answer else full), len(full), limit, sum(counts))
 
     def _fit(self, row: Row, room: int) -> tuple[int, list[int]]:
         """The pixel limit at which the row's images fill at most `room` tokens, and each image's tokens."""

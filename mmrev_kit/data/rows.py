@@ -12,16 +12,7 @@ from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, RetentionConfig
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.images import ImageError, find_image, image_roots, locate_image
-from mmrev_kit.data.tasks import (
-    CHOICE,
-    CW,
-    EXPERIMENT_FILES,
-    LETTERS,
-    POOL_TASKS,
-    TASK_TYPES,
-    Row,
-    TaskType,
-)
+from mmrev_kit.data.tasks import CHOICE, CW, EXPERIMENT_FILES, LETTERS, POOL_TASKS, TASK_TYPES, Row, TaskType
 
 # What the scripts that started this line of work call the same fields.
 OLD_NAMES = {"description": "object_name", "image_path": "image"}
@@ -221,12 +212,16 @@ def uses_retention(config: Config) -> bool:
     return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
 
 
+def _pool_shares(retention: RetentionConfig) -> dict[str, float]:
+    """The share of each kind of pool; a pool whose share is 0 is not needed."""
+    shares = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
+    return {kind: share for kind, share in shares.items() if share}
+
+
 def source_weights(retention: RetentionConfig) -> dict[str, float]:
     """The share of each retention source, such as face_cw, before it is turned into rows."""
-    kinds = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
-    kinds = {kind: share for kind, share in kinds.items() if share}
-    weights = vars(retention.weights)
-    return {f"{kind}_{task}": share * weight for kind, share in kinds.items() for task, weight in weights.items()}
+    shares, weights = _pool_shares(retention), vars(retention.weights)
+    return {f"{kind}_{task}": share * weight for kind, share in shares.items() for task, weight in weights.items()}
 
 
 def _file_of_pool(folder: Path, task: str, split: str) -> Path:
@@ -274,8 +269,6 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
 
 
 def pool_folders(config: Config) -> dict[str, Path]:
-    """The pools this run draws from, by kind; a pool whose share is 0 is not needed."""
-    retention = config.retention
-    folders = {"face": retention.face_pool, "object": retention.object_pool}
-    shares = {"face": retention.face_share, "object": 1 - retention.face_share}
-    return {kind: resolve(folder) for kind, folder in folders.items() if shares[kind] > 0}
+    """The pools this run draws from, by kind."""
+    folders = {"face": config.retention.face_pool, "object": config.retention.object_pool}
+    return {kind: resolve(folders[kind]) for kind in _pool_shares(config.retention)}

@@ -18,8 +18,6 @@ from mmrev_kit.model.scoring import generate
 class Asker:
     """A model held in this process, on the first GPU or the CPU.
 
-    A kernel that holds it can no longer be forked: later launches from it start in a fresh Python by themselves.
-
     Args:
         adapter: "best" or "final" of the run, or None for the base model.
     """

@@ -71,7 +71,7 @@ def check_unique(records: list[dict]) -> None:
             )
 
 
-def score(records: list[dict], field: str, chance: float, **bootstrap) -> dict:
+def score(records: list[dict], field: str, chance: float) -> dict:
     """Accuracy by `field` with its intervals and its p against chance; all None where no row is scored.
 
     `wilson` and `p_exact` count rows, and are None where one question is asked in several option orders, which are
@@ -84,11 +84,11 @@ def score(records: list[dict], field: str, chance: float, **bootstrap) -> dict:
     return {
         "correct": correct if rows else None,
         "accuracy": _share(correct, len(rows)),
-        "wilson": statistics.wilson(correct, len(rows), bootstrap.get("confidence", 0.95)) if single else None,
-        "cluster_interval": statistics.bootstrap_interval(means, **bootstrap),
+        "wilson": statistics.wilson(correct, len(rows)) if single else None,
+        "cluster_interval": statistics.bootstrap_interval(means),
         "chance": chance if rows else None,
         "p_exact": statistics.exact_test(correct, len(rows), chance) if single and tested else None,
-        "p_permutation": permutation_above_chance(means, chance, seed=bootstrap.get("seed", 0)) if tested else None,
+        "p_permutation": permutation_above_chance(means, chance) if tested else None,
     }
 
 
@@ -111,33 +111,35 @@ def adjust(tests: dict[str, dict], name: str) -> None:
         tests[test][f"{name}_holm"] = p
 
 
-def agreement(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict | None:
+def agreement(records: list[dict], whole: dict[tuple, str | None]) -> dict | None:
     """How often the answer is that to the whole prompt (`whole`, by `_key`); two unparsed ones count as the same.
 
     n, same, share, wilson and cluster_interval as in `score`; None where no row was asked whole.
     """
     rows = [row | {"same": row["read_as"] == whole[_key(row)]} for row in records if _key(row) in whole]
-    found = score(rows, "same", 0.0, **bootstrap)
-    shown = {name: found[name] for name in ("wilson", "cluster_interval")}
-    return {"n": len(rows), "same": found["correct"], "share": found["accuracy"], **shown} if rows else None
+    if not rows:
+        return None
+    found = score(rows, "same", 0.0)
+    intervals = {name: found[name] for name in ("wilson", "cluster_interval")}
+    return {"n": len(rows), "same": found["correct"], "share": found["accuracy"], **intervals}
 
 
-def _cell(records: list[dict], whole: dict[tuple, str | None], **bootstrap) -> dict:
+def _cell(records: list[dict], whole: dict[tuple, str | None]) -> dict:
     task, dropped = TASK_TYPES[records[0]["test"]], records[0]["drop"] != "none"
     return {
         "n": len(records),
         "n_questions": len({record["id"] for record in records}),
         "n_entities": len({record["entity_id"] for record in records}),
         "unparsed": sum(record["read_as"] is None for record in records),
-        **score(records, "right", task.chance, **bootstrap),
-        "likeliest": score(records, "likeliest_right", chance_of(task.name, records), **bootstrap),
+        **score(records, "right", task.chance),
+        "likeliest": score(records, "likeliest_right", chance_of(task.name, records)),
         "rates": rates(records) if task.format == CW else None,
         "options": option_counts(records) if task.format == CHOICE else None,
-        "agreement": agreement(records, whole, **bootstrap) if dropped else None,
+        "agreement": agreement(records, whole) if dropped else None,
     }
 
 
-def metrics(records: list[dict], confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict:
+def metrics(records: list[dict]) -> dict:
     """All numbers of one evaluation as strict JSON: {drop: {test: {group: numbers}}}.
 
     Groups are `all` and those present. The numbers: n (rows), n_questions, n_entities, unparsed, those of `score` by
@@ -157,8 +159,7 @@ def metrics(records: list[dict], confidence: float = 0.95, draws: int = 10_000, 
             cells.setdefault((record["drop"], record["test"], group), []).append(record)
     result: dict = {}
     for (drop, test, group), rows in cells.items():
-        numbers = _cell(rows, whole, confidence=confidence, draws=draws, seed=seed)
-        result.setdefault(drop, {}).setdefault(test, {})[group] = numbers
+        result.setdefault(drop, {}).setdefault(test, {})[group] = _cell(rows, whole)
     for tests in result.values():
         for group in {group for groups in tests.values() for group in groups}:
             found = {test: groups[group] for test, groups in tests.items() if group in groups}

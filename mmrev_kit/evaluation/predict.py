@@ -153,31 +153,16 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
     }
 
 
-def facts(config: Config, adapter: str | None, prompts: int, seconds: float, peak_gib: float, state) -> dict:
-    """What was evaluated, how fast, and on what."""
-    import torch
-
-    cuda = state.device.type == "cuda"
-    return {
-        "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
-        "adapter": adapter,
-        "processor": "stand-in: the embedded tokenizer" if is_random(config.model.name) else "the model's own",
-        "prompts": prompts,
-        "prompts_per_second": prompts / seconds,
-        "seconds": seconds,
-        "peak_memory_gib": peak_gib,
-        "device": torch.cuda.get_device_name(state.device) if cuda else "CPU",
-        "num_processes": state.num_processes,
-    }
-
-
 def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...], folder: str) -> None:
-    """What each process runs: its share of the questions; the first process writes predictions.jsonl.
+    """What each process runs: its share of the questions; the first process writes predictions.jsonl and facts.json,
+    which says what was evaluated, how fast, and on what.
 
     Args:
         adapter: a folder with an adapter, or None for the base model.
         drops: from `DROPS`.
     """
+    import torch
+
     with worker_state(Path(folder)) as state:
         model = load_base(**base_arguments(config, state.device))
         if adapter:
@@ -194,4 +179,15 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         if state.is_main_process:
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
             write_jsonl(Path(folder) / "predictions.jsonl", found)
-            write_json(Path(folder) / "facts.json", facts(config, adapter, len(found), seconds, peak, state))
+            facts = {
+                "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
+                "adapter": adapter,
+                "processor": "stand-in: the embedded tokenizer" if is_random(config.model.name) else "the model's own",
+                "prompts": len(found),
+                "prompts_per_second": len(found) / seconds,
+                "seconds": seconds,
+                "peak_memory_gib": peak,
+                "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU",
+                "num_processes": state.num_processes,
+            }
+            write_json(Path(folder) / "facts.json", facts)

@@ -24,7 +24,7 @@ def _array(values: Mapping | Iterable[float]) -> np.ndarray:
     return np.array(list(values.values() if isinstance(values, Mapping) else values), dtype=float)
 
 
-def _rng(seed: int, purpose: str) -> np.random.Generator:
+def _rng(purpose: str, seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed_for(seed, "stats", purpose))
 
 
@@ -86,12 +86,12 @@ def bootstrap_interval(
     values = _array(means)
     if len(values) < 2:
         return None
-    picks = _rng(seed, "bootstrap").integers(len(values), size=(draws, len(values)))
+    picks = _rng("bootstrap", seed).integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return [float(low), float(high)]
 
 
-def permutation_above_chance(means: Mapping | Iterable[float], chance: float, seed: int = 0) -> float | None:
+def permutation_above_chance(means: Mapping | Iterable[float], chance: float) -> float | None:
     """One-sided p that the mean over entities is above `chance`: sign-flip test on the deviations (Fisher 1935).
 
     Exact over all 2^n flips up to 16 entities; beyond, drawn flips with the observed one added (Phipson and Smyth
@@ -107,12 +107,12 @@ def permutation_above_chance(means: Mapping | Iterable[float], chance: float, se
         for deviation in deviations:
             sums = np.concatenate([sums + deviation, sums - deviation])
         return float((sums >= observed).mean())
-    signs = _rng(seed, "sign flips").choice([-1.0, 1.0], size=(DRAWS, len(deviations)))
+    signs = _rng("sign flips").choice([-1.0, 1.0], size=(DRAWS, len(deviations)))
     return float((1 + (signs @ deviations >= observed).sum()) / (1 + DRAWS))
 
 
 def permutation_difference(
-    control: Mapping | Iterable[float], main: Mapping | Iterable[float], seed: int = 0
+    control: Mapping | Iterable[float], main: Mapping | Iterable[float]
 ) -> tuple[float, float] | tuple[None, None]:
     """(mean of control - mean of main, one-sided p that it is above 0), the entities' group labels permuted.
 
@@ -128,16 +128,15 @@ def permutation_difference(
     if math.comb(len(pooled), size) <= EXACT_LIMIT:
         chosen = np.array(list(itertools.combinations(range(len(pooled)), size)))
         return difference, float((pooled[chosen].sum(axis=1) >= observed).mean())
-    shuffled = _rng(seed, "assignments").permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
+    shuffled = _rng("assignments").permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
     return difference, float((1 + (shuffled[:, :size].sum(axis=1) >= observed).sum()) / (1 + DRAWS))
 
 
 def auroc(positive: Iterable[float], negative: Iterable[float]) -> float | None:
     """The chance that a positive scores above a negative, ties half (Mann-Whitney U / pairs); None if one is empty."""
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
     first, second = _array(positive), _array(negative)
     if not len(first) or not len(second):
         return None
-    ranks = rankdata(np.concatenate([first, second]))[: len(first)].sum()
-    return float((ranks - len(first) * (len(first) + 1) / 2) / (len(first) * len(second)))
+    return float(mannwhitneyu(first, second, method="asymptotic").statistic / (len(first) * len(second)))

@@ -161,43 +161,41 @@ def _p(value: float | None) -> str:
     return "p unknown" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def evidence(
-    test: str, rows: dict[str, list[dict]], chance: float, p: dict[str, float | None], draws: int, seed: int
-) -> Evidence:
+def _mean(means: dict[object, float]) -> float | None:
+    return sum(means.values()) / len(means) if means else None
+
+
+def evidence(test: str, rows: dict[str, list[dict]], chance: float, p: dict[str, float | None]) -> Evidence:
     """The numbers of one test from its rows of each group; `p` holds each group's adjusted p against chance."""
-
-    def mean(group: str, field: str) -> float | None:
-        values = statistics.entity_means(rows[group], field).values()
-        return sum(values) / len(values) if values else None
-
     main, control = (statistics.entity_means(rows[group]) for group in GROUPS)
-    level, sizes, asked = mean("control", "right"), (len(main), len(control)), rows["main"] + rows["control"]
-    difference, p_difference = statistics.permutation_difference(control, main, seed=seed)
+    main_likeliest, control_likeliest = (statistics.entity_means(rows[group], "likeliest_right") for group in GROUPS)
+    level, sizes, asked = _mean(control), (len(main), len(control)), rows["main"] + rows["control"]
+    difference, p_difference = statistics.permutation_difference(control, main)
     count = round(len({row["id"] for row in asked}) / sum(sizes)) if sum(sizes) else 0
     return Evidence(
         test=test,
         chance=chance,
         n_main=len(main),
         n_control=len(control),
-        main=mean("main", "right"),
+        main=_mean(main),
         control=level,
-        main_likeliest=mean("main", "likeliest_right"),
-        control_likeliest=mean("control", "likeliest_right"),
-        main_interval=statistics.bootstrap_interval(main, CONFIDENCE, draws, seed),
+        main_likeliest=_mean(main_likeliest),
+        control_likeliest=_mean(control_likeliest),
+        main_interval=statistics.bootstrap_interval(main, CONFIDENCE),
         p_main=p["main"],
         p_control=p["control"],
         difference=difference,
         p_difference=p_difference,
         midpoint=None if level is None else (chance + level) / 2,
         rows=count,
-        power=power(*sizes, chance, level, count, seed=seed) if all(sizes) else None,
+        power=power(*sizes, chance, level, count) if all(sizes) else None,
         entities_needed=entities_needed(chance, level, count) if all(sizes) else None,
         main_unparsed=sum(row["read_as"] is None for row in rows["main"]),
         main_answers=len(rows["main"]),
     )
 
 
-def gather(records: list[dict], tests: tuple[str, ...], draws: int, seed: int) -> list[Evidence]:
+def gather(records: list[dict], tests: tuple[str, ...]) -> list[Evidence]:
     """The evidence of each test; the p values against chance are Holm-adjusted over these tests within a group."""
     rows = {test: {group: [] for group in GROUPS} for test in tests}
     for record in records:
@@ -207,12 +205,9 @@ def gather(records: list[dict], tests: tuple[str, ...], draws: int, seed: int) -
     p = {}
     for group in GROUPS:
         means = {test: statistics.entity_means(rows[test][group]) for test in tests}
-        raw = {test: statistics.permutation_above_chance(means[test], chances[test], seed) for test in tests}
+        raw = {test: statistics.permutation_above_chance(means[test], chances[test]) for test in tests}
         p[group] = statistics.holm(raw)
-    return [
-        evidence(test, rows[test], chances[test], {group: p[group][test] for group in GROUPS}, draws, seed)
-        for test in tests
-    ]
+    return [evidence(test, rows[test], chances[test], {group: p[group][test] for group in GROUPS}) for test in tests]
 
 
 def gates_of(shown: Evidence, taught: str, taught_accuracy: float | None) -> tuple[Gate, ...]:
@@ -300,13 +295,12 @@ def format_sentence(shown: Evidence) -> str:
     )
 
 
-def verdict(records: list[dict], task: str, draws: int = 10_000, seed: int = 0) -> Verdict:
+def verdict(records: list[dict], task: str) -> Verdict:
     """The verdict on one evaluation, from the answers to whole prompts.
 
     Args:
         records: as `predict.predict` writes them.
         task: the trained task, `forward` or `reverse`.
-        draws: of the bootstrap interval of main's mean.
 
     Raises:
         ValueError: an unknown task, or two answers to one question.
@@ -318,13 +312,11 @@ def verdict(records: list[dict], task: str, draws: int = 10_000, seed: int = 0) 
     taught = statistics.entity_means(
         row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", chosen.taught)
     )
-    accuracy = sum(taught.values()) / len(taught) if taught else None
 
     def judge(shown: Evidence, **more) -> Verdict:
-        gates = gates_of(shown, chosen.taught, accuracy)
+        gates = gates_of(shown, chosen.taught, _mean(taught))
         claim = decide({gate.name: gate.passed for gate in gates})
         return Verdict(task, shown.test, claim, sentence_of(claim, gates, shown), gates, shown, **more)
 
-    tests = (chosen.deciding, chosen.beside, chosen.format)
-    deciding, beside, form = gather(records, tests, draws, seed)
+    deciding, beside, form = gather(records, (chosen.deciding, chosen.beside, chosen.format))
     return judge(deciding, beside=judge(beside), format_sentence=format_sentence(form))
