@@ -135,7 +135,7 @@ def new_folder(target: str | Path, size: int | None = None):
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            _settle(target, old)
+            _restore_or_remove(target, old)
 
 
 def _sync(path: Path) -> None:
@@ -145,7 +145,7 @@ def _sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _settle(target: Path, old: Path) -> None:
+def _restore_or_remove(target: Path, old: Path) -> None:
     """Remove the folder that was moved aside, or give it its name back where nothing has taken it."""
     if old.exists() and not target.exists():
         os.replace(old, target)
@@ -160,7 +160,7 @@ def tidy(folder: Path) -> None:
     for path in list(Path(folder).glob(".*")):
         found = UNFINISHED.fullmatch(path.name)
         if found and found[2] == "aside":
-            _settle(path.with_name(found[1]), path)
+            _restore_or_remove(path.with_name(found[1]), path)
         elif found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -52,3 +52,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes about a minute: run with make test-long"))
+
+
+@pytest.fixture
+def look(monkeypatch):
+    """`preflight` of a machine with other cards, another build of torch and, where given, other shared memory."""
+    from mmrev_kit.training import preflight
+
+    def look(config, cards: list, build: list[str], cuda: str | None = None, shared_gib: float | None = None):
+        monkeypatch.setattr(preflight, "read_cards", lambda: cards)
+        monkeypatch.setattr(preflight, "torch_build", lambda: (build, cuda))
+        if shared_gib is not None:
+            monkeypatch.setattr(preflight, "free_shared_gib", lambda: shared_gib)
+        return preflight.preflight(config)
+
+    return look

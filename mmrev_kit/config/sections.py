@@ -33,6 +33,13 @@ def _check_numbers(section: str, config, rules: dict[str, tuple[float, float]]) 
             _require(fits, f"{section}.{name}", value, f"must be {limit}")
 
 
+def _check_words(section: str, config, rules: dict[str, tuple[str, ...]]) -> None:
+    """Each named field must be one of the given words."""
+    for name, known in rules.items():
+        value = getattr(config, name)
+        _require(value in known, f"{section}.{name}", value, f"must be one of {', '.join(known)}")
+
+
 @dataclass
 class ExperimentConfig:
     name: str = "faces20"  # the run's; its folder is <launch.output_dir>/<name>_<task>
@@ -40,7 +47,7 @@ class ExperimentConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _require(self.task in TASKS, "experiment.task", self.task, f"must be one of {', '.join(TASKS)}")
+        _check_words("experiment", self, {"task": TASKS})
         plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\")
         _require(plain, "experiment.name", self.name, "must be a plain folder name")
 
@@ -69,11 +76,7 @@ class QuantizationConfig:
 
     def __post_init__(self):
         _require(self.bits in (4, 16), "quantization.bits", self.bits, "must be 4 or 16")
-        known = ("fp16", "bf16", "fp32", "auto")
-        _require(
-            self.compute_dtype in known, "quantization.compute_dtype", self.compute_dtype,
-            f"must be one of {', '.join(known)}",
-        )  # fmt: skip
+        _check_words("quantization", self, {"compute_dtype": ("fp16", "bf16", "fp32", "auto")})
 
 
 @dataclass
@@ -104,8 +107,7 @@ class DataConfig:
     images_per_entity: int = 1
 
     def __post_init__(self):
-        known = ("drawn", "folder", "shapes")
-        _require(self.source in known, "data.source", self.source, f"must be one of {', '.join(known)}")
+        _check_words("data", self, {"source": ("drawn", "folder", "shapes")})
         if self.source == "folder":
             for name in ("entities_file", "images_dir"):
                 _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
@@ -178,9 +180,7 @@ class TrainingConfig:
             "packing": ("none", "block", "shared_prefix"),
             "grouping": ("batch", "epoch"),
         }
-        for name, known in words.items():
-            value = getattr(self, name)
-            _require(value in known, f"training.{name}", value, f"must be one of {', '.join(known)}")
+        _check_words("training", self, words)
 
 
 @dataclass

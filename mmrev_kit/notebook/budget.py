@@ -9,6 +9,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import CONTEXT_GIB, Estimate, estimate, evaluation
 from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, padded_updates, plan, with_memory
 from mmrev_kit.memory.shapes import PUBLISHED, as_shapes, visual_tokens
+from mmrev_kit.notebook.knobs import panel
 from mmrev_kit.notebook.plots import subplots
 from mmrev_kit.notebook.progress import is_interactive
 
@@ -125,7 +126,7 @@ def controls(config: Config, **start):
     start = with_configured(config, start)
     if not is_interactive():
         return draw(**start)
-    from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider, interactive
+    from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider
 
     ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, start["r"]})
     sides = sorted({side * side for side in (224, 256, 320, 448, 512, 640, 768)} | {start["pixels"]})
@@ -140,12 +141,7 @@ def controls(config: Config, **start):
         "optimizer": Dropdown(options=list(OPTIMIZERS), value=start["optimizer"]),
         "processes": IntSlider(value=start["processes"], min=1, max=max(16, start["processes"])),
     }
-    for name, knob in knobs.items():
-        knob.description, knob.layout.width = name, "460px"
-        knob.style = {"description_width": "120px"}
-    found = interactive(draw, **knobs)
-    found.update()
-    return found
+    return panel(draw, knobs)
 
 
 def mode_table(config: Config, card: str, model: str = "32b", spread: int = 4):

@@ -108,29 +108,6 @@ def prompts_html(samples: list[Sample], encoder: Encoder) -> str:
     return "".join(prompt_html(sample, encoder) for sample in first.values())
 
 
-def browser(samples: list[Sample], encoder: Encoder):
-    """An ipywidgets browser: choose a file and walk through its rows."""
-    from ipywidgets import HTML, Dropdown, IntSlider, VBox, interactive_output
-
-    by_file: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_file.setdefault(Path(sample.row.where).name.split(":")[0], []).append(sample)
-    file = Dropdown(options=list(by_file), description="file")
-    number = IntSlider(value=0, min=0, max=len(by_file[file.value]) - 1, description="row")
-    page = HTML()
-
-    def limit(change) -> None:
-        number.value, number.max = 0, len(by_file[file.value]) - 1
-
-    def show(file: str, number: int) -> None:
-        page.value = prompt_html(by_file[file][min(number, len(by_file[file]) - 1)], encoder)
-
-    file.observe(limit, names="value")
-    interactive_output(show, {"file": file, "number": number})
-    show(file.value, number.value)
-    return VBox([file, number, page])
-
-
 def lengths_figure(samples: list[Sample], max_length: int):
     """Prompt lengths in tokens by task, against the limit."""
     figure, (axis,) = subplots(1, 8, 2.6)

@@ -14,30 +14,16 @@ from mmrev_kit.notebook.progress import is_interactive
 from mmrev_kit.training.scheduler import Schedule
 
 
-def form(asker: Asker, image: str | Path, text: str):
-    """The same as fields and a button, for JupyterLab."""
-    from ipywidgets import HTML, Button, Output, Text, Textarea, VBox
+def panel(draw, knobs: dict):
+    """An ipywidgets panel: `draw` is called again with the widgets' values, by name, whenever one is turned."""
+    from ipywidgets import interactive
 
-    wide = {"layout": {"width": "640px"}}
-    path, words = Text(str(image), description="picture", **wide), Textarea(text, description="text", **wide)
-    button, shown = Button(description="Ask", button_style="primary"), Output()
-
-    def ask(_) -> None:
-        with shown:
-            shown.clear_output()
-            try:
-                print(asker(path.value, words.value))
-            except ValueError as error:  # ConfigError, ImageError, PromptError: for the reader
-                print(error)
-
-    button.on_click(ask)
-    note = HTML(f"The picture's path, and the text around it; <code>{IMAGE_MARK}</code> marks the picture's place.")
-    return VBox([note, path, words, button, shown])
-
-
-def assumed_losses(num_epochs: int, first: float = 2.0, floor: float = 0.3, half_life: float = 1.0) -> list[float]:
-    """Validation losses that fall towards a floor, for trying a schedule before any training."""
-    return [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(num_epochs)]
+    for name, knob in knobs.items():
+        knob.description = knob.description or name
+        knob.style, knob.layout.width = {"description_width": "160px"}, "480px"
+    shown = interactive(draw, **knobs)
+    shown.update()  # draw now: later cells may keep the kernel busy for hours
+    return shown
 
 
 def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
@@ -59,19 +45,19 @@ def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
 
 
 def schedule_simulator(config: Config):
-    """What the schedule does with assumed losses: sliders in JupyterLab, one figure elsewhere."""
+    """What the schedule does with losses that fall towards a floor: sliders in JupyterLab, one figure elsewhere."""
 
-    def draw(**knobs):
-        losses = {name: knobs.pop(name) for name in ("first", "floor", "half_life") if name in knobs}
+    def draw(first=2.0, floor=0.3, half_life=1.0, **knobs):
         training = replace(config.training, **knobs)
-        records = simulate(assumed_losses(training.num_epochs, **losses), training)
+        losses = [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(training.num_epochs)]
+        records = simulate(losses, training)
         return plots.schedule_figure(records, training.min_lr, training.min_val_loss)
 
     if not is_interactive():
         return draw()
-    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, interactive
+    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
 
-    training, wide = config.training, {"description_width": "160px"}
+    training = config.training
     knobs = {
         "first": FloatSlider(value=2.0, min=0.5, max=6.0, step=0.1, description="first loss"),
         "floor": FloatSlider(value=0.3, min=0.0, max=1.0, step=0.02, description="lowest loss"),
@@ -82,32 +68,62 @@ def schedule_simulator(config: Config):
         "lr_patience": IntSlider(value=training.lr_patience, min=1, max=5),
         "improvement_threshold": FloatSlider(value=training.improvement_threshold, min=0.0, max=0.5, step=0.01),
     }
-    for name, knob in knobs.items():
-        knob.description = knob.description or name
-        knob.style, knob.layout.width = wide, "480px"
-    simulator = interactive(draw, **knobs)
-    simulator.update()  # draw now: later cells may keep the kernel busy for hours
-    return simulator
+    return panel(draw, knobs)
 
 
 def browse(samples: list[Sample], encoder: Encoder):
-    """A browser over rows in JupyterLab; elsewhere, where nothing can be turned, the first pool row of each task."""
-    if is_interactive():
-        return gallery.browser(samples, encoder)
-    from IPython.display import HTML
+    """In JupyterLab a browser: choose a file and walk through its rows; elsewhere the first pool row of each task."""
+    if not is_interactive():
+        from IPython import display
 
-    pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
-    return HTML(gallery.prompts_html(pools, encoder))
+        pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
+        return display.HTML(gallery.prompts_html(pools, encoder))
+    from ipywidgets import HTML, Dropdown, IntSlider, VBox, interactive_output
+
+    by_file: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_file.setdefault(Path(sample.row.where).name.split(":")[0], []).append(sample)
+    file = Dropdown(options=list(by_file), description="file")
+    number = IntSlider(value=0, min=0, max=len(by_file[file.value]) - 1, description="row")
+    page = HTML()
+
+    def limit(change) -> None:
+        number.value, number.max = 0, len(by_file[file.value]) - 1
+
+    def show(file: str, number: int) -> None:
+        page.value = gallery.prompt_html(by_file[file][min(number, len(by_file[file]) - 1)], encoder)
+
+    file.observe(limit, names="value")
+    interactive_output(show, {"file": file, "number": number})
+    show(file.value, number.value)
+    return VBox([file, number, page])
 
 
 def ask_form(asker: Asker, image: str | None, text: str | None):
-    """A form to ask the model in JupyterLab; elsewhere one question and its answer, printed.
+    """Fields and a button to ask the model in JupyterLab; elsewhere one question and its answer, printed.
 
     Args:
         image, text: as in `Asker.__call__`; None for those of `ask.example`.
     """
-    shown = example(asker.config)
-    image, text = image or shown[0], text or shown[1]
-    if is_interactive():
-        return form(asker, image, text)
-    print(f"{image}\n{text}\n-> {asker(image, text)}")
+    example_image, example_text = example(asker.config)
+    image, text = image or example_image, text or example_text
+    if not is_interactive():
+        print(f"{image}\n{text}\n-> {asker(image, text)}")
+        return None
+    from ipywidgets import HTML, Button, Output, Text, Textarea, VBox
+
+    wide = {"layout": {"width": "640px"}}
+    path, words = Text(str(image), description="picture", **wide), Textarea(text, description="text", **wide)
+    button, shown = Button(description="Ask", button_style="primary"), Output()
+
+    def ask(_) -> None:
+        with shown:
+            shown.clear_output()
+            try:
+                print(asker(path.value, words.value))
+            except ValueError as error:  # ConfigError, ImageError, PromptError: for the reader
+                print(error)
+
+    button.on_click(ask)
+    note = HTML(f"The picture's path, and the text around it; <code>{IMAGE_MARK}</code> marks the picture's place.")
+    return VBox([note, path, words, button, shown])

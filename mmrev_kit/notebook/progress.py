@@ -42,9 +42,8 @@ def epoch_line(record: dict, num_epochs: int | None) -> str:
 class Progress:
     """Shows what a history file has gained since the last look."""
 
-    def __init__(self, path: Path, interactive: bool | None = None):
+    def __init__(self, path: Path):
         self.path = path
-        self.interactive = is_interactive() if interactive is None else interactive
         self._changed = 0.0
         self._epochs = 0
         self._tenth = 0
@@ -61,7 +60,7 @@ class Progress:
         self._changed = changed
         history = read_history(self.path)
         self._print_new(history)
-        if self.interactive and history["steps"]:
+        if is_interactive() and history["steps"]:
             self._draw(history)
 
     def _print_new(self, history: dict) -> None:

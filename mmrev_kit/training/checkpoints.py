@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit import __version__, files
-from mmrev_kit.config.project import project_root, run_dir
+from mmrev_kit.config.project import project_root
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.bases import base_fingerprint, base_of
 from mmrev_kit.model.loading import trainable
@@ -128,14 +128,6 @@ def save_last(run) -> None:
         files.write_json(new / "state.json", record)
 
 
-def tidy_run(config, state) -> None:
-    """`runs.tidy`, by the main process alone, before any of them looks for a state to go on from."""
-    if state.is_main_process:
-        files.tidy(run_dir(config))
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-
-
 def load_last(run) -> bool:
     """Go on from `last/`; False where there is none.
 
@@ -195,10 +187,6 @@ def _git_commit() -> str | None:
     return out.stdout.strip() or None
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _short(path: Path) -> str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
@@ -208,7 +196,7 @@ def identity(run) -> dict:
     return {
         "seed": run.config.experiment.seed,
         "base": base_facts(run.config),
-        "data": {_short(path): _sha256(path) for path in run.task.data.files},
+        "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
         "effective_batch": run.batch,
     }
 

@@ -14,6 +14,7 @@ from mmrev_kit.files import remove_folder, tidy, write_json, write_text
 
 OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
 OWN_FOLDERS = ("best", "final", "last")
+SECONDS_BETWEEN_WRITES = 2.0
 # Sections and keys that may differ between the parts of one run.
 NOT_TRAINING = (
     "evaluation",
@@ -32,16 +33,15 @@ class History:
     `steps` (one record an optimizer step, see `steps.update`) and `epochs` (one record a validation).
     """
 
-    def __init__(self, path: str | Path, data: dict | None = None, seconds_between_writes: float = 2.0):
-        self.path = Path(path)
-        self.data = data or {"status": "running", "reason": None, "steps": [], "epochs": []}
-        self.seconds_between_writes = seconds_between_writes
+    def __init__(self, path: Path):
+        self.path = path
+        self.data = {"status": "running", "reason": None, "steps": [], "epochs": []}
         self._written = 0.0
 
     def add_step(self, record: dict) -> None:
-        """Add a step; the file follows at most every `seconds_between_writes`."""
+        """Add a step; the file follows at most every `SECONDS_BETWEEN_WRITES`."""
         self.data["steps"].append(record)
-        if time.monotonic() - self._written >= self.seconds_between_writes:
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
             self.write()
 
     def add_epoch(self, record: dict) -> None:
@@ -75,10 +75,6 @@ def _number(value):
     return number if math.isfinite(number) else None
 
 
-def _first(record: dict, *names):
-    return next((record[name] for name in names if name in record), None)
-
-
 def read_history(path: str | Path) -> dict:
     """A run's history; the original scripts' files (`train_loss`, `val_loss`, `epochs`, `step_logs`) too.
 
@@ -110,14 +106,14 @@ def read_history(path: str | Path) -> dict:
 def _from_original_scripts(data: dict) -> dict:
     steps = []
     for number, log in enumerate(data.get("step_logs") or [], start=1):
-        step = _first(log, "global_step", "step")
+        step = log.get("global_step", log.get("step"))
         steps.append(
             {
                 "global_step": number if step is None else step,
-                "epoch": _first(log, "epoch"),
-                "loss": _number(_first(log, "loss", "train_loss")),
-                "lr": _number(_first(log, "lr", "learning_rate")),
-                "grad_norm": _number(_first(log, "grad_norm")),
+                "epoch": log.get("epoch"),
+                "loss": _number(log.get("loss", log.get("train_loss"))),
+                "lr": _number(log.get("lr", log.get("learning_rate"))),
+                "grad_norm": _number(log.get("grad_norm")),
             }
         )
     train, val = data.get("train_loss") or [], data.get("val_loss") or []

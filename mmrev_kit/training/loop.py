@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 
 import torch
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import Config
-from mmrev_kit.training.checkpoints import save_adapter, save_last, tidy_run, write_manifest
+from mmrev_kit.files import tidy
+from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
 from mmrev_kit.training.diagnose import check_finite, explain
 from mmrev_kit.training.processes import begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
-
-
-@contextmanager
-def interrupts_wait(run: Run):
-    """Within it an interrupt is only noted: the loop then stops between two updates, on all ranks after the same one,
-    so that no file is half written and no interrupt is swallowed. SIGTERM still ends the process at once."""
-
-    def note(number, frame) -> None:
-        run.interrupted = True
-
-    with on_interrupt(note):
-        yield
 
 
 def stop_if_interrupted(run: Run) -> None:
@@ -92,13 +81,21 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
 
 def train(config: Config, state) -> None:
     """The whole run in this process, from data to `final/`."""
-    tidy_run(config, state)
+    if state.is_main_process:
+        tidy(run_dir(config))
+    if state.num_processes > 1:
+        state.wait_for_everyone()  # before any of them looks for a state to go on from
     run = start(config, state)
+
+    def note_interrupt(number, frame) -> None:
+        """The loop then stops between two updates, all processes after the same one: no file is half written."""
+        run.interrupted = True
+
     if run.state.is_main_process:
         write_manifest(run)
         run.history.write()
     try:
-        with interrupts_wait(run):
+        with on_interrupt(note_interrupt):
             stop = run.schedule.stop
             while not stop:
                 began = time.perf_counter()

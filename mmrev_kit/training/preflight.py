@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -9,10 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
-from mmrev_kit.memory.shapes import as_shapes, size_in_name
+from mmrev_kit.memory.shapes import architecture_file, read_shapes, size_in_name
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -84,6 +87,25 @@ def has_kernels(capability: tuple[int, int], build: list[str]) -> bool:
     return False
 
 
+def architecture_of(config: Config) -> str:
+    """The architecture file that stands for the configured model.
+
+    Raises:
+        ConfigError: no file of a model of that name is known.
+    """
+    name = config.model.name
+    if name.endswith(".json"):
+        return name
+    if name == "embedded":
+        return "mmrev_kit/assets/tiny/config.json"
+    if (resolve(name) / "config.json").is_file():
+        return str(resolve(name) / "config.json")
+    size = size_in_name(name)
+    if size is None:
+        raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
+    return architecture_file(size)
+
+
 def memory_needed_gib(config: Config) -> float | None:
     """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet."""
     from huggingface_hub import try_to_load_from_cache
@@ -117,12 +139,9 @@ def bytes_to_save(config: Config) -> int | None:
     Adapters are fp32, last/ also holds the optimizer's states. None where the model's shapes are not known yet.
     """
     try:
-        shapes = as_shapes(config.model.name)
-    except ConfigError:  # a name on the hub
-        known = size_in_name(config.model.name)
-        if known is None:
-            return None
-        shapes = as_shapes(known)
+        shapes = read_shapes(architecture_of(config))
+    except ConfigError:
+        return None
     tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
     adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, config.training.optimizer, paged_too=True)
     texts = 2**20 + 2048 * len(tensors)  # headers, tables of 8-bit codes, history, manifest, log
@@ -141,31 +160,15 @@ def disk_problems(config: Config, free: int) -> list[str]:
     ]
 
 
-def preflight(
-    config: Config, cards: list[Card] | None = None, build: list[str] | None = None, cuda: str | None = None,
-    shared_gib: float | None = None,
-) -> Preflight:  # fmt: skip
-    """Cards, kernels, driver, memory, disk and versions, without touching CUDA.
-
-    Args:
-        cards, build, cuda, shared_gib: given by tests; otherwise this machine's cards, the targets and the CUDA version
-            of this torch, and what is free in /dev/shm.
-    """
-    import torch
-
-    if cards is None:
-        cards = read_cards()
-    if build is None:
-        build = getattr(torch._C, "_cuda_getArchFlags", str)().split()
-    if shared_gib is None and SHARED.is_dir():
-        shared_gib = shutil.disk_usage(SHARED).free / 2**30
-    report = Preflight()
+def preflight(config: Config) -> Preflight:
+    """Cards, kernels, driver, memory, disk and versions, without touching CUDA."""
+    report, cards = Preflight(), read_cards()
     for index, card in enumerate(cards):
         report.facts.append(f"GPU {index}: {card}")
-        check_build(report, f"GPU {index} ({card.name}", card, build, cuda or torch.version.cuda)
+        check_build(report, f"GPU {index} ({card.name}", card)
     if cards:
         check_memory(report, config, cards)
-        check_cards_together(report, config, cards, shared_gib)
+        check_cards_together(report, config, cards)
     else:
         report.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
     parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
@@ -176,10 +179,14 @@ def preflight(
     return report
 
 
-def check_build(report: Preflight, name: str, card: Card, build: list[str], cuda: str | None) -> None:
-    """Whether this torch runs on a card: machine code for it, and a driver that is new enough."""
-    import torch
+def torch_build() -> tuple[list[str], str | None]:
+    """The targets that this torch is built for (see `has_kernels`) and its CUDA version, such as 12.8."""
+    return getattr(torch._C, "_cuda_getArchFlags", str)().split(), torch.version.cuda
 
+
+def check_build(report: Preflight, name: str, card: Card) -> None:
+    """Whether this torch runs on a card: machine code for it, and a driver that is new enough."""
+    build, cuda = torch_build()
     if not has_kernels(card.capability, build):
         capability = ".".join(str(number) for number in card.capability)
         report.problems.append(
@@ -215,7 +222,12 @@ def check_memory(report: Preflight, config: Config, cards: list[Card]) -> None:
             report.warnings.append(f"{held}: the run shares the card, is slower and may run out of memory")
 
 
-def check_cards_together(report: Preflight, config: Config, cards: list[Card], shared_gib: float | None) -> None:
+def free_shared_gib() -> float:
+    """GiB free in shared memory; infinite on a machine without /dev/shm, where NCCL takes another way."""
+    return shutil.disk_usage(SHARED).free / 2**30 if SHARED.is_dir() else math.inf
+
+
+def check_cards_together(report: Preflight, config: Config, cards: list[Card]) -> None:
     """Whether the processes of one run can work side by side on these cards."""
     processes = config.launch.num_processes or len(cards)
     used = cards[:processes]
@@ -232,7 +244,8 @@ def check_cards_together(report: Preflight, config: Config, cards: list[Card], s
         )
     if config.quantization.compute_dtype == "auto" and len({card.capability >= (8, 0) for card in used}) > 1:
         report.problems.append("some of the cards have no bf16: set quantization.compute_dtype=fp16 for all of them.")
-    if processes > 1 and shared_gib is not None and shared_gib < SHARED_GIB:
+    shared_gib = free_shared_gib()
+    if processes > 1 and shared_gib < SHARED_GIB:
         short = f"{SHARED} has {1024 * shared_gib:.0f} MiB free for {processes} processes, which NCCL connects there"
         advice = "In a container: docker run --shm-size=1g (or --ipc=host)."
         severity = report.problems if shared_gib < processes * SEGMENT_GIB else report.warnings

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from mmrev_kit import files
-from mmrev_kit.config.project import resolve
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
@@ -29,9 +28,9 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
-from mmrev_kit.memory.shapes import architecture_file, size_in_name
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
+from mmrev_kit.training.preflight import architecture_of
 from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.run import planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
@@ -74,26 +73,7 @@ class Rehearsal:
         return f"{text}; {self.allocated_gib:.2f} GiB allocated, {self.estimate['allocated']:.2f} estimated"
 
 
-def architecture_of(config: Config) -> str:
-    """The architecture file that stands for the configured model.
-
-    Raises:
-        ConfigError: no file of a model of that name is known.
-    """
-    name = config.model.name
-    if name.endswith(".json"):
-        return name
-    if name == "embedded":
-        return "mmrev_kit/assets/tiny/config.json"
-    if (resolve(name) / "config.json").is_file():
-        return str(resolve(name) / "config.json")
-    size = size_in_name(name)
-    if size is None:
-        raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
-    return architecture_file(size)
-
-
-def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None) -> Rehearsal:
+def rehearse(config: Config, updates: int = 3) -> Rehearsal:
     """Build the configured architecture with random weights and run its heaviest updates on one card.
 
     Raises:
@@ -105,8 +85,7 @@ def rehearse(config: Config, updates: int = 3, folder: str | Path | None = None)
     ensure_data(config)
     config.model.name, config.launch.num_processes = architecture_of(config), 1
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(folder or made)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(made)
         config.launch.output_dir = str(folder / "outputs")
         files.write_text(folder / "config.yaml", to_yaml(config))
         try:

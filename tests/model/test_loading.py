@@ -27,7 +27,7 @@ from mmrev_kit.model.loading import (
     trainable,
 )
 from mmrev_kit.model.processor import load_processor
-from mmrev_kit.training.preflight import Card, has_kernels, preflight
+from mmrev_kit.training.preflight import Card, has_kernels
 from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
 
@@ -238,18 +238,18 @@ def test_which_builds_run_on_which_cards(capability, build, runs):
     assert has_kernels(capability, build) is runs
 
 
-def test_preflight_names_the_card_its_capability_and_what_works(small_config):
+def test_preflight_names_the_card_its_capability_and_what_works(small_config, look):
     v100 = Card("Tesla V100-SXM2-32GB", (7, 0), 32.0, 31.5, "580.65.06", ["pid 7 (python)"])
-    found = preflight(small_config(), [v100], ["sm_75", "sm_90"])
+    found = look(small_config(), [v100], ["sm_75", "sm_90"])
     (problem,) = found.problems
     for part in ("Tesla V100-SXM2-32GB", "7.0", "sm_75, sm_90", "torch 2.10.0"):
         assert part in problem
     assert "31.5 of 32.0 GiB free, held by pid 7 (python)" in found.facts[0]
-    assert preflight(small_config(), [v100], ["sm_70"]).problems == []
+    assert look(small_config(), [v100], ["sm_70"]).problems == []
 
 
-def test_preflight_without_a_gpu(small_config):
-    found = preflight(small_config(), [], [])
+def test_preflight_without_a_gpu(small_config, look):
+    found = look(small_config(), [], [])
     assert found.problems == [] and "no GPU" in found.facts[0]
     assert "GiB free" in found.facts[1] and "transformers" in found.facts[2]
 

@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.data.rows import read_entities, read_experiment
 from mmrev_kit.model.processor import make_encoder
-from mmrev_kit.notebook import gallery
+from mmrev_kit.notebook import gallery, knobs
 
 
 @pytest.fixture
@@ -64,9 +64,10 @@ def test_people_and_lengths_are_drawn_and_closed(small_config, encoder, rows):
     assert pyplot.get_fignums() == []
 
 
-def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows):
+def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "data.ipynb")
     samples = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
-    file, number, page = gallery.browser(samples, encoder).children
+    file, number, page = knobs.browse(samples, encoder).children
     assert file.options == ("forward_test.jsonl", "mcq_d2i_test.jsonl") and "forward_test.jsonl:1" in page.value
     number.value = 5
     assert "forward_test.jsonl:6" in page.value

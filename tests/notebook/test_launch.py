@@ -161,9 +161,10 @@ def step(number: int) -> dict:
     return {"global_step": number, "epoch": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "samples_per_second": 5.0}
 
 
-def test_progress_is_a_few_plain_lines(tmp_path, capsys):
+def test_progress_is_a_few_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     path = tmp_path / "training_history.json"
-    progress = Progress(path, interactive=False)
+    progress = Progress(path)
     progress.show()  # no file yet
     history = {"status": "running", "reason": None, "total_steps": 50, "steps_per_epoch": 50, "steps": [], "epochs": []}
     for number in range(1, 51):

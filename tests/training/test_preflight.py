@@ -11,7 +11,7 @@ import pytest
 from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.notebook import launch
-from mmrev_kit.training.preflight import Card, memory_needed_gib, preflight, read_cards
+from mmrev_kit.training.preflight import Card, memory_needed_gib, read_cards
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["sm_70", "sm_80", "sm_90"]
@@ -46,8 +46,8 @@ def test_a_card_without_kernels_is_refused_before_anything_is_written(small_conf
         ("470.57.02", "12.6", "525.60.13"),
     ],
 )
-def test_a_driver_too_old_for_the_builds_cuda_is_refused(small_config, driver, cuda, oldest):
-    problems = preflight(small_config(), [v100(driver=driver)], BUILD, cuda).problems
+def test_a_driver_too_old_for_the_builds_cuda_is_refused(small_config, look, driver, cuda, oldest):
+    problems = look(small_config(), [v100(driver=driver)], BUILD, cuda).problems
     if oldest is None:
         assert problems == []
     else:
@@ -56,29 +56,29 @@ def test_a_driver_too_old_for_the_builds_cuda_is_refused(small_config, driver, c
         assert "Update the driver" in problem
 
 
-def test_cards_of_different_size_are_told_and_the_smallest_is_named(small_config):
+def test_cards_of_different_size_are_told_and_the_smallest_is_named(small_config, look):
     cards = [v100(), v100(15.5, 16.0), v100()]
-    found = preflight(small_config("launch.num_processes=3"), cards, BUILD, "12.8", 64.0)
+    found = look(small_config("launch.num_processes=3"), cards, BUILD, "12.8", 64.0)
     assert found.problems == []
     assert found.warnings == ["the cards differ: the smallest, GPU 1 with 16.0 GiB, decides"]
-    assert preflight(small_config("launch.num_processes=1"), cards, BUILD, "12.8", 64.0).warnings == []  # GPU 0 alone
+    assert look(small_config("launch.num_processes=1"), cards, BUILD, "12.8", 64.0).warnings == []  # GPU 0 alone
 
 
-def test_cards_of_which_some_have_no_bf16_need_one_dtype_for_all(small_config):
+def test_cards_of_which_some_have_no_bf16_need_one_dtype_for_all(small_config, look):
     cards = [v100(), Card("A100", (8, 0), 32.0, 31.0, "580.65.06")]
-    (problem,) = preflight(small_config("launch.num_processes=2"), cards, BUILD, "12.8", 64.0).problems
+    (problem,) = look(small_config("launch.num_processes=2"), cards, BUILD, "12.8", 64.0).problems
     assert "compute_dtype=fp16" in problem
     fp16 = small_config("launch.num_processes=2 quantization.compute_dtype=fp16")
-    assert preflight(fp16, cards, BUILD, "12.8", 64.0).problems == []
+    assert look(fp16, cards, BUILD, "12.8", 64.0).problems == []
 
 
-def test_a_held_card_is_a_problem_only_where_the_run_does_not_fit_beside_it(small_config):
+def test_a_held_card_is_a_problem_only_where_the_run_does_not_fit_beside_it(small_config, look):
     """32.8 billion weights in NF4 with double quantization take 0.516 bytes each: 15.8 GiB and more with the rest."""
     big = "model.name=configs/models/qwen3vl_32b.json launch.num_processes=1"
     needed = memory_needed_gib(small_config(big))
     assert 15.8 < needed < 24
     held = v100(free=needed - 1, holders=("pid 4242 (python)",))
-    (problem,) = preflight(small_config(big), [held], BUILD, "12.8").problems
+    (problem,) = look(small_config(big), [held], BUILD, "12.8").problems
     for part in (
         "GPU 0",
         "pid 4242 (python)",
@@ -87,43 +87,43 @@ def test_a_held_card_is_a_problem_only_where_the_run_does_not_fit_beside_it(smal
         "CUDA_VISIBLE_DEVICES",
     ):
         assert part in problem
-    assert preflight(small_config(big + " memory.force=true"), [held], BUILD, "12.8").problems == []
-    unnamed = preflight(small_config(big), [v100(free=3.0)], BUILD, "12.8").problems
+    assert look(small_config(big + " memory.force=true"), [held], BUILD, "12.8").problems == []
+    unnamed = look(small_config(big), [v100(free=3.0)], BUILD, "12.8").problems
     assert "29.0 of 32.0 GiB are held by a process that the driver does not name" in unnamed[0]
     held.free_gib = needed + 1
-    found = preflight(small_config(big), [held], BUILD, "12.8")
+    found = look(small_config(big), [held], BUILD, "12.8")
     assert found.problems == [] and "held by pid 4242 (python): the run shares the card" in found.warnings[0]
-    found = preflight(small_config(big), [v100(), v100(free=3.0, holders=("pid 7 (other)",))], BUILD, "12.8")
+    found = look(small_config(big), [v100(), v100(free=3.0, holders=("pid 7 (other)",))], BUILD, "12.8")
     assert found.problems == found.warnings == []  # a card that the run does not use
-    assert preflight(small_config(big), [v100(14.0, 14.5)], BUILD, "12.8").problems == []  # the memory plan refuses it
+    assert look(small_config(big), [v100(14.0, 14.5)], BUILD, "12.8").problems == []  # the memory plan refuses it
 
 
 def test_a_model_that_is_not_here_yet_has_no_known_need(small_config):
     assert memory_needed_gib(small_config("model.name=nobody/no-such-model")) is None
 
 
-def test_more_processes_than_cards_are_refused_naming_both(small_config):
+def test_more_processes_than_cards_are_refused_naming_both(small_config, look):
     config = small_config("launch.num_processes=3")
-    (problem,) = preflight(config, [v100(), v100()], BUILD, "12.8", 64.0).problems
+    (problem,) = look(config, [v100(), v100()], BUILD, "12.8", 64.0).problems
     assert "launch.num_processes = 3, but this machine has 2 GPUs" in problem and "num_processes=2" in problem
-    assert preflight(config, [], BUILD, "12.8", 0.0).problems == []  # on CPUs any number
+    assert look(config, [], BUILD, "12.8", 0.0).problems == []  # on CPUs any number
 
 
 @pytest.mark.parametrize(
     ("processes", "mib", "problems", "warnings"),
     [(8, 64, 1, 0), (2, 64, 0, 1), (8, 512, 0, 1), (8, 1024, 0, 0), (1, 1, 0, 0)],
 )
-def test_a_small_dev_shm_is_told_with_its_size_and_the_option(small_config, processes, mib, problems, warnings):
+def test_a_small_dev_shm_is_told_with_its_size_and_the_option(small_config, look, processes, mib, problems, warnings):
     """64 MiB is what docker gives: less than 10 MiB for each of eight processes."""
     config = small_config(f"launch.num_processes={processes}")
-    found = preflight(config, [v100()] * processes, BUILD, "12.8", mib / 1024)
+    found = look(config, [v100()] * processes, BUILD, "12.8", mib / 1024)
     assert (len(found.problems), len(found.warnings)) == (problems, warnings)
     for text in found.problems + found.warnings:
         assert f"{mib} MiB free for {processes} processes" in text and "--shm-size=1g" in text
 
 
-def test_no_card_at_all_is_a_fact(small_config):
-    found = preflight(small_config(), [], [])
+def test_no_card_at_all_is_a_fact(small_config, look):
+    found = look(small_config(), [], [])
     assert found.problems == found.warnings == []
     assert "no GPU: the run uses the CPU" in found.facts[0] and "CUDA_VISIBLE_DEVICES" in found.facts[0]
 

@@ -6,7 +6,8 @@ import pytest
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.training.rehearse import architecture_of, rehearse
+from mmrev_kit.training.preflight import architecture_of
+from mmrev_kit.training.rehearse import rehearse
 from mmrev_kit.training.update import TrainingError
 
 

@@ -347,8 +347,9 @@ def test_steps_are_written_at_most_every_two_seconds(tmp_path, clock):
     assert [step["global_step"] for step in history.data["steps"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_the_pause_between_writes_can_be_set(tmp_path, clock):
-    history = History(tmp_path / "h.json", seconds_between_writes=0.0)
+def test_the_pause_between_writes_can_be_set(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr("mmrev_kit.training.history.SECONDS_BETWEEN_WRITES", 0.0)
+    history = History(tmp_path / "h.json")
     for number in (1, 2, 3):
         history.add_step({"global_step": number})
         assert len(on_disk(history)["steps"]) == number
@@ -367,9 +368,10 @@ def test_epochs_and_the_end_are_written_at_once(tmp_path, clock):
     assert len(on_disk(history)["epochs"]) == 1
 
 
-def test_a_nan_loss_at_step_3_is_null_in_the_file(tmp_path):
+def test_a_nan_loss_at_step_3_is_null_in_the_file(tmp_path, monkeypatch):
     """G10; the step keeps the mark that the loop gave it."""
-    history = History(tmp_path / "h.json", seconds_between_writes=0.0)
+    monkeypatch.setattr("mmrev_kit.training.history.SECONDS_BETWEEN_WRITES", 0.0)
+    history = History(tmp_path / "h.json")
     for step, loss in enumerate((2.0, 1.0, NAN, 0.5), start=1):
         history.add_step({"global_step": step, "loss": loss} | ({} if loss == loss else {"skipped": True}))
     steps = on_disk(history)["steps"]
@@ -386,7 +388,8 @@ def test_two_histories_share_nothing(tmp_path):
 def test_a_history_goes_on_from_what_was_read(tmp_path):
     first = History(tmp_path / "h.json")
     first.add_epoch({"epoch": 1})
-    second = History(tmp_path / "h.json", read_history(tmp_path / "h.json"))
+    second = History(tmp_path / "h.json")
+    second.data = read_history(tmp_path / "h.json")
     second.add_epoch({"epoch": 2})
     assert [record["epoch"] for record in on_disk(second)["epochs"]] == [1, 2]
 
@@ -403,7 +406,9 @@ def test_the_kits_own_form_reads_back_as_written(tmp_path):
         "steps": [{"global_step": 1, "epoch": 1, "loss": 0.5, "lr": 1e-4, "grad_norm": None}],
         "epochs": [{"epoch": 1, "train_loss": 0.5, "val_loss": {"reverse": 0.4}, "lr": 1e-4, "decision": None}],
     }
-    History(tmp_path / "h.json", data).write()
+    history = History(tmp_path / "h.json")
+    history.data = data
+    history.write()
     assert read_history(tmp_path / "h.json") == data
 
 
