@@ -8,8 +8,8 @@ in its row; the prefix's last token predicts the first token of every suffix. So
 alone, whatever stands beside it, and the gradient of a batch is the sum over its rows.
 
 What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix or the preamble
-share its mask, as they would if it were one row. The mean over masks is the same, the draw is another one (as it is
-for another micro-batch or another number of processes).
+share its mask. The mean over masks is the same, the draw is another one (as it is for another micro-batch or another
+number of processes).
 
 `grouping: batch` shares prefixes among the rows that an update holds anyway: an update's gradient is unchanged.
 `grouping: epoch` (`gather_images`) orders the epoch so that the rows of one image come in the same update: faster,
@@ -156,11 +156,11 @@ def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
     """
     best, groups = balance(groups, processes), list(groups)
     for _ in range(2 * processes if processes > 1 else 0):
-        large = max((group for group in groups if len(group.samples) > 1), key=lambda g: g.tokens, default=None)
-        if large is None:
+        shared = [group for group in groups if len(group.samples) > 1]
+        if not shared:
             break
-        index = next(index for index, group in enumerate(groups) if group is large)
-        groups[index : index + 1] = halve(large)
+        index = groups.index(max(shared, key=lambda group: group.tokens))
+        groups[index : index + 1] = halve(groups[index])
         dealt = balance(groups, processes)
         best = min(best, dealt, key=heaviest)
     return best
@@ -175,14 +175,11 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
             waiting[:0] = halve(group)
         else:
             fitting.append(group)
-    if not fitting:
-        return []
-    count = max(1, -(-sum(group.tokens for group in fitting) // limit))
-    while count < len(fitting):
+    fewest = max(1, -(-sum(group.tokens for group in fitting) // limit))
+    for count in range(fewest, len(fitting)):
         dealt = balance(fitting, count)
         if heaviest(dealt) <= max(limit, max(group.tokens + group.preamble for group in fitting)):
             return dealt
-        count += 1
     return [[group] for group in fitting]
 
 

@@ -146,7 +146,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
         resident_gib=None if cuda else peak_memory_gib(state.device),
-        estimate={"allocated": found.allocated_gib, "reserved": found.reserved_gib, "device": found.device_gib},
+        estimate=found.sizes(),
         memory={name: getattr(run.config.memory, name) for name in FREE_SETTINGS},
         updates=updates,
     )
