@@ -35,6 +35,11 @@ def with_memory(config: Config, **settings) -> Config:
     return replace(config, memory=replace(config.memory, **settings))
 
 
+def free_settings(memory: MemoryConfig) -> dict:
+    """The settings of `memory` that the result of a run does not depend on, so that a plan may choose them."""
+    return {name: getattr(memory, name) for name in FREE_SETTINGS}
+
+
 def split_updates(
     updates: Sequence[list[Sample]], config: Config, shapes: ModelShapes, image_id: int, processes: int, limit: int
 ) -> list[list[MicroBatch]]:
@@ -102,11 +107,7 @@ class MemoryPlan:
 
     def apply(self, config: Config) -> Config:
         """The configuration with the chosen settings; nothing that the result depends on changes."""
-        return with_memory(config, **self.settings())
-
-    def settings(self) -> dict:
-        """The chosen settings of `memory`."""
-        return {name: getattr(self.chosen.memory, name) for name in FREE_SETTINGS}
+        return with_memory(config, **free_settings(self.chosen.memory))
 
     def lines(self) -> list[str]:
         found, faster = self.chosen.estimate, self.faster
@@ -128,8 +129,8 @@ class MemoryPlan:
 
     def record(self) -> dict:
         """For the manifest."""
-        record = self.settings() | {"effective_batch": self.batch, "card_gib": self.card_gib, "margin": MARGIN}
-        return record | {"estimated_gib": self.chosen.estimate.sizes()}
+        record = free_settings(self.chosen.memory) | {"effective_batch": self.batch, "card_gib": self.card_gib}
+        return record | {"margin": MARGIN, "estimated_gib": self.chosen.estimate.sizes()}
 
 
 def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: int) -> Candidate:

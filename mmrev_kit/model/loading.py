@@ -142,12 +142,11 @@ def spread_options(bits: int, cpu_gib: float | None, offload_folder: str | Path 
 def random_model(architecture, dtype: torch.dtype, device, seed: int, nf4):
     """The architecture with seeded random weights (normal, std 0.02), made and quantized layer by layer on `device`.
 
+    Equal seeds give equal weights on one kind of device.
+
     Args:
         architecture: a `Qwen3VLConfig`.
         nf4: a `BitsAndBytesConfig`, see `nf4_config`; None: weights of `dtype`.
-
-    Returns:
-        A `Qwen3VLForConditionalGeneration`; equal seeds give equal weights on one kind of device.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations import replace_with_bnb_linear

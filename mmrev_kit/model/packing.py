@@ -29,7 +29,7 @@ from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.qwen3vl import row_positions
 
 MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
-MAX_PADDING = 0.1  # padding per token of a pass at most; with none, the embedded model takes a third longer on a CPU
+MAX_PADDING = 0.1  # padding per token at most; with none, the embedded model takes a third longer on a CPU
 PADDING, PREAMBLE = -1, -2  # instead of a group's number
 
 
@@ -55,9 +55,7 @@ def attention_scale(text_config) -> float:
 
     A layer takes 2 operations per weight and token; attention takes 4 x length x heads x head_dim per token, and a
     dense mask is slower than a matrix product by `MASK_COST`. About 14,900 for the 32B, 770 for the embedded model.
-
-    Args:
-        text_config: whatever has the sizes of the language model under transformers' names.
+    `text_config` has the sizes of the language model under transformers' names.
     """
     width = text_config.num_attention_heads * text_config.head_dim
     return 2 * layer_weights(text_config) / (4 * width * MASK_COST)
@@ -184,7 +182,7 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
 
 
 def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[Group]]:
-    """The groups of one pass as sequences: long ones cost attention, many unequal ones cost padding.
+    """The groups of one micro-batch as sequences: long ones cost attention, many unequal ones cost padding.
 
     Taken is the number of sequences with the least cost, sequences x length x (1 + length / `scale`), of those that
     keep to `MAX_PADDING`; one sequence has no padding.

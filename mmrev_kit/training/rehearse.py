@@ -22,9 +22,9 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.memory.estimate import GIB
 from mmrev_kit.memory.plan import (
-    FREE_SETTINGS,
     candidate,
     configured_shapes,
+    free_settings,
     heaviest_updates,
     split_updates,
     with_memory,
@@ -147,7 +147,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         device_gib=(total - free) / GIB if cuda else None,
         resident_gib=None if cuda else peak_memory_gib(state.device),
         estimate=found.sizes(),
-        memory={name: getattr(run.config.memory, name) for name in FREE_SETTINGS},
+        memory=free_settings(run.config.memory),
         updates=updates,
     )
 
