@@ -126,7 +126,6 @@ def make_plan(
         weights: how the retention rows are shared among the pools: 2 and 1 are two thirds and one third. A pool
             without a weight gives nothing.
         ratio: the share of an epoch's rows that are retention rows, from 0 up to but not including 1.
-        seed: of all draws.
         epochs: number of epochs planned; `epoch_rows` gives others too.
         counts: rows an epoch of task sources that are to be repeated, e.g. as often as another's; the others give
             each of their rows once.

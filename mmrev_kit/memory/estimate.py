@@ -89,6 +89,10 @@ class Estimate:
     def device_gib(self) -> float:
         return self.reserved_gib + self.context_gib
 
+    def sizes(self) -> dict[str, float]:
+        """The totals in GiB, for a record."""
+        return {"allocated": self.allocated_gib, "reserved": self.reserved_gib, "device": self.device_gib}
+
     def table(self):
         """A pandas DataFrame: component, GiB, formula, setting; then the totals."""
         import pandas

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from mmrev_kit.config.sections import Config
 from mmrev_kit.memory.shapes import ModelShapes
-from mmrev_kit.model.micro_batch import MicroBatch
-
-VISION_PATCHES = 8_192  # patches that go through the tower at once when features are made (features.BATCH_PATCHES)
+from mmrev_kit.model.micro_batch import VISION_PATCHES, MicroBatch
 
 
 def width(config: Config) -> int:

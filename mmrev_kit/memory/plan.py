@@ -35,6 +35,11 @@ def with_memory(config: Config, **settings) -> Config:
     return replace(config, memory=replace(config.memory, **settings))
 
 
+def free_settings(memory: MemoryConfig) -> dict:
+    """The settings of `memory` that the result of a run does not depend on, so that a plan may choose them."""
+    return {name: getattr(memory, name) for name in FREE_SETTINGS}
+
+
 def split_updates(
     updates: Sequence[list[Sample]], config: Config, shapes: ModelShapes, image_id: int, processes: int, limit: int
 ) -> list[list[MicroBatch]]:
@@ -57,11 +62,11 @@ def heaviest_updates(updates: Sequence[list[Sample]], count: int = EXAMINED) -> 
 def padded_updates(lengths: Sequence[tuple[int, int, int]], size: int) -> Splitter:
     """The splitter of updates of `size` rows, side by side, that are known by (tokens, answer, visual tokens)."""
     samples = [Sample(None, range(tokens), tokens - answer, 0, visual) for tokens, answer, visual in lengths]
+    updates = [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def split(limit: int) -> list[list[MicroBatch]]:
-        updates = [samples[start : start + size] for start in range(0, len(samples), size)]
-        found = [lay_out(update, Layout("none", limit)) for update in updates]
-        return [[replace(one, masked=True) for one in micro_batches] for micro_batches in found]
+        layout = Layout("none", limit)
+        return [[replace(one, masked=True) for one in lay_out(update, layout)] for update in updates]
 
     return split
 
@@ -102,7 +107,7 @@ class MemoryPlan:
 
     def apply(self, config: Config) -> Config:
         """The configuration with the chosen settings; nothing that the result depends on changes."""
-        return with_memory(config, **{name: getattr(self.chosen.memory, name) for name in FREE_SETTINGS})
+        return with_memory(config, **free_settings(self.chosen.memory))
 
     def lines(self) -> list[str]:
         found, faster = self.chosen.estimate, self.faster
@@ -124,11 +129,8 @@ class MemoryPlan:
 
     def record(self) -> dict:
         """For the manifest."""
-        found = self.chosen.estimate
-        sizes = {"allocated": found.allocated_gib, "reserved": found.reserved_gib, "device": found.device_gib}
-        record = {name: getattr(self.chosen.memory, name) for name in FREE_SETTINGS}
-        record |= {"effective_batch": self.batch, "card_gib": self.card_gib, "margin": MARGIN}
-        return record | {"estimated_gib": sizes}
+        record = free_settings(self.chosen.memory) | {"effective_batch": self.batch, "card_gib": self.card_gib}
+        return record | {"margin": MARGIN, "estimated_gib": self.chosen.estimate.sizes()}
 
 
 def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: int) -> Candidate:

@@ -26,7 +26,7 @@ from mmrev_kit.model.packing import (
 )
 from mmrev_kit.model.qwen3vl import as_model_input, takes_features, text_config
 
-CPU_TOKENS = 2048  # tokens a pass where memory is no limit
+CPU_TOKENS = 2048  # tokens of a micro-batch where memory is no limit
 GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
 GPU_MULTIPLE = 8  # sequences on a GPU are filled up to a multiple of this
 MASKED = ("sdpa", "eager")  # attention implementations that take a mask of any form
@@ -34,7 +34,7 @@ MASKED = ("sdpa", "eager")  # attention implementations that take a mask of any 
 
 @dataclass
 class Batch:
-    """What one pass needs.
+    """What one micro-batch needs.
 
     Attributes:
         inputs: keyword arguments of the model, on its device.
@@ -65,11 +65,8 @@ def obstacle(model) -> str | None:
 
 
 def micro_tokens(config: Config, device) -> int:
-    """Tokens of one pass: as configured, else by a rule.
-
-    2,048 on a CPU; on a GPU 4,096 with gradient checkpointing and 1,024 without, twice as many on a card of 60 GiB or
-    more.
-    """
+    """Tokens of one micro-batch: as configured; else 2,048 on a CPU, and on a GPU 4,096 with gradient checkpointing and
+    1,024 without, twice as many on a card of 60 GiB or more."""
     if config.memory.micro_tokens is not None:
         return config.memory.micro_tokens
     if device.type != "cuda":
@@ -128,24 +125,25 @@ class Batcher:
 
     def packed(self, rows: list[list[Group]]) -> Batch:
         """Packed sequences of these groups of rows."""
-        found = pack(rows, self.encoder, self.layout.multiple)
+        arrays = pack(rows, self.encoder, self.layout.multiple)
 
         def tensor(array):
             return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-        mask = attention_mask(tensor(found.group), tensor(found.segment))
+        mask = attention_mask(tensor(arrays.group), tensor(arrays.segment))
         if self.additive:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
         inputs = {
-            "input_ids": tensor(found.input_ids),
+            "input_ids": tensor(arrays.input_ids),
             "attention_mask": mask,
-            "position_ids": tensor(found.positions),
-            "logits_to_keep": tensor(found.wanted),
+            "position_ids": tensor(arrays.positions),
+            "logits_to_keep": tensor(arrays.wanted),
         }
-        inputs |= self.images(found.images)
-        owner = torch.from_numpy(found.owner)
-        counts = len(found.samples), found.input_ids.size
-        return Batch(inputs, tensor(found.predictor), tensor(found.target), owner, *counts, tuple(found.samples))
+        inputs |= self.images(arrays.images)
+        return Batch(
+            inputs, tensor(arrays.predictor), tensor(arrays.target), torch.from_numpy(arrays.owner),
+            rows=len(arrays.samples), tokens=arrays.input_ids.size, samples=tuple(arrays.samples),
+        )  # fmt: skip
 
 
 def shares(samples: list[Sample], packing: str, image_id: int, processes: int) -> list[list]:
@@ -156,11 +154,8 @@ def shares(samples: list[Sample], packing: str, image_id: int, processes: int) -
 
 
 def lay_out(share: list, layout: Layout) -> Iterator[MicroBatch]:
-    """A process's share as the micro-batches that it runs one after the other, each laid out when it is asked for.
-
-    Args:
-        share: samples or groups, see `shares`.
-    """
+    """A process's share, from `shares`, as the micro-batches that it runs one after the other, each laid out when it is
+    asked for."""
     if layout.packing == "none":
         for part in padded(share, layout.micro_tokens):
             lengths = [len(sample.input_ids) for sample in part]

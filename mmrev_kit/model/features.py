@@ -24,11 +24,11 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.bases import base_fingerprint, base_of
+from mmrev_kit.model.micro_batch import VISION_PATCHES
 from mmrev_kit.model.qwen3vl import feature_shape, tower_outputs
 
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
-BATCH_PATCHES = 8_192  # patches through the tower at once: ten images of 448 x 448 pixels
 SECONDS_BETWEEN_LINES = 5.0
 Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
 
@@ -36,10 +36,9 @@ Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
 def identity(config: Config, encoder: Encoder, dtype, device) -> str:
     """All that a feature depends on beside its image, as text."""
     processor = encoder.processor.image_processor
-    settings = {key: value for key, value in processor.to_dict().items() if key != "size"}
     facts = {
         "format": FORMAT,
-        "processor": settings,
+        "processor": {key: value for key, value in processor.to_dict().items() if key != "size"},
         "blank": encoder.blank,
         "base": base_fingerprint(**base_of(config)),
         "quantization": [config.quantization.bits, config.quantization.double_quant],
@@ -111,9 +110,9 @@ class Features:
             return False
         rows, columns = self.size(image)
         wanted = (self.shape[0], rows * columns, self.shape[1])
-        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != self.dtype or facts.get("key") != key:
+        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != self.dtype:
             return False
-        if facts.get("checksum") != checksum(tensor):
+        if facts.get("key") != key or facts.get("checksum") != checksum(tensor):
             return False
         self._held[key] = tensor
         return True
@@ -142,59 +141,49 @@ def images_of(samples: Iterable[Sample]) -> list[Image]:
     return list(dict.fromkeys((path, sample.max_pixels) for sample in samples for path in sample.row.images))
 
 
-def compute(features: Features, model, images: list[Image], device, tell) -> None:
+def compute(features: Features, model, images: list[Image], device, report: bool) -> None:
     """Put images through the tower, batch by batch, and keep what comes out.
 
     Args:
-        tell: called with the number of images done.
+        report: print a line of progress every few seconds.
     """
-    compute_dtype = features.dtype
-    while images:
-        pixels, grids, taken = [], [], []
-        while images and (not taken or sum(map(len, pixels)) < BATCH_PATCHES):
-            values, grid = features.encoder.pixels(*images[0])
+    dtype, done, reported = features.dtype, 0, time.monotonic()
+    while done < len(images):
+        pixels, grids = [], []
+        for image in images[done:]:
+            values, grid = features.encoder.pixels(*image)
             pixels.append(values)
             grids.append(grid)
-            taken.append(images.pop(0))
-        autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-        with torch.no_grad(), autocast:
+            if sum(map(len, pixels)) >= VISION_PATCHES:
+                break
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
-        for image, tensor in zip(taken, outputs, strict=True):
+        for image, tensor in zip(images[done : done + len(pixels)], outputs, strict=True):
             features.write(image, tensor)
-        tell(len(taken))
+        done += len(pixels)
+        if report and time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
+            print(f"progress: vision features: {done:,} of {len(images):,} images", flush=True)
 
 
 def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sample], dtype, state) -> Features:
-    """Features of all images of `samples`, from files where there are any; each process makes its share of the rest.
-
-    Args:
-        model: the base model with its vision tower.
-        state: this process among the launched ones (`accelerate.PartialState`).
-    """
+    """Features of all images of `samples`, from files where there are any; each process (`accelerate.PartialState`)
+    makes its share of the rest with the base model's vision tower."""
     folder = resolve(config.launch.output_dir) / "features"
-    known = identity(config, encoder, dtype, state.device)
-    features = Features(encoder, folder, known, feature_shape(model), dtype)
+    features = Features(encoder, folder, identity(config, encoder, dtype, state.device), feature_shape(model), dtype)
     by_key = {features.key(image): image for image in images_of(samples)}
     images, began = list(by_key.values()), time.perf_counter()
     missing = [image for image in images if not features.read(image)]
     if state.num_processes > 1:
         torch.distributed.barrier()  # every process has looked before the first file is written
-    mine, done, told = missing[state.process_index :: state.num_processes], 0, time.monotonic()
-
-    def tell(count: int) -> None:
-        nonlocal done, told
-        done += count
-        if state.is_main_process and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            print(f"progress: vision features: {done:,} of {len(mine):,} images", flush=True)
-
     was_training = model.training
     model.eval()
-    compute(features, model, list(mine), state.device, tell)
+    mine = missing[state.process_index :: state.num_processes]
+    compute(features, model, mine, state.device, report=state.is_main_process)
     if state.num_processes > 1:
         torch.distributed.barrier()
     left = [image for image in missing if not features.read(image)]  # those of other machines, without a shared disk
-    compute(features, model, left, state.device, lambda count: None)
+    compute(features, model, left, state.device, report=False)
     model.train(was_training)
     if state.is_main_process:
         line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"

@@ -51,12 +51,10 @@ def load_base(
         name: "embedded" (the 10 million parameters that come with the kit), a folder, a name on the Hugging Face hub,
             or an architecture file (.json), which stands for that model with random weights.
         revision: of a model on the hub.
-        bits: 4 or 16.
         double_quant: whether NF4's scales are quantized too.
         compute_dtype: of matrix products: fp16, bf16, fp32 or auto, see `torch_dtype`.
         device: None: the first GPU, or the CPU where there is none.
         attn_implementation: as in transformers.
-        seed: of random weights.
         spread: put the layers of a 16-bit model on all visible GPUs, then in the host's memory, then on disk.
         cpu_gib: GiB of the host's memory that `spread` may take; the rest goes to `offload_folder`. None: all of it.
 
@@ -88,7 +86,13 @@ def load_base(
         )
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
-    return finish_base(model)
+    model.requires_grad_(False)
+    model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
+    keep_cpu_weights_as_they_are(model)
+    fuse(model)
+    keep_residual_in_fp32(model)
+    use_fast_tower(model)
+    return model
 
 
 def base_arguments(config: Config, device) -> dict:
@@ -135,27 +139,14 @@ def spread_options(bits: int, cpu_gib: float | None, offload_folder: str | Path 
     return options | {"max_memory": limits | {"cpu": int(cpu_gib * 2**30)}, "offload_folder": str(offload_folder)}
 
 
-def finish_base(model):
-    """What every base needs, wherever its weights come from: frozen, unpacked on CPU, elementwise steps fused, summed
-    in fp32, and a vision tower that takes images together."""
-    model.requires_grad_(False)
-    model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
-    keep_cpu_weights_as_they_are(model)
-    fuse(model)
-    keep_residual_in_fp32(model)
-    use_fast_tower(model)
-    return model
-
-
-def random_model(architecture, dtype: torch.dtype, device, seed: int = 0, nf4=None):
+def random_model(architecture, dtype: torch.dtype, device, seed: int, nf4):
     """The architecture with seeded random weights (normal, std 0.02), made and quantized layer by layer on `device`.
+
+    Equal seeds give equal weights on one kind of device.
 
     Args:
         architecture: a `Qwen3VLConfig`.
         nf4: a `BitsAndBytesConfig`, see `nf4_config`; None: weights of `dtype`.
-
-    Returns:
-        A `Qwen3VLForConditionalGeneration`; equal seeds give equal weights on one kind of device.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations import replace_with_bnb_linear
@@ -253,10 +244,8 @@ def add_adapter(
 
 def adapter_arguments(config: Config) -> dict:
     """The arguments of `add_adapter` that a configuration stands for."""
-    memory = config.memory
-    return asdict(config.lora) | {
-        "gradient_checkpointing": memory.gradient_checkpointing, "kept_layers": memory.kept_layers,
-    }  # fmt: skip
+    checkpointing, kept_layers = config.memory.gradient_checkpointing, config.memory.kept_layers
+    return asdict(config.lora) | {"gradient_checkpointing": checkpointing, "kept_layers": kept_layers}
 
 
 def set_recomputed(model, kept_layers: int) -> None:
@@ -267,14 +256,11 @@ def set_recomputed(model, kept_layers: int) -> None:
 
 
 def load_adapter(model, folder: str | Path):
-    """A saved adapter on its base, for inference.
+    """A saved adapter on its base, for inference: a `peft.PeftModel`.
 
     Args:
         model: from `load_base`; it is changed.
         folder: with the adapter and its model card, as a run's `best/` and `final/` are.
-
-    Returns:
-        A `peft.PeftModel`.
 
     Raises:
         ConfigError: the adapter was trained on another base; both fingerprints are named.

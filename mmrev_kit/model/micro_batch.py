@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from mmrev_kit.config.sections import ConfigError
 
+VISION_PATCHES = 8_192  # that go through the vision tower at once: ten images of 448 x 448 pixels
+
 
 @dataclass(frozen=True)
 class MicroBatch:

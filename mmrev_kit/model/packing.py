@@ -8,8 +8,8 @@ in its row; the prefix's last token predicts the first token of every suffix. So
 alone, whatever stands beside it, and the gradient of a batch is the sum over its rows.
 
 What differs is dropout: the adapter draws one mask for a token, so that rows which share a prefix or the preamble
-share its mask, as they would if it were one row. The mean over masks is the same, the draw is another one (as it is
-for another micro-batch or another number of processes).
+share its mask. The mean over masks is the same, the draw is another one (as it is for another micro-batch or another
+number of processes).
 
 `grouping: batch` shares prefixes among the rows that an update holds anyway: an update's gradient is unchanged.
 `grouping: epoch` (`gather_images`) orders the epoch so that the rows of one image come in the same update: faster,
@@ -29,7 +29,7 @@ from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.qwen3vl import row_positions
 
 MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
-MAX_PADDING = 0.1  # padding per token of a pass at most; with none, the embedded model takes a third longer on a CPU
+MAX_PADDING = 0.1  # padding per token at most; with none, the embedded model takes a third longer on a CPU
 PADDING, PREAMBLE = -1, -2  # instead of a group's number
 
 
@@ -55,9 +55,7 @@ def attention_scale(text_config) -> float:
 
     A layer takes 2 operations per weight and token; attention takes 4 x length x heads x head_dim per token, and a
     dense mask is slower than a matrix product by `MASK_COST`. About 14,900 for the 32B, 770 for the embedded model.
-
-    Args:
-        text_config: whatever has the sizes of the language model under transformers' names.
+    `text_config` has the sizes of the language model under transformers' names.
     """
     width = text_config.num_attention_heads * text_config.head_dim
     return 2 * layer_weights(text_config) / (4 * width * MASK_COST)
@@ -156,11 +154,11 @@ def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
     """
     best, groups = balance(groups, processes), list(groups)
     for _ in range(2 * processes if processes > 1 else 0):
-        large = max((group for group in groups if len(group.samples) > 1), key=lambda g: g.tokens, default=None)
-        if large is None:
+        shared = [group for group in groups if len(group.samples) > 1]
+        if not shared:
             break
-        index = next(index for index, group in enumerate(groups) if group is large)
-        groups[index : index + 1] = halve(large)
+        index = groups.index(max(shared, key=lambda group: group.tokens))
+        groups[index : index + 1] = halve(groups[index])
         dealt = balance(groups, processes)
         best = min(best, dealt, key=heaviest)
     return best
@@ -175,19 +173,16 @@ def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
             waiting[:0] = halve(group)
         else:
             fitting.append(group)
-    if not fitting:
-        return []
-    count = max(1, -(-sum(group.tokens for group in fitting) // limit))
-    while count < len(fitting):
+    fewest = max(1, -(-sum(group.tokens for group in fitting) // limit))
+    for count in range(fewest, len(fitting)):
         dealt = balance(fitting, count)
         if heaviest(dealt) <= max(limit, max(group.tokens + group.preamble for group in fitting)):
             return dealt
-        count += 1
     return [[group] for group in fitting]
 
 
 def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[Group]]:
-    """The groups of one pass as sequences: long ones cost attention, many unequal ones cost padding.
+    """The groups of one micro-batch as sequences: long ones cost attention, many unequal ones cost padding.
 
     Taken is the number of sequences with the least cost, sequences x length x (1 + length / `scale`), of those that
     keep to `MAX_PADDING`; one sequence has no padding.

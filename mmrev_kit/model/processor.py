@@ -10,12 +10,9 @@ from mmrev_kit.model.qwen3vl import read_architecture
 
 
 def load_processor(name: str, revision: str | None = None):
-    """The base model's own processor. Code that lies beside a model is never run.
+    """The own processor of the base model that `load_base` loads. Code that lies beside a model is never run.
 
     A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
-
-    Args:
-        name, revision: as in `load_base`.
     """
     from transformers import AutoProcessor
 

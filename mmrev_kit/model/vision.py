@@ -117,13 +117,12 @@ def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
     table = (visual.pos_embed(indices) * weights[:, :, None]).sum(1)
     hidden = hidden + table.to(hidden.dtype)
     tokens = patches // visual.spatial_merge_size**2
-    layers = list(visual.deepstack_visual_indexes)
-    deepstack = [None] * len(layers)
+    layers, deepstack = list(visual.deepstack_visual_indexes), []
     for number, block in enumerate(visual.blocks):
         hidden = run_block(block, hidden, cos, sin)
         if number in layers:
             merger = visual.deepstack_merger_list[layers.index(number)]
-            deepstack[layers.index(number)] = merger(hidden.flatten(0, 1)).view(images, tokens, -1)
+            deepstack.append(merger(hidden.flatten(0, 1)).view(images, tokens, -1))
     return hidden, visual.merger(hidden.flatten(0, 1)).view(images, tokens, -1), deepstack
 
 

@@ -21,9 +21,9 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.memory.estimate import GIB
 from mmrev_kit.memory.plan import (
-    FREE_SETTINGS,
     candidate,
     configured_shapes,
+    free_settings,
     heaviest_updates,
     split_updates,
     with_memory,
@@ -125,8 +125,8 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
         resident_gib=None if cuda else peak_memory_gib(state.device),
-        estimate={"allocated": found.allocated_gib, "reserved": found.reserved_gib, "device": found.device_gib},
-        memory={name: getattr(run.config.memory, name) for name in FREE_SETTINGS},
+        estimate=found.sizes(),
+        memory=free_settings(run.config.memory),
         updates=updates,
     )
 

@@ -11,7 +11,7 @@ import torch
 from mmrev_kit.model.packing import layer_weights
 from mmrev_kit.model.qwen3vl import text_config
 
-SIDE, PRODUCTS = 8192, 12
+SIDE, PRODUCTS = 8192, 12  # of the matrices that are multiplied to measure a card, and how often
 
 
 def flops(text_config, tokens: int, logits: int, recompute: float, adapted: Collection[str] = ()) -> float:
