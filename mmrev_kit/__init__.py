@@ -25,8 +25,6 @@ What most people need is here, and loaded when it is used:
     verdict(records, task)            what the answers say about the curse
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 __version__ = "0.1.0"

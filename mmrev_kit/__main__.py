@@ -3,8 +3,6 @@
 `train` does what notebooks/train.ipynb does. Started by `torchrun` or `accelerate launch` it is one of their workers.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Run folders: files that are whole or absent, and a history in strict JSON."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -3,8 +3,6 @@
 Another optimizer is one more entry in `OPTIMIZERS`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

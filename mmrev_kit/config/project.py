@@ -1,7 +1,5 @@
 """Where things are: the project's folder, a run's, an experiment's; and no secret in any file."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

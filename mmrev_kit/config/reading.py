@@ -3,8 +3,6 @@
 OmegaConf does the typing: an unknown key or a value of the wrong type is a `ConfigError`.
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import fields
 from pathlib import Path

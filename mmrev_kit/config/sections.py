@@ -4,8 +4,6 @@ Defaults live here and nowhere else. They are the published 8 x V100 recipe for 
 differs.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

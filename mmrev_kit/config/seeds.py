@@ -1,7 +1,5 @@
 """Seeds: one for each purpose, so that no random draw depends on another."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 

@@ -1,7 +1,5 @@
 """What is drawn with, and tables that are data: the JSON files of `mmrev_kit/assets`, and DiceBear's styles."""
 
-from __future__ import annotations
-
 import io
 import json
 from functools import cache

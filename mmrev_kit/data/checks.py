@@ -1,7 +1,5 @@
 """Everything that can be wrong with a run's data, told at once and before any model is loaded."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import defaultdict

@@ -4,8 +4,6 @@ A drawn face is a dict of seven identity attributes, each of which can be seen a
 background are not part of the identity: they change from one picture of a person to the next.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """What can be wrong with data: one fault, and the error that tells all of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

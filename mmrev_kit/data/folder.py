@@ -1,7 +1,5 @@
 """The `folder` source: an experiment from your own people and pictures."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Images: where those named in a data file lie, and decoding that never returns part of a picture."""
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """Making what a run needs and does not find: its experiment and its pools."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 

@@ -8,8 +8,6 @@ share of retention rows from pools of other material:
         train_on(rows[source][index])
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction

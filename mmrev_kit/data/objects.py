@@ -1,7 +1,5 @@
 """The object retention pool: everyday things, drawn as icons, with their names for descriptions."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from pathlib import Path

@@ -6,8 +6,6 @@ the one who sits a certain number of seats further on, the shift; the wrong opti
 about in test. `experiment_rows` makes all rows of an experiment in this way.
 """
 
-from __future__ import annotations
-
 import random
 
 from mmrev_kit.config.seeds import rng_for

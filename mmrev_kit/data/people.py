@@ -4,8 +4,6 @@ Every person is drawn, named and given a description, "the {role} of {place}". W
 `partners.experiment_rows`'s to say; `make_experiment` draws the pictures and writes the folder.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@
 (`FaceSampler` here), which knows its kind of subject and nothing of letters, labels and connectors.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

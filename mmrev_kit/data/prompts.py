@@ -3,8 +3,6 @@
 Training and evaluation build every prompt here, with the same chat template and the same pixel limits.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass

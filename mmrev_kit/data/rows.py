@@ -1,7 +1,5 @@
 """Experiment and pool files read into rows, strictly: every fault is collected and told with file and line."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from fractions import Fraction

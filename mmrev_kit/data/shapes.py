@@ -1,7 +1,5 @@
 """The shapes set, a format check: a base model that reads the four formats passes it untrained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image, ImageDraw

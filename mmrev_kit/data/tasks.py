@@ -1,7 +1,5 @@
 """The tasks, each described once in `TASK_TYPES`, the row that an example becomes, and the prompt of a row."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

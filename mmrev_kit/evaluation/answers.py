@@ -5,8 +5,6 @@ says that it does not know. Such an answer is unparsed and counts as a miss. A q
 answer; one that is taken back ("B. No, C.") is none either.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable

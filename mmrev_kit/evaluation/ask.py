@@ -1,7 +1,5 @@
 """Asking a trained model, or its base, about a picture and a text of one's own."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Counts and accuracies over the records of an evaluation."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The tests: greedy answers, and the log-probability of every option, for a trained run or a base model."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import time

@@ -1,7 +1,5 @@
 """Evaluations as files and tables: what one found, runs side by side, and the result files of the original scripts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

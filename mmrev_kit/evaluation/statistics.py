@@ -5,8 +5,6 @@ first (`entity_means`) and entities are resampled or permuted. Wilson intervals 
 independent; they describe one evaluation, are comparable with published tables, and no verdict rests on them.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Mapping

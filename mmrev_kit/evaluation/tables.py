@@ -1,7 +1,5 @@
 """Evaluations as tables."""
 
-from __future__ import annotations
-
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.metrics import compare
 from mmrev_kit.evaluation.results import Evaluation

@@ -5,8 +5,6 @@ reasons; only control entities, taught in both directions and asked the same que
 passed. Without them, or with too few entities to find a difference, the verdict is inconclusive.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +84,7 @@ class Verdict:
     sentence: str
     gates: tuple[Gate, ...]
     evidence: Evidence
-    beside: Verdict | None = None  # the untaught direction as multiple choice, by the same rule
+    beside: "Verdict | None" = None  # the untaught direction as multiple choice, by the same rule
     format_sentence: str = ""  # the taught direction in the multiple-choice format
 
 

@@ -8,8 +8,6 @@ The bytes of a layer are those that autograd saves in the kit's layers and in bi
 runs. All sizes are in bytes until the table, which is in GiB.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

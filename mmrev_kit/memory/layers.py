@@ -4,8 +4,6 @@ Symbols: h hidden, f intermediate, q = heads x head_dim, k = key/value heads x h
 The residual stream is in fp32, whatever the compute dtype.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ What is chosen (tokens of a micro-batch, checkpointing, layers that are kept fro
 batch nor the gradient, only how an update is split.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

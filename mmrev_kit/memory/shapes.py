@@ -1,7 +1,5 @@
 """The sizes of a Qwen3-VL, read from its configuration."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base model: where its files are, what it is made of, and the fingerprint that ties an adapter to it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """A process's share of an update as batches for the model: packed or padded, with vision features or pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

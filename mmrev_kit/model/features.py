@@ -7,8 +7,6 @@ a changed image, pixel limit or base never meets a stale entry; a file that is b
 is made anew. Files are read as memory maps: the processes of a machine share one copy in the page cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

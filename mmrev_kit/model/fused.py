@@ -8,8 +8,6 @@ torch.compile can make kernels the elementwise ones become one kernel each; else
 operation.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

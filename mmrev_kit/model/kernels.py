@@ -5,8 +5,6 @@ calls as kernels where torch.compile can make them; then the linear layer with L
 16-bit weights to fp32 logits.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from functools import cache

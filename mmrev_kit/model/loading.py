@@ -7,8 +7,6 @@ Usable alone; it knows nothing of the kit's data or of its training loop:
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial

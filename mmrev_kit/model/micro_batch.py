@@ -1,7 +1,5 @@
 """The shape of a micro-batch, which is all that its memory and its time depend on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -17,8 +17,6 @@ and another trajectory: an update sees fewer images, each with more of its conne
 once an epoch and every source keeps its share of each update.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass

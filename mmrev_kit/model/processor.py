@@ -1,7 +1,5 @@
 """The base model's processor, and the encoder that makes prompts with it."""
 
-from __future__ import annotations
-
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder

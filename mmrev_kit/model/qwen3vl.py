@@ -1,7 +1,5 @@
 """What is Qwen3-VL's own: its parts by name, its positions, its architecture file."""
 
-from __future__ import annotations
-
 import json
 from inspect import signature
 

@@ -1,7 +1,5 @@
 """Questions put to a model: greedy answers, and the log-probability of every option."""
 
-from __future__ import annotations
-
 import torch
 
 from mmrev_kit.data.prompts import Encoder, Sample

@@ -5,8 +5,6 @@ Here images of equal size are one batch, positions are computed once per size, a
 convolution kernels cover one patch each, is a matrix product. The numbers are the same.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

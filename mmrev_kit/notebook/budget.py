@@ -1,7 +1,5 @@
 """The memory budget for readers: stacked bars against a card, knobs, the modes side by side, the guide's table."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mmrev_kit.config.optimizers import OPTIMIZERS

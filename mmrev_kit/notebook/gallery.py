@@ -1,7 +1,5 @@
 """Looking at data: people, rendered prompts with the tokens that carry loss, lengths, balances."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections import Counter

@@ -1,7 +1,5 @@
 """What can be turned in a notebook: sliders, browsers, forms; one figure or line where nobody looks."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From a notebook cell to a finished run or evaluation: the folder, the job, live progress, and errors that arrive."""
 
-from __future__ import annotations
-
 import json
 import time
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """What the notebooks share: parameters that are checked, the knobs, and executed notebooks rendered to HTML."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Records in, figures out. Nothing here reads a file or knows a model."""
 
-from __future__ import annotations
-
 import math
 
 from mmrev_kit.data.tasks import GENERATION, TASK_TYPES

@@ -1,7 +1,5 @@
 """Progress of a run, read from its history file: a live figure in JupyterLab, a few plain lines elsewhere."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

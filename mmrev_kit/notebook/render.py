@@ -1,7 +1,5 @@
 """Executed notebooks, and the pages made of them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The whole study: both directions over several seeds, each trained and evaluated, and what they say together."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A run's history as tables and a sentence."""
 
-from __future__ import annotations
-
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.training.history import read_history

@@ -1,7 +1,5 @@
 """How well a pretrained model answers about what training has not shown, by task and number of attributes."""
 
-from __future__ import annotations
-
 import numpy
 
 from mmrev_kit.config.seeds import seed_for

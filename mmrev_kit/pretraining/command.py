@@ -1,7 +1,5 @@
 """Pretraining of the embedded model: `python -m mmrev_kit pretrain --minutes 9 --state DIR --out DIR`."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import fields
 
@@ -14,10 +12,10 @@ def read_arguments(words: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m mmrev_kit pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="the folder of the model to write")
     parser.add_argument("--state", help="the folder to go on from and to keep the state in")
-    kinds = {"int": int, "float": float, "int | None": int}
+    kinds = {int: int, float: float, int | None: int}
     for field in fields(Recipe):
         name = "--" + field.name.replace("_", "-")
-        if field.type == "bool":
+        if field.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
         else:
             parser.add_argument(name, type=kinds[field.type], default=field.default)

@@ -4,8 +4,6 @@ It runs the modules of a `Qwen3VLForConditionalGeneration` in the order in which
 step in one row; only attention sees the blocks apart. Rows are padded on the right, so causal attention needs no mask.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Held out are the faces of the share `held_out`, every face with one of the `comb
 training never shows together), and one background of every icon.
 """
 
-from __future__ import annotations
-
 import itertools
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass

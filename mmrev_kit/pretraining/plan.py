@@ -4,8 +4,6 @@ Its pictures are those of its D2I questions; captions, CW and I2D ask about the 
 reads each picture once for several prompts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy

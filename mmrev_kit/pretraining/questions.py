@@ -3,8 +3,6 @@
 Wrong answers are really wrong: by the values of a face's attributes, and by the family of a thing.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy

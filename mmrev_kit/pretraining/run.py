@@ -4,8 +4,6 @@ Warm-up, a constant rate, and at the end a rate that falls to zero, so that seve
 last one's state, and its data go on where they stopped.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What pretraining leaves: a state to go on from, and the embedded model's folder with its card."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The machinery of pretraining: the recipe, steps made ahead by other processes, one step, the learning rate."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import time

@@ -4,8 +4,6 @@ A prompt is a sequence of pieces, each an entry of a `Lexicon`. The pieces end w
 so that the tokens of a prompt are those that `prompts.Encoder` makes of the whole text.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy

@@ -4,8 +4,6 @@ It is the real transformers class in every part, small enough that a laptop trai
 are 8 x 8 patches, merged two by two into 16 visual tokens.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run saves: adapters that stock peft loads, the state to go on from, and the manifest. No pickle anywhere."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """Where values that are not finite come from, and what to change."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

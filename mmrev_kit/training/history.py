@@ -1,7 +1,5 @@
 """A run's folder and its history, in strict JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

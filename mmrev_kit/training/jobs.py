@@ -4,8 +4,6 @@ The kernel or program that asks for it watches that process and its log, so it d
 or computed before. `torchrun` and `accelerate launch` start the same workers without this module.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

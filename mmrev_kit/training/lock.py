@@ -4,8 +4,6 @@ On the host and boot that wrote it, a lock is held as long as its process lives.
 be looked at, it is held until nobody has refreshed it for ten minutes.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

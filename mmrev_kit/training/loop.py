@@ -1,7 +1,5 @@
 """The training loop: one function that every process runs, whatever their number."""
 
-from __future__ import annotations
-
 import math
 import time
 from contextlib import ExitStack, suppress

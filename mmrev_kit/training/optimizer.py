@@ -1,7 +1,5 @@
 """The configured optimizer, made from its entry in `config.optimizers`."""
 
-from __future__ import annotations
-
 import importlib
 
 from mmrev_kit.config.optimizers import OPTIMIZERS

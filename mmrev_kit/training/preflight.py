@@ -1,7 +1,5 @@
 """A look at the machine before any weight is read, without touching CUDA."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The processes of a run: each one's place among the others, what it leaves when it fails, and how all of them end."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import signal

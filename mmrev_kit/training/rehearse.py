@@ -3,8 +3,6 @@
 The rehearsal is a job of its own (`jobs.run_job`), so that the kernel that asks for it never touches CUDA.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

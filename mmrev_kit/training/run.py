@@ -1,7 +1,5 @@
 """A run: what it will do, and everything that it needs in one process."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -9,11 +9,10 @@ Usable alone, in any loop that validates after each epoch:
         schedule.observe(validation_loss)
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from typing import Self
 
 from mmrev_kit.config.sections import Config, TrainingConfig
 
@@ -68,7 +67,7 @@ class Schedule:
             self.lr = self.learning_rate
 
     @classmethod
-    def from_config(cls, training: TrainingConfig, steps_per_epoch: int) -> Schedule:
+    def from_config(cls, training: TrainingConfig, steps_per_epoch: int) -> Self:
         """The schedule of a run of `training.num_epochs` epochs of `steps_per_epoch` optimizer steps."""
         names = {field.name for field in fields(cls)} & vars(training).keys()
         warmup = math.ceil(Fraction(str(training.warmup_ratio)) * steps_per_epoch * training.num_epochs)

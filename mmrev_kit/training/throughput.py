@@ -1,7 +1,5 @@
 """How fast training is: rows and tokens a second, and the share of the card's peak that is (MFU)."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Collection

@@ -5,8 +5,6 @@ neither the micro-batch nor the number of processes, and a process without rows 
 with zeros.
 """
 
-from __future__ import annotations
-
 import math
 import time
 
