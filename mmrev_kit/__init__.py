@@ -18,7 +18,8 @@ What most people need is here, and loaded when it is used:
     ensure_data(config)               an experiment and its pools, made where they are absent
     make_plan(tasks, pools, ...)      the retention mix: which rows an epoch holds
     Schedule(...)                     warm-up, plateau, end, for any training loop
-    load_base(name, bits=4, ...)      the frozen base model; add_adapter(model, r=8, ...) its LoRA adapter
+    load_base(name, bits=4, ...)      the frozen base model in 4 or 16 bit
+    add_adapter(model, r=8, ...)      a LoRA adapter on it
     estimate(config)                  a run's memory from shapes alone
     launch(config)                    train in processes of its own, watched from here
     evaluate(config)                  ask all test questions

@@ -1,4 +1,4 @@
-"""`python -m mmrev_kit`: a run without a notebook, a notebook without JupyterLab.
+"""`python -m mmrev_kit`: a run without a notebook, a notebook without JupyterLab, a new embedded model.
 
 `train` does what notebooks/train.ipynb does. Started by `torchrun` or `accelerate launch` it is one of their workers.
 """
@@ -13,7 +13,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 
 
 def train(config: Config) -> None:
-    """Train in processes of its own, or in this one where a launcher for several has started it."""
+    """Train in new processes; under torchrun or accelerate launch, as one of their workers."""
     from mmrev_kit.data.make import ensure_data
     from mmrev_kit.notebook.launch import launch
 

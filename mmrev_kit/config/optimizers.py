@@ -1,6 +1,6 @@
 """The optimizers that `training.optimizer` may name: what training makes, and what the memory estimate counts.
 
-Another optimizer is one more entry in `OPTIMIZERS`.
+Another optimizer is one more entry in `OPTIMIZERS`, under the name that `training.optimizer` is to give.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class OptimizerKind:
     Attributes:
         path: where its class is imported from; it is called with the parameters, `lr` and `weight_decay`.
         states: numbers that it keeps for each trained number: 2 in Adam, 0 in plain SGD.
-        bits: of a state: 32 (fp32), or 8 with bitsandbytes' constants.
+        bits: size of each state: 32 (fp32), or 8 with bitsandbytes' constants; for the memory estimate, as `states` is.
         paged: whether bitsandbytes may move the states of large tensors to the host.
         on_cpu: the name of the optimizer that takes its place on a CPU; None: it runs there itself.
         cpu_options: further arguments of the class on a CPU.

@@ -1,4 +1,4 @@
-"""The configuration: YAML and overrides read strictly, saved with every run; and the paths and seeds it stands for.
+"""The configuration: YAML and overrides read strictly, and saved with every run.
 
 OmegaConf does the typing: an unknown key or a value of the wrong type is a `ConfigError`.
 """

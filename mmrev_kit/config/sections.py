@@ -1,7 +1,7 @@
 """All settings: one dataclass per section of the configuration.
 
-Defaults live here and nowhere else. They are the published 8 x V100 recipe for Qwen3-VL-32B; a YAML file says what
-differs.
+The settings' defaults live here and nowhere else. They are the published 8 x V100 recipe for Qwen3-VL-32B; a YAML file
+says what differs.
 """
 
 import math

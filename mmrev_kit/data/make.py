@@ -37,7 +37,7 @@ def ensure_data(config: Config) -> list[str]:
         keys += ["num_main", "num_control", "image_size"] if config.data.source == "drawn" else []
         wrong = [f"{key} is {made[key]}, not {wanted[key]}" for key in keys if key in made and made[key] != wanted[key]]
         if wrong:
-            advice = "Choose another experiment.name, or remove the folder to have it made anew."
+            advice = "Choose another data.folder or experiment.name, or remove the folder to have it made anew."
             raise DataError([Fault(str(info), f"made with other settings: {', '.join(wrong)}.", advice)])
         said.append(f"found {folder}")
     if uses_retention(config):

@@ -141,7 +141,7 @@ def make_plan(
         raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
     n_task = sum(taken.values())
     if n_task == 0:
-        raise ValueError("There are no task rows to train on. Make the experiment's data again.")
+        raise ValueError("There are no task rows.")
     exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
     n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
     used = {source: weight for source, weight in weights.items() if weight and n_retention}

@@ -2,8 +2,8 @@
 
 The members of a group (main or control) are put on a circle in random order. Asked about a member, a Wrong row shows
 the one who sits a certain number of seats further on, the shift; the wrong options of a question sit at three shifts.
-`partner_shifts` deals the shifts out to train, val and test, so that a pair that training calls wrong is not asked
-about in test. `experiment_rows` makes all rows of an experiment in this way.
+`partner_shifts` deals the shifts out to train, val and test: a CW pair that training calls wrong is not asked about in
+test, and in groups of 10 and more it is no wrong option either. `experiment_rows` makes all rows in this way.
 """
 
 import random

@@ -23,7 +23,7 @@ from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.bases import base_fingerprint, base_of
 from mmrev_kit.model.micro_batch import VISION_PATCHES
-from mmrev_kit.model.qwen3vl import feature_shape, tower_outputs
+from mmrev_kit.model.qwen3vl import feature_shape, library_tower_outputs
 
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LINES = 5.0
 Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
 
 
-def identity(config: Config, encoder: Encoder, dtype, device) -> str:
+def features_identity(config: Config, encoder: Encoder, dtype, device) -> str:
     """All that a feature depends on beside its image, as text."""
     processor = encoder.processor.image_processor
     facts = {
@@ -53,7 +53,7 @@ class Features:
 
     Args:
         folder: where the files are.
-        identity: from the function of that name.
+        identity: from `features_identity`.
         shape: (1 + DeepStack layers, hidden) of every feature.
     """
 
@@ -155,7 +155,7 @@ def compute(features: Features, model, images: list[Image], device, report: bool
             if sum(map(len, pixels)) >= VISION_PATCHES:
                 break
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
+            outputs = library_tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
         for image, tensor in zip(images[done : done + len(pixels)], outputs, strict=True):
             features.write(image, tensor)
         done += len(pixels)
@@ -168,7 +168,9 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
     """Features of all images of `samples`, from files where there are any; each process (`accelerate.PartialState`)
     makes its share of the rest with the base model's vision tower."""
     folder = resolve(config.launch.output_dir) / "features"
-    features = Features(encoder, folder, identity(config, encoder, dtype, state.device), feature_shape(model), dtype)
+    features = Features(
+        encoder, folder, features_identity(config, encoder, dtype, state.device), feature_shape(model), dtype
+    )
     by_key = {features.key(image): image for image in images_of(samples)}
     images, began = list(by_key.values()), time.perf_counter()
     missing = [image for image in images if not features.read(image)]

@@ -49,20 +49,26 @@ def load_base(
         name: "embedded" (the 10 million parameters that come with the kit), a folder, a name on the Hugging Face hub,
             or an architecture file (.json), which stands for that model with random weights.
         revision: of a model on the hub.
+        bits: 4 (NF4) or 16.
         double_quant: whether NF4's scales are quantized too.
         compute_dtype: of matrix products: fp16, bf16, fp32 or auto, see `torch_dtype`.
         device: None: the first GPU, or the CPU where there is none.
         attn_implementation: as in transformers.
         spread: put the layers of a 16-bit model on all visible GPUs, then in the host's memory, then on disk.
-        cpu_gib: GiB of the host's memory that `spread` may take; the rest goes to `offload_folder`. None: all of it.
+        cpu_gib: GiB of the host's memory that `spread` may take; the rest goes to `offload_folder`, which must then be
+            given. None: all of it.
+        seed: of random weights.
 
     Returns:
         A `Qwen3VLForConditionalGeneration`; its `name_or_path` is `name`, and `fingerprint()` tells its weights from
         those of other bases.
 
     Raises:
-        ConfigError: there is no such model, the folder holds an adapter, or 4-bit weights are to be spread.
+        ConfigError: there is no such model, the folder holds an adapter, bits are not 4 or 16, or 4-bit weights are to
+            be spread.
     """
+    if bits not in (4, 16):
+        raise ConfigError(f"bits = {bits}: must be 4 or 16.")
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     dtype = torch_dtype(compute_dtype, device)
     nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
@@ -217,7 +223,7 @@ def add_adapter(
         r, alpha, dropout: LoRA's rank, scale (alpha / r is what the adapter is multiplied by) and dropout.
         target_modules: of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping their activations.
-        kept_layers: with it, the last so many layers keep them all the same.
+        kept_layers: with it, the last this many layers keep theirs and are not computed again.
 
     Returns:
         A `peft.PeftModel` whose trainable parameters are exactly the adapter's.

@@ -70,12 +70,12 @@ def takes_features(model) -> bool:
 
 
 def feature_shape(model) -> tuple[int, int]:
-    """(1 + DeepStack layers, hidden): what `tower_outputs` gives for a visual token."""
+    """(1 + DeepStack layers, hidden): what `library_tower_outputs` gives for a visual token."""
     vision = core_model(model).config.vision_config
     return 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size
 
 
-def tower_outputs(model, pixel_values, grid) -> list:
+def library_tower_outputs(model, pixel_values, grid) -> list:
     """The vision tower's outputs for a batch of images.
 
     Returns:

@@ -13,7 +13,7 @@ from mmrev_kit.evaluation.results import write_results
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
-from mmrev_kit.training.history import clear_errors, mark_ended, prepare_folder, read_history, refuse_other_run
+from mmrev_kit.training.history import changed_settings, clear_errors, mark_ended, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
@@ -51,10 +51,10 @@ def launch(config: Config) -> dict:
     """Train: start the workers, show progress, and return the run's history when it has ended.
 
     An interrupted run goes on from its last save, and a finished one is not trained again. A run that is under way,
-    started elsewhere with the same configuration, is shown until its end.
+    started elsewhere with the same configuration, is shown until its end. The data must be there: see `ensure_data`.
 
     Raises:
-        ConfigError, DataError: nothing was started; the message says what to change.
+        ConfigError: nothing was started; the message says what to change.
         TrainingError: the run ended with an error; the message is the failing worker's own.
     """
     config = deepcopy(config)
@@ -100,7 +100,11 @@ def attach(config: Config, folder: Path, holder: dict) -> dict:
     under_way = f"{folder} is under way: {describe(holder)}"
     if config.launch.overwrite:
         raise ConfigError(f"{under_way}. It is not replaced: wait for its end, or interrupt it where it was started.")
-    refuse_other_run(config, under_way)
+    if changed := changed_settings(config):
+        raise ConfigError(
+            f"{under_way}, with another configuration: {changed}. Choose another experiment.name; to watch that run, "
+            f"launch it with {folder / 'config.yaml'}."
+        )
     print(f"{under_way}. It is shown here; an interrupt ends the showing, not the run.", flush=True)
     show = Watch(folder)
     try:
@@ -113,8 +117,8 @@ def attach(config: Config, folder: Path, holder: dict) -> dict:
     show(last=True)
     history = read_history(folder / HISTORY)
     if history["status"] != "finished":
-        reason = error_text(folder, LOG, config.launch.num_processes) if history["status"] == "failed" else None
-        raise TrainingError(f"The run that was shown has {history['status']}: {reason or history['reason']}")
+        failed = error_text(folder, LOG, config.launch.num_processes) if history["status"] == "failed" else None
+        raise TrainingError(f"The run that was shown did not finish: {failed or history['reason'] or 'it was killed'}")
     return history
 
 
@@ -126,7 +130,7 @@ def evaluate(
     The same evaluation is not made twice: same adapter, base, questions, pictures and settings.
 
     Args:
-        config: of the run; pixel limits, template and prompts are those of its training.
+        config: the one that the run was trained with: pixel limits and prompts come from it.
         adapter: "best" or "final" of the run, or None for the base model without an adapter.
         drops: from `predict.DROPS`; "none" is the whole prompt.
         again: make it even if it is there.

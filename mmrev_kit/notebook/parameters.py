@@ -1,4 +1,4 @@
-"""What the notebooks share: parameters that are checked, the knobs, and executed notebooks rendered to HTML."""
+"""The parameters of the notebooks, checked, and the configuration that they stand for."""
 
 import ast
 import difflib

@@ -7,7 +7,7 @@ from mmrev_kit.data.pools import MAX_NAMED
 from mmrev_kit.data.tasks import LETTERS, TASK_TYPES
 from mmrev_kit.pretraining.model import answer_logits, shapes_of, to_arrays
 from mmrev_kit.pretraining.pictures import SIZE, Pictures, make_pictures
-from mmrev_kit.pretraining.questions import Sampler
+from mmrev_kit.pretraining.questions import ArraySampler
 from mmrev_kit.pretraining.text import NO_TARGET, Block, Lexicon
 
 TASKS = ("caption", "reverse", "mcq_i2d", "mcq_d2i")
@@ -30,7 +30,7 @@ def held_out_pictures(seed: int, num_faces: int | None, workers: int) -> dict[st
     }
 
 
-def ask_task(sampler: Sampler, task: str, count: int, rng) -> tuple[Block, numpy.ndarray]:
+def ask_task(sampler: ArraySampler, task: str, count: int, rng) -> tuple[Block, numpy.ndarray]:
     """`count` prompts of a task, as many for each number of attributes, and their pictures."""
     numbers = rng.permutation(numpy.arange(count) % MAX_NAMED) + 1
     if task == "mcq_d2i":
@@ -54,7 +54,7 @@ def answers_to(model, block: Block, images: numpy.ndarray, pixels) -> numpy.ndar
     return logits.argmax(-1).view(block.targets.shape).cpu().numpy()
 
 
-def answer_task(model, sampler: Sampler, task: str, pixels, prompts: int, seed: int) -> dict:
+def answer_task(model, sampler: ArraySampler, task: str, pixels, prompts: int, seed: int) -> dict:
     """One task on one set of pictures: prompts and right answers by number of attributes, and what was answered."""
     lexicon, first = sampler.lexicon, {}
     words = {"reverse": (lexicon.verdicts, ("Wrong", "Correct"))}.get(task, (lexicon.letters, tuple(LETTERS)))
@@ -91,7 +91,7 @@ def measure(
     results = {}
     for kind, known in pictures.items():
         pixels = torch.from_numpy(known.pixels).to(device)
-        sampler = Sampler(known, lexicon, open_words=True)
+        sampler = ArraySampler(known, lexicon, open_words=True)
         results[kind] = {task: answer_task(model, sampler, task, pixels, prompts, seed) for task in TASKS}
     return results
 

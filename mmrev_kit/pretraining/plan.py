@@ -10,14 +10,14 @@ import numpy
 
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.pools import MAX_NAMED
-from mmrev_kit.pretraining.questions import Sampler, place_answers
+from mmrev_kit.pretraining.questions import ArraySampler, place_answers
 from mmrev_kit.pretraining.text import Block, Lexicon, assemble
 
 LONGEST_COPY = 28  # tokens with the end token
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What a step is made of.
 
     `blocks`: (task, prompts, tokens of a row, attributes named at least, at most) of each block; mcq_d2i is first.
@@ -33,7 +33,7 @@ class Plan:
         return sum(count for _, count, *_ in self.blocks)
 
 
-def make_plan(prompts: int, grid: tuple[int, int] = (4, 4)) -> Plan:
+def plan_step(prompts: int, grid: tuple[int, int] = (4, 4)) -> StepPlan:
     """The plan of a step of about `prompts` prompts with images of grid = rows x columns visual tokens."""
     more = grid[0] * grid[1] - 16
     unit = prompts / 512
@@ -49,7 +49,7 @@ def make_plan(prompts: int, grid: tuple[int, int] = (4, 4)) -> Plan:
     for task, count, length, low, high in shares:
         count = max(4, 4 * round(count * unit / 4))  # letters come out even
         blocks.append((task, count, length, low, high))
-    return Plan(tuple(blocks))
+    return StepPlan(tuple(blocks))
 
 
 def number_weights(low: int, high: int, step: int, easy_steps: int) -> numpy.ndarray:
@@ -102,7 +102,7 @@ def distinct(rng, known: int, count: int, width: int) -> numpy.ndarray:
         found[bad] = rng.integers(known, size=(int(bad.sum()), width))
 
 
-def make_step(sampler: Sampler, plan: Plan, seed: int, step: int) -> tuple[list[Block], numpy.ndarray]:
+def make_step(sampler: ArraySampler, plan: StepPlan, seed: int, step: int) -> tuple[list[Block], numpy.ndarray]:
     """The blocks of a step and its pictures; equal arguments give equal steps.
 
     Returns:

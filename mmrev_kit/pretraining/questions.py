@@ -25,7 +25,7 @@ def name_attributes(rng: numpy.random.Generator, numbers: numpy.ndarray) -> nump
     return rank < numbers[:, None]
 
 
-class Sampler:
+class ArraySampler:
     """True and false descriptions of pictures, as arrays.
 
     Args:

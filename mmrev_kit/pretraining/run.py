@@ -16,9 +16,9 @@ from mmrev_kit.model.vision import tower_block
 from mmrev_kit.pretraining import accuracy
 from mmrev_kit.pretraining.model import Optimizer, text_layer
 from mmrev_kit.pretraining.pictures import OTHER_SIZES, SIZE, Pictures, make_pictures
-from mmrev_kit.pretraining.plan import make_plan
+from mmrev_kit.pretraining.plan import plan_step
 from mmrev_kit.pretraining.state import load_state, new_record, report, save_state, weights_of, write_model
-from mmrev_kit.pretraining.steps import Feed, Recipe, Runner, Schedule, Source, grid_of, read_recipe
+from mmrev_kit.pretraining.steps import DecayingRate, Feed, Recipe, Runner, Source, grid_of, read_recipe
 from mmrev_kit.pretraining.text import Lexicon
 from mmrev_kit.pretraining.tiny import model_config, tokenizer_corpus, train_tokenizer
 
@@ -52,7 +52,7 @@ def preview(recipe: Recipe, number: int = 8):
     known = make_pictures("train", recipe.seed, number, 1, False, (SIZE, SIZE), 1)
     row = Image.fromarray(numpy.concatenate(list(known.pixels), axis=1))
     columns = ["task", "prompts", "tokens of a row", "attributes, at least", "at most"]
-    return row, pandas.DataFrame(make_plan(recipe.prompts).blocks, columns=columns).set_index("task")
+    return row, pandas.DataFrame(plan_step(recipe.prompts).blocks, columns=columns).set_index("task")
 
 
 @dataclass
@@ -118,7 +118,7 @@ def make_runners(recipe: Recipe, setting: Setting, optimizer: Optimizer) -> dict
     return runners
 
 
-def train(recipe: Recipe, setting: Setting, schedule: Schedule, save) -> None:
+def train(recipe: Recipe, setting: Setting, schedule: DecayingRate, save) -> None:
     """Steps until the schedule says stop; the record in `setting` grows with them.
 
     Args:
@@ -210,7 +210,7 @@ def pretrain(recipe: Recipe, out: str | Path | None = None, state: str | Path | 
     setting = prepare(recipe, state)
     model, record, before = setting.model, setting.record, dict(setting.record)
     cuda = setting.device.type == "cuda"
-    schedule = Schedule(recipe, not record["step"], began, ENDING if cuda else 0)
+    schedule = DecayingRate(recipe, not record["step"], began, ENDING if cuda else 0)
     save = (lambda: save_state(state, weights_of(model), record)) if state else _nothing
     train(recipe, setting, schedule, save)
     record["runs"].append(

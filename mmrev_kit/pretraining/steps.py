@@ -11,8 +11,8 @@ import numpy
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.pretraining.model import Optimizer, answer_logits, losses_of, shapes_of, to_arrays
 from mmrev_kit.pretraining.pictures import SIZE, Pictures
-from mmrev_kit.pretraining.plan import Plan, make_plan, make_step
-from mmrev_kit.pretraining.questions import Sampler
+from mmrev_kit.pretraining.plan import StepPlan, make_step, plan_step
+from mmrev_kit.pretraining.questions import ArraySampler
 from mmrev_kit.pretraining.text import Lexicon
 
 CHUNK = 16  # steps that one process makes at a time
@@ -79,12 +79,12 @@ class Source:
 
     def __init__(self, recipe: Recipe, pictures: dict[tuple[int, int], Pictures], lexicon: Lexicon):
         self.seed, self.other_every, self.sizes = recipe.seed, recipe.other_every, list(pictures)
-        self.samplers = {size: Sampler(known, lexicon, grid_of(size)) for size, known in pictures.items()}
-        self.plans: dict[tuple[int, int], Plan] = {}
+        self.samplers = {size: ArraySampler(known, lexicon, grid_of(size)) for size, known in pictures.items()}
+        self.plans: dict[tuple[int, int], StepPlan] = {}
         for size in pictures:
             number = recipe.prompts if size == (SIZE, SIZE) else max(16, recipe.prompts // 4)
-            plan = make_plan(number, grid_of(size))
-            self.plans[size] = Plan(plan.blocks, plan.object_share, recipe.easy_steps)
+            plan = plan_step(number, grid_of(size))
+            self.plans[size] = StepPlan(plan.blocks, plan.object_share, recipe.easy_steps)
 
     def size_of(self, step: int) -> tuple[int, int]:
         """The picture size of a step: other sizes take turns."""
@@ -214,7 +214,7 @@ class Runner:
         return self._compute()
 
 
-class Schedule:
+class DecayingRate:
     """The rate: warm-up, constant, and at the end a straight fall to zero.
 
     With `steps` the fall covers the last `decay_share` of them. With `minutes` it begins when that share of the run's

@@ -135,7 +135,7 @@ class Lexicon:
         del self._pieces, self._known, self.tokenizer  # small to send to other processes
 
     def describe(self, codes: numpy.ndarray, named: numpy.ndarray, inside: bool) -> numpy.ndarray:
-        """Descriptions of people as pieces, as `images.describe` words them.
+        """Descriptions of people as pieces, as `faces.describe` words them.
 
         Args:
             codes: (n, 7), the place of each value in `VALUES`.
@@ -157,7 +157,7 @@ class Lexicon:
 
 
 def _words(named: dict[str, str]) -> str:
-    """The words of one slot, by the rules of `images.describe`: a colour joins the thing that it colours."""
+    """The words of one slot, by the rules of `faces.describe`: a colour joins the thing that it colours."""
     from mmrev_kit.data.faces import describe
 
     text = describe(named, named).removeprefix("a person with ")

@@ -150,7 +150,7 @@ def load_last(run) -> bool:
 def _restore(run, folder: Path) -> None:
     manifest = run.folder / "manifest.json"
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    changed = [name for name, value in identity(run).items() if before.get(name, value) != value]
+    changed = [name for name, value in run_identity(run).items() if before.get(name, value) != value]
     if changed:
         raise ValueError(f"it began with another {' and '.join(changed)}, see manifest.json")
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
 
-def identity(run) -> dict:
+def run_identity(run) -> dict:
     """What must stay the same when a run goes on, apart from its configuration."""
     return {
         "seed": run.config.experiment.seed,
@@ -206,7 +206,7 @@ def write_manifest(run) -> None:
     facts = {
         "versions": versions | {"mmrev-kit": __version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
-        **identity(run),
+        **run_identity(run),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "compute_dtype": str(run.dtype).removeprefix("torch."),
         "num_processes": run.state.num_processes,

@@ -28,7 +28,7 @@ class History:
     """The record of a run, written to training_history.json as it grows.
 
     `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
-    `steps` (one record an optimizer step, see `steps.update`) and `epochs` (one record a validation).
+    `steps` (one record an optimizer step, see `update.update`) and `epochs` (one record a validation).
     """
 
     def __init__(self, path: Path):
@@ -130,20 +130,15 @@ def clear_errors(folder: Path) -> None:
         error.unlink()
 
 
-def refuse_other_run(config: Config, where: str) -> None:
-    """Refuse the run folder of another run: what it was trained with differs in anything that training depends on.
+def changed_settings(config: Config) -> str:
+    """What training depends on and is set otherwise in the run folder: each key with its values there and now.
 
-    How its work is split (`memory`), how it is asked afterwards (`evaluation`) and where it lies do not count.
-
-    Args:
-        where: what the message begins with.
-
-    Raises:
-        ConfigError: naming every such setting, there and now.
+    How the work is split (`memory`), how a run is asked afterwards (`evaluation`) and where it lies do not count. An
+    empty text: nothing is, or there is no run yet.
     """
     saved = run_dir(config) / "config.yaml"
     if not saved.is_file():
-        return
+        return ""
     before = load_config(saved)
     changed = {
         key: pair
@@ -152,12 +147,7 @@ def refuse_other_run(config: Config, where: str) -> None:
     }
     if experiment_dir(before) == experiment_dir(config):
         changed = {key: pair for key, pair in changed.items() if key not in ("data.dir", "data.folder")}
-    if changed:
-        listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
-        raise ConfigError(
-            f"{where} with another configuration: {listed}. "
-            "Choose another experiment.name, or set launch.overwrite=true to replace that run."
-        )
+    return ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
 
 
 def prepare_folder(config: Config) -> dict | None:
@@ -174,7 +164,11 @@ def prepare_folder(config: Config) -> dict | None:
                 file.unlink(missing_ok=True)
             for name in OWN_FOLDERS:
                 remove_folder(folder / name)
-        refuse_other_run(config, f"{folder} holds a run")
+        if changed := changed_settings(config):
+            raise ConfigError(
+                f"{folder} holds a run with another configuration: {changed}. "
+                "Choose another experiment.name, or set launch.overwrite=true to replace that run."
+            )
         clear_errors(folder)
         write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:

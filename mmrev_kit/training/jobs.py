@@ -1,4 +1,4 @@
-"""The one way to start a job: a clean Python, which forks its workers with accelerate's `notebook_launcher`.
+"""How the kit starts a job: a clean Python, which forks its workers with accelerate's `notebook_launcher`.
 
 The kernel or program that asks for it watches that process and its log, so it does not matter what it has imported
 or computed before. `torchrun` and `accelerate launch` start the same workers without this module.
@@ -33,7 +33,7 @@ SPINS = "10000"
 
 
 def count_processes(config: Config) -> int:
-    """Processes of this run: as configured, else one per GPU, else 1; in mode auto always 1.
+    """Processes of this run: as configured, else one per GPU, else 1; 1 in mode auto.
 
     Raises:
         ConfigError: more processes than GPUs on a machine that has GPUs, or several in mode auto.
@@ -72,7 +72,8 @@ def run_job(
     Args:
         function: of a module; it is imported by its name, and given the configuration saved in the folder.
         folder: the job's, with config.yaml in it; the caller holds its lock (`lock.held`), which the job takes over.
-        log: the file in it that all that is printed goes to.
+        log: the name of the file in it that takes all output.
+        num_processes: as in the saved configuration.
         arguments: what JSON can hold.
         show: called about once a second meanwhile.
 

@@ -1,4 +1,4 @@
-"""One job a folder: the lock that whoever starts one there takes first.
+"""A folder's lock: whoever starts a job there takes it first, so that one job at a time works in a folder.
 
 On the host and boot that wrote it, a lock is held as long as its process lives. On another host, whose processes cannot
 be looked at, it is held until nobody has refreshed it for ten minutes.

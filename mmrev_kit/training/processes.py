@@ -1,4 +1,4 @@
-"""The processes of a run: each one's place among the others, what it leaves when it fails, and how all of them end."""
+"""The processes of a run: each worker's rank, what it leaves when it fails, and how all of them end."""
 
 import hashlib
 import os
@@ -59,9 +59,9 @@ def end_with(parent: int) -> None:
 def worker_state(folder: Path):
     """A worker's rank and device, an `accelerate.PartialState`, for the length of its work.
 
-    An error is left in `folder` as error_rank<r>.txt for who started the job, and the first worker has a second to
-    write what it knows of it: the launcher ends all when one has ended. An interrupted worker exits with status 130:
-    torch would end it with 0, and its launcher would wait for a result for ever.
+    An error is left in `folder` as error_rank<r>.txt for the process that started the job. Other ranks then wait a
+    second, so that rank 0 can still write the history: the launcher ends all workers when one has ended. An interrupted
+    worker exits with status 130: torch would end it with 0, and its launcher would wait for a result for ever.
     """
     from accelerate import PartialState
 
@@ -103,8 +103,9 @@ def killed(code: int) -> TrainingError:
 
 
 def begin(config: Config, state, stack: ExitStack) -> bool:
-    """What `launch` does before it starts a job, where another launcher started the workers: the look at each machine,
-    and the run folder by the first process alone. The experiment's data must be there.
+    """Prepare a run whose workers torchrun or accelerate started: preflight once a machine, the run folder once.
+
+    The experiment's data must be there.
 
     Args:
         stack: what releases the folder's lock at the end.

@@ -42,7 +42,7 @@ EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 
 
 @dataclass
-class Task:
+class Prepared:
     """What a run will do, known before any weight is read: rows as samples, and the plan over them."""
 
     data: RunData
@@ -52,7 +52,7 @@ class Task:
     plan: MixingPlan
 
 
-def prepare(config: Config) -> Task:
+def prepare(config: Config) -> Prepared:
     """Read, check and encode everything a run uses, and plan its epochs.
 
     Raises:
@@ -80,7 +80,7 @@ def prepare(config: Config) -> Task:
         config.experiment.seed,
         config.training.num_epochs,
     )
-    return Task(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
+    return Prepared(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
 
 
 def steps_per_epoch(config: Config, plan: MixingPlan, num_processes: int) -> int:
@@ -94,7 +94,7 @@ class Run:
 
     config: Config
     state: Any  # accelerate.PartialState
-    task: Task
+    task: Prepared
     model: Any
     optimizer: Any
     scaler: Any
@@ -125,14 +125,14 @@ class Run:
         return run_dir(self.config)
 
 
-def used_samples(task: Task) -> list[Sample]:
+def used_samples(task: Prepared) -> list[Sample]:
     """Every sample that the run will meet: the rows of its planned epochs, and the validation rows."""
     rows = dict.fromkeys(row for epoch in range(task.plan.epochs) for row in task.plan.epoch_rows(epoch))
     samples = [task.train[source][index] for source, index in rows]
     return samples + [sample for part in task.val.values() for sample in part]
 
 
-def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
+def make_batcher(config: Config, model, task: Prepared, dtype, state) -> Batcher:
     """How this process makes its batches: with vision features from the cache, unless that is off or impossible.
 
     Once the features are made the vision tower leaves the GPU.
@@ -148,7 +148,7 @@ def make_batcher(config: Config, model, task: Task, dtype, state) -> Batcher:
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
-def planned_updates(config: Config, task: Task, batch: int) -> list[list[Sample]]:
+def planned_updates(config: Config, task: Prepared, batch: int) -> list[list[Sample]]:
     """The samples of every update of the run."""
     updates = []
     for epoch in range(task.plan.epochs):
@@ -157,7 +157,7 @@ def planned_updates(config: Config, task: Task, batch: int) -> list[list[Sample]
     return updates
 
 
-def plan_memory(config: Config, task: Task, state) -> tuple[Config, MemoryPlan | None]:
+def plan_memory(config: Config, task: Prepared, state) -> tuple[Config, MemoryPlan | None]:
     """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks."""
     updates = planned_updates(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
@@ -196,7 +196,7 @@ def start(config: Config, state) -> Run:
     return run
 
 
-def ordered_rows(config: Config, task: Task, epoch: int) -> list[tuple[str, int]]:
+def ordered_rows(config: Config, task: Prepared, epoch: int) -> list[tuple[str, int]]:
     """(source, row index) of an epoch in training order; a function of the seed and the epoch alone."""
     rows = task.plan.epoch_rows(epoch)
     if config.training.grouping == "batch":

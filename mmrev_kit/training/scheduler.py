@@ -37,7 +37,7 @@ class Schedule:
 
     Attributes:
         learning_rate: the full rate, reached at the last warm-up step.
-        min_lr: training ends when a reduction gives less than this.
+        min_lr: training ends at the first validation at which the rate is below this.
         lr_reduction_factor: what a plateau multiplies the rate by.
         lr_patience: epochs in a row without an improvement that make a plateau.
         improvement_threshold: share of the best loss by which a lower one must be lower to be an improvement.

@@ -106,10 +106,8 @@ def update(run, samples: list[Sample]) -> dict:
     """One optimizer step on one effective batch.
 
     Returns:
-        The step's record for the history; `skipped` is set where the gradient was not finite and no step was taken.
-
-    Raises:
-        TrainingError: a loss or gradient that is not finite (in fp16: `MAX_SKIPPED` updates in a row).
+        The step's record for the history; `skipped` is set where the gradient was not finite and no step was taken,
+        which `diagnose.check_finite` judges.
     """
     began, step = time.perf_counter(), run.progress["global_step"]
     torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, run.state.process_index))

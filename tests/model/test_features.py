@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mmrev_kit.model import features as cache
 from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.batches import Batcher
-from mmrev_kit.model.features import Features, build_features, identity, images_of
+from mmrev_kit.model.features import Features, build_features, features_identity, images_of
 from mmrev_kit.model.loading import base_arguments, load_base
 from mmrev_kit.model.packing import Layout
 from mmrev_kit.model.processor import make_encoder
@@ -42,13 +42,13 @@ def base(made, small_config):
 @pytest.fixture
 def towers(monkeypatch):
     """The number of images in each pass through the tower."""
-    calls, real = [], qwen3vl.tower_outputs
+    calls, real = [], qwen3vl.library_tower_outputs
 
     def counted(model, pixel_values, grid):
         calls.append(len(grid))
         return real(model, pixel_values, grid)
 
-    monkeypatch.setattr(cache, "tower_outputs", counted)
+    monkeypatch.setattr(cache, "library_tower_outputs", counted)
     return calls
 
 
@@ -151,7 +151,7 @@ def test_a_file_belongs_to_one_image_size_base_and_way_of_computing(base, small_
         encoder = make_encoder(config)
         for name, value in fields.items():
             setattr(encoder, name, value)
-        return Features(encoder, tmp_path, identity(config, encoder, dtype, CPU), (3, 256), dtype).key(image)
+        return Features(encoder, tmp_path, features_identity(config, encoder, dtype, CPU), (3, 256), dtype).key(image)
 
     assert key() == key()
     others = [
@@ -172,9 +172,9 @@ def test_a_file_belongs_to_one_image_size_base_and_way_of_computing(base, small_
 
 def test_another_base_never_meets_these_files(base, small_config, monkeypatch):
     config, encoder = small_config(EXACT), base[2].encoder
-    mine = identity(config, encoder, torch.float32, CPU)
+    mine = features_identity(config, encoder, torch.float32, CPU)
     monkeypatch.setattr(cache, "base_fingerprint", lambda **base: "0" * 16)
-    assert identity(config, encoder, torch.float32, CPU) != mine
+    assert features_identity(config, encoder, torch.float32, CPU) != mine
 
 
 def test_features_stay_in_memory_where_they_cannot_be_written(base, small_config, monkeypatch, capsys):

@@ -37,9 +37,9 @@ from mmrev_kit.pretraining.pictures import (  # fmt: skip
     holds_combination,
     make_pictures,
 )
-from mmrev_kit.pretraining.plan import make_plan, make_step, number_weights
+from mmrev_kit.pretraining.plan import make_step, number_weights, plan_step
 from mmrev_kit.pretraining.questions import name_attributes
-from mmrev_kit.pretraining.steps import Feed, Recipe, Schedule, Source
+from mmrev_kit.pretraining.steps import DecayingRate, Feed, Recipe, Source
 from mmrev_kit.pretraining.text import NO_TARGET, Lexicon, object_names
 from mmrev_kit.pretraining.tiny import model_config, tokenizer_corpus, train_tokenizer
 
@@ -389,19 +389,19 @@ def test_the_optimizer_takes_every_parameter_once(setting, muon):
 
 
 def test_the_schedule_warms_up_holds_and_falls_to_zero():
-    schedule = Schedule(Recipe(steps=100, rate=1.0, warmup=10, decay_share=0.5), True, 0.0, 0.0)
+    schedule = DecayingRate(Recipe(steps=100, rate=1.0, warmup=10, decay_share=0.5), True, 0.0, 0.0)
     rates = [schedule.rate(done) for done in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1.0
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
     assert not schedule.over(99) and schedule.over(100)
-    again = Schedule(Recipe(steps=100, rate=1.0, warmup=40, decay_share=0), False, 0.0, 0.0)
+    again = DecayingRate(Recipe(steps=100, rate=1.0, warmup=40, decay_share=0), False, 0.0, 0.0)
     assert again.rate(9) == again.rate(99) == 1.0
 
 
 def test_with_minutes_the_fall_begins_when_its_share_of_the_time_is_left(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    schedule = Schedule(Recipe(minutes=10, rate=1.0, decay_share=0.25), True, 0.0, 100.0)
+    schedule = DecayingRate(Recipe(minutes=10, rate=1.0, decay_share=0.25), True, 0.0, 100.0)
     for done, at in ((100, 100.0), (1000, 374.0)):
         now[0] = at
         schedule.look(done, 0.1)
@@ -410,7 +410,7 @@ def test_with_minutes_the_fall_begins_when_its_share_of_the_time_is_left(monkeyp
     schedule.look(1100, 0.1)
     assert schedule.fall_from == 1100 and abs(schedule.last - (1100 + 1164)) <= 1  # 120 s left, 3 % of them kept
     assert schedule.rate(1100 + 582) == pytest.approx(0.5, abs=1e-3)
-    straight = Schedule(Recipe(minutes=10, decay_share=0), True, 0.0, 100.0)
+    straight = DecayingRate(Recipe(minutes=10, decay_share=0), True, 0.0, 100.0)
     now[0] = 495.0
     straight.look(50, 0.1)
     assert straight.over(50)
@@ -497,8 +497,8 @@ def test_results_are_counted_by_number_of_attributes_and_by_answer(setting):
 
 
 def test_plans_scale_and_other_sizes_take_turns(source):
-    assert make_plan(512).num_prompts == 512 and make_plan(1024).num_prompts == 1024
-    assert all(count % 4 == 0 for _, count, *_ in make_plan(40).blocks)
+    assert plan_step(512).num_prompts == 512 and plan_step(1024).num_prompts == 1024
+    assert all(count % 4 == 0 for _, count, *_ in plan_step(40).blocks)
     several = Source.__new__(Source)
     several.other_every, several.sizes = 4, [(64, 64), (32, 32), (96, 96)]
     assert [several.size_of(step)[0] for step in range(12)] == [64, 64, 64, 32, 64, 64, 64, 96, 64, 64, 64, 32]
