@@ -42,10 +42,21 @@ def imported(module: str) -> set[str]:
     return {name if name in MODULES else name.rpartition(".")[0] for name in names} - {""}  # "": the version
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("__main__")])
-def test_importing_a_module_has_no_side_effect(module, tmp_path):
-    name = f"mmrev_kit.{module}".removesuffix(".__init__")
-    run(f"import {name}\nimport logging\nassert not logging.getLogger().handlers\n" + CHECK, tmp_path)
+IN_TURN = """
+import importlib, logging, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    assert not logging.getLogger().handlers, f"{name} set up logging"
+    assert not {"bitsandbytes", "peft"} & set(sys.modules), name
+    assert "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized(), f"{name} initialised CUDA"
+"""
+
+
+def test_importing_modules_has_no_side_effect(tmp_path):
+    names = [f"mmrev_kit.{module}".removesuffix(".__init__") for module in MODULES if module != "__main__"]
+    done = subprocess.run([sys.executable, "-c", IN_TURN, *names], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir()), "importing wrote files"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -55,10 +55,9 @@ def job_environment(num_processes: int) -> dict[str, str]:
     Without a number of its own each worker would start as many threads as there are cores. What the user's
     environment says is kept.
     """
-    environment = {"GOMP_SPINCOUNT": SPINS}
-    if num_processes > 1:
+    environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
+    if num_processes > 1 and not environment.get("OMP_NUM_THREADS"):
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_processes))
-    environment |= os.environ
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.getenv("PYTHONPATH")]))
     return environment

@@ -103,6 +103,8 @@ def test_the_cores_are_dealt_out_among_the_workers(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert job_environment(4)["OMP_NUM_THREADS"] == "16" and job_environment(100)["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in job_environment(1)  # one process may have them all
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert job_environment(4)["OMP_NUM_THREADS"] == "16"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert job_environment(4)["OMP_NUM_THREADS"] == "3"  # the user's
 
