@@ -129,6 +129,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert page.count("data:image/png") >= 2 + 16  # two figures, and right or wrong answers with their pictures
 
 
+@pytest.mark.long
 def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
     executed = tmp_path / "reproduce.ipynb"
     words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
@@ -190,6 +191,7 @@ def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):
     assert wrong.returncode != 0 and "muonn" in wrong.stderr
 
 
+@pytest.mark.long
 def test_the_short_form_writes_the_executed_notebook_to_standard_output(small_overrides, tmp_path):
     before = (ROOT / "notebooks" / "train.ipynb").read_bytes()
     with open(tmp_path / "out.ipynb", "w") as file:

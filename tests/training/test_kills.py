@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 HISTORY = "training_history.json"
 # Epochs of 3 updates: last/ is saved after 2 of them (at steps 2, 4, 6, 8) and after each epoch. Epoch 1 and 3 improve.

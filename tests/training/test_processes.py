@@ -25,6 +25,7 @@ def adapter(config) -> dict[str, torch.Tensor]:
     return load_file(run_dir(config) / "final" / "adapter_model.safetensors")
 
 
+@pytest.mark.long
 def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_config, tmp_path):
     """343 rows: the last window holds 7, an uneven 4 + 3. Two of three epochs are no improvement: the rate is halved.
 
@@ -55,6 +56,7 @@ def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_conf
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 1e-4
 
 
+@pytest.mark.long
 def test_two_launches_from_a_notebook_after_it_has_processed_a_large_image(small_overrides, tmp_path):
     """The resize runs threads in the kernel: a worker forked from it would hang in its first threaded region."""
     Image.effect_noise((512, 512), 50).convert("RGB").save(tmp_path / "large.png")
@@ -136,7 +138,7 @@ def test_an_interrupted_launch_goes_on_and_equals_the_uninterrupted_run(small_co
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", pytest.param("paged_adamw_8bit", marks=pytest.mark.long)])
 def test_eight_bit_optimizers_go_on_exactly(small_config, tmp_path, monkeypatch, optimizer):
     from types import SimpleNamespace
 
