@@ -127,6 +127,7 @@ def test_the_kit_runs_from_its_folder_without_being_installed(small_config, monk
     assert manifest["versions"]["mmrev-kit"] == mmrev_kit.__version__ == metadata.version("mmrev-kit")
 
 
+@pytest.mark.long
 def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path):
     before = sorted(path.name for path in small_data.rglob("*"))
     config = small_config(f"experiment.name=other data.folder={small_data}/small {HALF} training.batch_size=64")

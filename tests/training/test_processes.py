@@ -112,6 +112,7 @@ def children(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+@pytest.mark.long
 def test_an_interrupted_launch_goes_on_and_equals_the_uninterrupted_run(small_config, small_overrides, tmp_path):
     more = "training.save_steps=10 lora.dropout=0.1 training.num_epochs=3"  # long enough to be caught in the middle
     whole = small_config(f"{more} launch.output_dir={tmp_path}/whole")
