@@ -373,7 +373,7 @@ def project(small_data, tmp_path_factory):
     )
     environment = os.environ | {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
     for name, words in {"data": [], "train": [], "evaluate": ["-p", "drops", "none", "-p", "base", "false"]}.items():
-        command = [sys.executable, "-m", "mmrev_kit.notebook", name, "-p", "name", "small", *words]
+        command = [sys.executable, "-m", "mmrev_kit", "notebook", name, "-p", "name", "small", *words]
         command += ["-p", "overrides", overrides]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -42,9 +42,6 @@ def load_base(
 ):  # fmt: skip
     """A frozen Qwen3-VL: NF4 for bits = 4, else 16-bit weights (fp32 where the compute dtype is that).
 
-    The embedding and the head stay as they are: turning them to fp32 costs memory and buys only an fp32 residual
-    stream, which `keep_residual_in_fp32` gives as well.
-
     Args:
         name: "embedded" (the 10 million parameters that come with the kit), a folder, a name on the Hugging Face hub,
             or an architecture file (.json), which stands for that model with random weights.
