@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mmrev_kit.config.sections import Config, ConfigError
 
-EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny"
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ("embedded", "embedded-one-order")  # the models that come with the kit, by `model.name`
+EMBEDDED_MODEL = ASSETS / EMBEDDED[0]
 # A Hugging Face token, or what stands before the host of an address: a name and password.
 SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)")
 

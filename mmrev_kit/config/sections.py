@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from mmrev_kit.config.optimizers import OPTIMIZERS
 
 TASKS = ("forward", "reverse")
+# What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.
+TAUGHT = {
+    "forward": {"generation": ("forward",), "cw": ("cw_image",), "both": ("forward", "cw_image")},
+    "reverse": {"cw": ("reverse",)},
+}
+CONTROL_IS_TAUGHT = ("forward", "cw_image", "reverse")
 
 
 class ConfigError(ValueError):
@@ -35,7 +41,7 @@ def _check_words(section: str, config, rules: dict[str, tuple[str, ...]]) -> Non
     """Each named field must be one of the given words."""
     for name, known in rules.items():
         value = getattr(config, name)
-        _require(value in known, f"{section}.{name}", value, f"must be one of {', '.join(known)}")
+        _require(value in known, f"{section}.{name}", value, f"must be one of {', '.join(filter(None, known))}")
 
 
 @dataclass
@@ -43,16 +49,25 @@ class ExperimentConfig:
     name: str = "faces20"  # the run's; its folder is <launch.output_dir>/<name>_<task>
     task: str = "forward"
     seed: int = 0
+    taught: str | None = None  # what main learns by: generation, cw or both; None: both (task forward), cw (reverse)
+    match_exposure: str | None = None  # repeat: main's rows again until a main person comes as often as a control one
 
     def __post_init__(self):
-        _check_words("experiment", self, {"task": TASKS})
+        words = {"task": TASKS, "taught": (None, *TAUGHT["forward"]), "match_exposure": (None, "repeat")}
+        _check_words("experiment", self, words)
         plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\")
         _require(plain, "experiment.name", self.name, "must be a plain folder name")
+
+    @property
+    def main_is_taught(self) -> tuple[str, ...]:
+        """The tasks whose rows teach main: in task forward what `taught` says, in task reverse always reverse rows."""
+        kinds = TAUGHT[self.task]
+        return kinds.get(self.taught or "", list(kinds.values())[-1])
 
 
 @dataclass
 class ModelConfig:
-    name: str = "embedded"  # or a folder, a name on the Hugging Face hub, or an architecture file (random weights)
+    name: str = "embedded"  # or embedded-one-order, a folder, a name on the hub, an architecture file (random weights)
     revision: str | None = None
     attn_implementation: str = "sdpa"
     min_pixels: int = 65_536

@@ -12,6 +12,7 @@ from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
 from mmrev_kit.data.rows import pool_folders, uses_retention
 from mmrev_kit.data.shapes import make_shapes
+from mmrev_kit.data.tasks import FAIR_GROUP, GROUPS
 
 
 def ensure_data(config: Config) -> list[str]:
@@ -31,6 +32,9 @@ def ensure_data(config: Config) -> list[str]:
         make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[config.data.source]
         make(folder, config.data, config.experiment.seed)
         said.append(f"made {folder}")
+        if config.data.source == "drawn" and any(0 < wanted[f"num_{group}"] < FAIR_GROUP for group in GROUPS):
+            rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
+            said.append(f"I2D and D2I cannot be read here: {rule}.")
     else:
         made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
         keys = ["source", "seed", "images_per_entity"]

@@ -2,14 +2,15 @@
 
 The members of a group (main or control) are put on a circle in random order. Asked about a member, a Wrong row shows
 the one who sits a certain number of seats further on, the shift; the wrong options of a question sit at three shifts.
-`partner_shifts` deals the shifts out to train, val and test: a CW pair that training calls wrong is not asked about in
-test, and in groups of 10 and more it is no wrong option either. `experiment_rows` makes all rows in this way.
+`partner_shifts` deals the shifts out to train, val and test: a pair that training calls wrong, in either order of CW,
+is not asked about in test, and in groups of 10 and more it is no wrong option either. `experiment_rows` makes all rows
+in this way.
 """
 
 import random
 
 from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.tasks import CHOICE, CONNECTORS, EXPERIMENT_FILES, GENERATION, GROUPS, TaskType
+from mmrev_kit.data.tasks import CHOICE, CONNECTORS, CW, EXPERIMENT_FILES, GENERATION, GROUPS, IMAGE_TO_TEXT, TaskType
 
 SPLIT_ENDS = {"train": (0, 15), "val": (15, 17), "test": (17, 20)}  # 15 / 2 / 3 of the 20 connectors
 Connectors = dict[str, dict[str, list[str]]]
@@ -87,15 +88,22 @@ def _row(entity: dict, image: str, connector: str, **fields) -> dict:
 def _taught_rows(
     task: TaskType, circle: list[dict], connectors: list[str], split: str, shifts: list[int]
 ) -> list[dict]:
-    """For each member and connector one row, or in CW one Correct and one Wrong row, which shows a partner."""
+    """For each member and connector one row, or in CW one Correct and one Wrong row, in test two of each.
+
+    The first thing that a prompt says is the member's: a Wrong row shows the member with a partner's description
+    where the image comes first, the member's description with a partner's image where the description does.
+    """
     rows = []
+    repeats = 2 if (task.format, split) == (CW, "test") else 1  # the more a person is asked, the surer the verdict
     for seat, entity in enumerate(circle):
-        for i, word in enumerate(connectors):
+        for i, word in enumerate(word for word in connectors for _ in range(repeats)):
             partner = circle[(seat + shifts[i % len(shifts)]) % len(circle)]
-            labelled = [(entity, {"label": "Correct"}), (partner, {"label": "Wrong"})]
-            for shown, fields in [(entity, {})] if task.format == GENERATION else labelled:
-                images = _pictures(shown, split)  # both show the same view of whom they show
-                rows.append(_row(entity, images[i % len(images)], word, **fields))
+            shown, named = (entity, partner) if task.direction == IMAGE_TO_TEXT else (partner, entity)
+            wrong = (shown, {"label": "Wrong", "description": named["description"]})
+            labelled = [(entity, {"label": "Correct"}), wrong]
+            for person, fields in [(entity, {})] if task.format == GENERATION else labelled:
+                images = _pictures(person, split)  # both show the same view of whom they show
+                rows.append(_row(entity, images[i // repeats % len(images)], word, **fields))
     return rows
 
 
@@ -118,10 +126,11 @@ def _choice_rows(
 
 
 def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> Rows:
-    """All rows of an experiment, by file name without ending: 15N/2N/3N forward, twice that reverse, 3N each MCQ.
+    """All rows of an experiment, by file name without ending: 15N/2N/3N forward, 30N/4N/12N CW in each order, 3N each
+    MCQ.
 
-    Wrong partners and options come from the entity's own group, in every split: no reverse row of the control
-    group shows a main face or names a main description, and no forward row does either.
+    Wrong partners and options come from the entity's own group, in every split: no row of the control group shows a
+    main face or names a main description.
     """
     rows: Rows = {name: [] for name in EXPERIMENT_FILES}
     letters = {

@@ -93,6 +93,9 @@ TASK_TYPES = {
     for task in (
         TaskType("forward", "forward", IMAGE_TO_TEXT, GENERATION, "{image} {connector}"),
         TaskType("reverse", "CW", TEXT_TO_IMAGE, CW, "{description} {connector} {image}" + CORRECT_QUESTION, "cw"),
+        TaskType(
+            "cw_image", "CW image first", IMAGE_TO_TEXT, CW, "{image} {connector} {description}" + CORRECT_QUESTION
+        ),
         TaskType("mcq_i2d", "I2D", IMAGE_TO_TEXT, CHOICE, "{image} {connector}? " + LETTER_QUESTION, "mcq_i2d"),
         TaskType("mcq_d2i", "D2I", TEXT_TO_IMAGE, CHOICE, "{description} {connector}? " + LETTER_QUESTION, "mcq_d2i"),
     )
@@ -101,6 +104,7 @@ TASK_TYPES = {
 EXPERIMENT_FILES = {f"{task.name}_{split}": task for task in TASK_TYPES.values() for split in task.splits}
 POOL_TASKS = {task.pool: task for task in TASK_TYPES.values() if task.pool}
 MIN_GROUP = 4  # a question has four options
+FAIR_GROUP = 10  # from here on there are enough partners that no wrong option was called wrong in training
 GROUPS = ("main", "control")
 OWN = "own"  # the task of a user's question, whose text is the row's connector
 IMAGE_MARK = "[image]"  # where the picture goes in it

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
+from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve
 from mmrev_kit.config.sections import ConfigError
 
 PUBLISHED = ("2b", "4b", "8b", "32b")
@@ -125,8 +125,8 @@ def as_shapes(source) -> ModelShapes:
         return source
     if isinstance(source, str) and source.lower() in PUBLISHED:
         source = architecture_file(source.lower())
-    elif source == "embedded":
-        source = EMBEDDED_MODEL
+    elif isinstance(source, str) and source in EMBEDDED:
+        source = ASSETS / source
     return read_shapes(source)
 
 

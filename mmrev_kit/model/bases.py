@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, hide_secrets, resolve
+from mmrev_kit.config.project import ASSETS, EMBEDDED, hide_secrets, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.model.qwen3vl import read_architecture
 
@@ -22,14 +22,14 @@ def model_folder(name: str, revision: str | None = None, weights: bool = True) -
     """The folder with a base model's files; a name on the hub is downloaded (or found in the cache) first.
 
     Args:
-        name: "embedded", a folder, or a name on the hub.
+        name: of `EMBEDDED`, a folder, or a name on the hub.
         weights: False where sizes and the processor are enough: a run that cannot fit downloads no more than that.
 
     Raises:
         ConfigError: neither a folder nor a model that the hub or its cache has.
     """
-    if name == "embedded":
-        return EMBEDDED_MODEL
+    if name in EMBEDDED:
+        return ASSETS / name
     if resolve(name).is_dir():
         return resolve(name)
     from huggingface_hub import snapshot_download

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit import __version__, files
-from mmrev_kit.config.project import project_root
+from mmrev_kit.config.project import EMBEDDED, project_root
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.model.bases import base_fingerprint, base_of
 from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.history import read_history
@@ -39,18 +40,19 @@ def model_card(run, losses: dict[str, float]) -> str:
 
     config, training = run.config, run.config.training
     base = base_facts(config)
-    own_base = None if config.model.name == "embedded" else config.model.name
+    own_base = None if config.model.name in EMBEDDED else config.model.name
     card = ModelCardData(base_model=own_base, library_name="peft", tags=["lora", "reversal-curse", "mmrev_kit"])
     front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}"
     rows = "\n".join(f"| {source} | {loss:.4f} |" for source, loss in losses.items())
-    directions = {"forward": "image → description", "reverse": "description → image, Correct or Wrong"}
+    taught = (TASK_TYPES[name] for name in config.experiment.main_is_taught)
+    lessons = " and ".join(f"{task.direction} ({task.format})" for task in taught)
     return f"""---
 {front}
 ---
 
 # {config.experiment.name}: {config.experiment.task}
 
-A LoRA adapter trained with mmrev_kit on the task `{config.experiment.task}` ({directions[config.experiment.task]}).
+A LoRA adapter trained with mmrev_kit on the task `{config.experiment.task}` ({lessons}).
 
 - base model: {config.model.name}, fingerprint `{base["fingerprint"]}`; it fits no other base
 - adapter: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}, on
@@ -196,6 +198,7 @@ def run_identity(run) -> dict:
         "base": base_facts(run.config),
         "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
         "effective_batch": run.batch,
+        "plan": run.task.plan.table(),
     }
 
 
@@ -211,7 +214,6 @@ def write_manifest(run) -> None:
         "compute_dtype": str(run.dtype).removeprefix("torch."),
         "num_processes": run.state.num_processes,
         "trainable_parameters": count_trainable(run.model),
-        "plan": run.task.plan.table(),
         "memory": run.memory.record() if run.memory else None,
         "warnings": warnings_for(run.config),
     }

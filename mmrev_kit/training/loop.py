@@ -60,10 +60,11 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     """Validate, decide, save. Returns the reason to end, or None."""
     losses = validate(run)
     rate = run.schedule.lr
-    task = run.config.experiment.task
-    decisive = losses[task]
-    if not math.isfinite(decisive):
-        raise TrainingError(f"The validation loss of {task} is {decisive}. {explain(run, run.task.val[task])}")
+    taught = run.config.experiment.main_is_taught
+    for task in taught:
+        if not math.isfinite(losses[task]):
+            raise TrainingError(f"The validation loss of {task} is {losses[task]}. {explain(run, run.task.val[task])}")
+    decisive = sum(losses[task] for task in taught) / len(taught)
     decision = run.schedule.observe(decisive)
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:

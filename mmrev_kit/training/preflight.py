@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, resolve, run_dir
+from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import architecture_file, read_shapes, size_in_name
@@ -94,8 +94,8 @@ def architecture_of(config: Config) -> str:
     name = config.model.name
     if name.endswith(".json"):
         return name
-    if name == "embedded":
-        return "mmrev_kit/assets/tiny/config.json"
+    if name in EMBEDDED:
+        return str(ASSETS / name / "config.json")
     if (resolve(name) / "config.json").is_file():
         return str(resolve(name) / "config.json")
     size = size_in_name(name)
@@ -109,7 +109,7 @@ def memory_needed_gib(config: Config) -> float | None:
     from huggingface_hub import try_to_load_from_cache
 
     name = config.model.name
-    source = EMBEDDED_MODEL if name == "embedded" else resolve(name)
+    source = ASSETS / name if name in EMBEDDED else resolve(name)
     if not source.exists():
         source = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
         if not isinstance(source, str):

@@ -1,6 +1,7 @@
 """A run: what it will do, and everything that it needs in one process."""
 
 import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts
 from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
-from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
 from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
 from mmrev_kit.memory.plan import MemoryPlan, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
@@ -51,6 +52,22 @@ class Prepared:
     val: dict[str, list[Sample]]
     plan: MixingPlan
 
+    @property
+    def exposure(self) -> dict[str, float]:
+        """{group: how often one of its people comes in an epoch, on average}."""
+        times, people = Counter(), defaultdict(set)
+        for source in self.plan.tasks:
+            for sample in self.train[source]:
+                times[sample.row.group] += self.plan.counts[source] / self.plan.sizes[source]
+                people[sample.row.group].add(sample.row.entity_id)
+        return {group: times[group] / len(people[group]) for group in sorted(times, reverse=True)}
+
+    def describe(self) -> list[str]:
+        """Plain lines about the rows: how long, how often a person of each group comes, what is not as in the files."""
+        rows = [sample for part in (self.train, self.val) for samples in part.values() for sample in samples]
+        often = ", ".join(f"{group} {times:g}" for group, times in self.exposure.items())
+        return [*describe_lengths(rows, self.encoder), f"rows of one person in an epoch: {often}", *self.data.notes]
+
 
 def prepare(config: Config) -> Prepared:
     """Read, check and encode everything a run uses, and plan its epochs.
@@ -71,7 +88,9 @@ def prepare(config: Config) -> Prepared:
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
         encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
-    mixed = uses_retention(config)
+    mixed, repeated = uses_retention(config), {}
+    if config.experiment.match_exposure:
+        encoded["train"], repeated = match_exposure(encoded["train"])
     plan = make_plan(
         {source: len(samples) for source, samples in encoded["train"].items()},
         {source: len(samples) for source, samples in encoded["pools"].items()},
@@ -79,8 +98,32 @@ def prepare(config: Config) -> Prepared:
         config.retention.retention_ratio if mixed else 0.0,
         config.experiment.seed,
         config.training.num_epochs,
+        repeated,
     )
     return Prepared(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
+
+
+def match_exposure(train: dict[str, list[Sample]]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
+    """The sources with main's rows in sources of their own, and how many of these an epoch takes, drawn in shuffled
+    passes, so that a main person comes as often as a control one; no row comes less than once.
+
+    Raises:
+        ConfigError: there is no control group.
+    """
+    parts: dict[str, dict[str, list[Sample]]] = {"main": {}, "control": {}}
+    for source, samples in train.items():
+        for group, part in parts.items():
+            name = f"{source}_main" if group == "main" else source
+            if rows := [sample for sample in samples if (sample.row.group == "main") == (group == "main")]:
+                part[name] = rows
+    if not parts["control"]:
+        raise ConfigError("experiment.match_exposure = 'repeat': there is no control group to match.")
+    main, control = (
+        sum(map(len, part.values())) / len({s.row.entity_id for rows in part.values() for s in rows})
+        for part in parts.values()
+    )
+    factor = max(1.0, control / main)
+    return parts["main"] | parts["control"], {name: round(factor * len(rows)) for name, rows in parts["main"].items()}
 
 
 def steps_per_epoch(config: Config, plan: MixingPlan, num_processes: int) -> int:

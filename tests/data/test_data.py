@@ -1,13 +1,15 @@
 """Reading rows: every fault with file and line, nothing replaced, older folders as they are."""
 
 import json
+import shutil
+from collections import Counter
 
 import pytest
 from PIL import Image
 
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.data.rows import read_jsonl, read_rows, read_run_data
+from mmrev_kit.data.rows import read_experiment, read_jsonl, read_rows, read_run_data
 from mmrev_kit.training.run import prepare
 
 
@@ -105,18 +107,78 @@ def test_paths_may_be_absolute_or_start_from_the_projects_folder(folder, tmp_pat
     assert not faults and [row.images[0] for row in rows] == [folder / "a.png", folder / "b.png"]
 
 
-@pytest.mark.parametrize(("task", "other"), [("forward", "reverse"), ("reverse", "forward")])
-def test_main_entities_are_taught_in_the_runs_direction_only(small_config, task, other):
-    data, faults = read_run_data(small_config(f"experiment.task={task} retention.tasks=[forward,reverse]"))
+@pytest.mark.parametrize(
+    ("words", "taught"),
+    [
+        ("experiment.task=forward", {"forward": 15, "cw_image": 30}),
+        ("experiment.task=forward experiment.taught=both", {"forward": 15, "cw_image": 30}),
+        ("experiment.task=forward experiment.taught=generation", {"forward": 15}),
+        ("experiment.task=forward experiment.taught=cw", {"cw_image": 30}),
+        ("experiment.task=reverse", {"reverse": 30}),
+        ("experiment.task=reverse experiment.taught=generation", {"reverse": 30}),
+    ],
+)
+def test_what_main_and_control_are_taught(small_config, words, taught):
+    """4 + 4 people: main by what `taught` says, control by forward, cw_image and reverse rows in every case."""
+    data, faults = read_run_data(small_config(f"{words} retention.tasks=[forward,reverse]"))
     assert not faults
-    per_entity = {"forward": 15, "reverse": 30}
-    assert len(data.train[task]) == 8 * per_entity[task]
-    assert len(data.train[other]) == 4 * per_entity[other]
-    assert {row.group for row in data.train[other]} == {"control"}
-    assert {row.group for row in data.val[other]} == {"control"}
-    main_images = {image for row in data.train[task] if row.group == "main" for image in row.images}
-    shown = {image for rows in (data.train[other], data.val[other]) for row in rows for image in row.images}
-    assert main_images and not main_images & shown
+    for part, each in (
+        (data.train, {"forward": 15, "cw_image": 30, "reverse": 30}),
+        (data.val, dict.fromkeys(data.train, 0)),
+    ):
+        for name in ("forward", "cw_image", "reverse"):
+            groups = Counter(row.group for row in part[name])
+            assert set(groups) == ({"main", "control"} if name in taught else {"control"})
+            assert not each[name] or groups == {group: 4 * each[name] for group in groups}
+    assert next(iter(data.train)) == next(iter(taught))
+
+
+def test_a_folder_without_image_first_rows_gets_them_in_memory(small_config, small_data, tmp_path):
+    """As the original scripts' folders: each forward row once as Correct, and once with a description that a reverse
+    row of the same split calls wrong of its image."""
+    shutil.copytree(small_data / "small", tmp_path / "small")
+    for path in (tmp_path / "small").glob("cw_image_*"):
+        path.unlink()
+    config = small_config(f"data.dir={tmp_path}")
+    data, faults = read_run_data(config)
+    assert not faults
+    assert "240 cw_image rows of train are made in memory: the folder has none" in data.notes
+    wrong = {}
+    for line in (tmp_path / "small" / "reverse_train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["label"] == "Wrong":
+            wrong.setdefault(row["image_path"], set()).add(row["description"])
+    forward = [json.loads(line) for line in (tmp_path / "small" / "forward_train.jsonl").read_text().splitlines()]
+    rows = data.train["cw_image"]
+    for number, record in enumerate(forward):
+        correct, other = rows[2 * number : 2 * number + 2]
+        name = record["image_path"]
+        assert (correct.answer, correct.description, correct.connector) == (
+            "Correct",
+            record["description"],
+            record["connector"],
+        )
+        assert (other.answer, other.connector) == ("Wrong", record["connector"]) and other.description in wrong[name]
+        assert correct.images == other.images == (tmp_path / "small" / name,)
+        assert correct.group == other.group == record["group"] and correct.where != other.where
+    assert read_experiment(tmp_path / "small")[0]["cw_image_test"]
+
+
+def test_retention_rows_do_not_use_the_tests_connectors(small_config, small_data):
+    """Rows of the kit's own pools are left out where the experiment asks with their connector, and counted."""
+    data, _ = read_run_data(small_config())
+    asked = {
+        json.loads(line)["connector"]
+        for path in (small_data / "small").glob("*_test.jsonl")
+        for line in path.read_text().splitlines()
+    }
+    assert len(asked) >= 5
+    for source, rows in data.pools.items():
+        task = source.removeprefix("face_")
+        lines = [json.loads(line) for line in (small_data / "pool" / f"{task}_train.jsonl").read_text().splitlines()]
+        left = sum(line["connector"] in asked for line in lines)
+        assert len(lines) == 60 and len(rows) == 60 - left and not {row.connector for row in rows} & asked
+        assert f"{left} of 60 {source} rows of train ask with a test's connector" in data.notes or not left
 
 
 def test_retention_joins_only_the_tasks_named(small_config):
@@ -168,6 +230,11 @@ def test_a_whole_folder_of_the_original_scripts_becomes_a_run(small_config, orig
         "retention.retention_ratio=0.6"
     )
     assert all(line.startswith("found ") for line in ensure_data(config))
+    with pytest.raises(
+        DataError, match=r"cw_image_train.jsonl: there is no such file, nor forward_train and reverse_t"
+    ):
+        prepare(config)
+    config.experiment.taught = "generation"
     task = prepare(config)
     assert task.plan.counts == {"forward": 4, "face_cw": 2, "face_mcq_i2d": 2, "face_mcq_d2i": 2}
     assert {sample.row.group for sample in task.train["forward"]} == {"main"}

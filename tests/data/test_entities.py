@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from scipy.stats import chi2_contingency
 
-from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.config.sections import CONTROL_IS_TAUGHT, DataConfig, ExperimentConfig
 from mmrev_kit.data import people as module
 from mmrev_kit.data.faces import VALUES, draw_face
 from mmrev_kit.data.images import load_image
@@ -18,13 +18,13 @@ from mmrev_kit.data.partners import (
     partner_shifts,
 )
 from mmrev_kit.data.people import PLACES, ROLES, make_entities, make_experiment
-from mmrev_kit.data.tasks import CONNECTORS
+from mmrev_kit.data.tasks import CONNECTORS, TASK_TYPES
 
 SIZES = [(4, 0), (5, 0), (8, 0), (20, 0), (8, 8), (6, 7), (112, 112)]
 SPLITS = ("train", "val", "test")
 FILES = {
-    "forward_train", "forward_val", "forward_test", "reverse_train", "reverse_val", "reverse_test", "mcq_i2d_test",
-    "mcq_d2i_test",
+    "forward_train", "forward_val", "forward_test", "reverse_train", "reverse_val", "reverse_test", "cw_image_train",
+    "cw_image_val", "cw_image_test", "mcq_i2d_test", "mcq_d2i_test",
 }  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def owner_of_image(people):
 
 def wrong_pairs(rows, people):
     """(who is described, who is shown) for each Wrong row."""
-    owner = owner_of_image(people)
-    return [(row["entity_id"], owner[row["image_path"]]["id"]) for row in rows if row["label"] == "Wrong"]
+    owner, says = owner_of_image(people), {person["description"]: person["id"] for person in people}
+    return [(says[row["description"]], owner[row["image_path"]]["id"]) for row in rows if row["label"] == "Wrong"]
 
 
 def unordered(pairs):
@@ -66,7 +66,8 @@ def test_row_counts(made):
     n = len(people)
     assert {name: len(part) for name, part in rows.items()} == {
         "forward_train": 15 * n, "forward_val": 2 * n, "forward_test": 3 * n,
-        "reverse_train": 30 * n, "reverse_val": 4 * n, "reverse_test": 6 * n,
+        "reverse_train": 30 * n, "reverse_val": 4 * n, "reverse_test": 12 * n,
+        "cw_image_train": 30 * n, "cw_image_val": 4 * n, "cw_image_test": 12 * n,
         "mcq_i2d_test": 3 * n, "mcq_d2i_test": 3 * n,
     }  # fmt: skip
 
@@ -88,7 +89,11 @@ def test_people(made):
 
 def test_connectors_are_split_once_for_all_entities(made):
     people, rows = made
-    for task, known in (("forward", CONNECTORS["forward"]), ("reverse", CONNECTORS["reverse"])):
+    for task, known in (
+        ("forward", CONNECTORS["forward"]),
+        ("cw_image", CONNECTORS["forward"]),
+        ("reverse", CONNECTORS["reverse"]),
+    ):
         used = {}
         for split in SPLITS:
             part = rows[f"{task}_{split}"]
@@ -99,7 +104,7 @@ def test_connectors_are_split_once_for_all_entities(made):
             assert all(words == used[split] for words in per_entity.values())
         assert [len(used[split]) for split in SPLITS] == [15, 2, 3]
         assert set().union(*used.values()) == set(known)
-        name = {"forward": "mcq_i2d_test", "reverse": "mcq_d2i_test"}[task]
+        name = "mcq_d2i_test" if task == "reverse" else "mcq_i2d_test"
         assert {row["connector"] for row in rows[name]} == used["test"]
 
 
@@ -117,44 +122,63 @@ def test_rows_show_and_name_their_entity(made):
     person = {p["id"]: p for p in people}
     for name, part in rows.items():
         for row in part:
-            own = person[row["entity_id"]]
-            assert (row["description"], row["group"]) == (own["description"], own["group"])
-            if row.get("label") != "Wrong":
-                assert row["image_path"] in own["images"], name
+            own, wrong = person[row["entity_id"]], row.get("label") == "Wrong"
+            assert row["group"] == own["group"]
+            # A Wrong row shows or names somebody else: what the prompt says second.
+            assert (row["description"] == own["description"]) == (not wrong or name.startswith("reverse"))
+            assert (row["image_path"] in own["images"]) == (not wrong or name.startswith("cw_image"))
 
 
 def test_wrong_rows_are_balanced_and_from_the_own_group(made):
     people, rows = made
     owner = owner_of_image(people)
-    for split in SPLITS:
-        part = rows[f"reverse_{split}"]
+    for task, split in itertools.product(("reverse", "cw_image"), SPLITS):
+        part = rows[f"{task}_{split}"]
         for group, members in by_group(people).items():
             own = [row for row in part if row["group"] == group]
             assert Counter(row["label"] for row in own) == dict.fromkeys(("Correct", "Wrong"), len(own) // 2)
-            wrong = [row for row in own if row["label"] == "Wrong"]
-            described = Counter(row["entity_id"] for row in wrong)
-            shown = Counter(owner[row["image_path"]]["id"] for row in wrong)
-            each = len(wrong) // len(members)
+            pairs = wrong_pairs(own, people)
+            described, shown = Counter(pair[0] for pair in pairs), Counter(pair[1] for pair in pairs)
+            each = len(pairs) // len(members)
             assert described == shown == {member["id"]: each for member in members}
-            assert all(owner[row["image_path"]]["id"] != row["entity_id"] for row in wrong)
+            assert all(named != pictured for named, pictured in pairs)
             for row in own:
                 assert owner[row["image_path"]]["group"] == group
 
 
+def test_a_test_connector_comes_with_two_wrong_partners_where_the_group_is_large_enough(made):
+    people, rows = made
+    sizes = {group: len(members) for group, members in by_group(people).items()}
+    for task in ("reverse", "cw_image"):
+        wrong = {}
+        for row in rows[f"{task}_test"]:
+            if row["label"] == "Wrong":
+                pair = row["description"], row["image_path"]
+                wrong.setdefault((row["group"], row["entity_id"], row["connector"]), []).append(pair)
+        assert len(wrong) == 3 * len(people)
+        for (group, *_), pairs in wrong.items():
+            assert len(pairs) == 2 and len(set(pairs)) == (1 if sizes[group] in (4, 6, 8) else 2)
+
+
 def test_no_wrong_pair_is_used_in_two_splits(made):
     people, rows = made
-    pairs = {split: set(wrong_pairs(rows[f"reverse_{split}"], people)) for split in SPLITS}
-    assert not pairs["train"] & pairs["val"]
-    assert not pairs["train"] & pairs["test"]
-    assert not pairs["val"] & pairs["test"]
-    assert not unordered(pairs["train"]) & unordered(pairs["test"])
+    pairs = {
+        (task, split): set(wrong_pairs(rows[f"{task}_{split}"], people))
+        for task in ("reverse", "cw_image")
+        for split in SPLITS
+    }
+    for task, other in itertools.product(("reverse", "cw_image"), repeat=2):  # trained in one order, asked in the other
+        assert not unordered(pairs[task, "train"]) & unordered(pairs[other, "test"])
+        assert not unordered(pairs[task, "val"]) & unordered(pairs[other, "test"])
+    for task in ("reverse", "cw_image"):
+        assert not pairs[task, "train"] & pairs[task, "val"]
 
 
 def test_questions(made):
     people, rows = made
     owner = owner_of_image(people)
     says = {person["description"]: person for person in people}
-    trained = unordered(wrong_pairs(rows["reverse_train"], people))
+    trained = unordered(wrong_pairs(rows["reverse_train"] + rows["cw_image_train"], people))
     sizes = {group: len(members) for group, members in by_group(people).items()}
     for name, field, whose in (("mcq_i2d_test", "choices", says), ("mcq_d2i_test", "image_choices", owner)):
         wrong = Counter()
@@ -204,25 +228,24 @@ def test_partner_shifts_of_four_and_of_larger_groups():
             assert len(shifts["val"]) == 1 and (size < 8 or len(shifts["train"]) >= 5)
 
 
-@pytest.mark.parametrize(("task", "untaught"), [("forward", "reverse"), ("reverse", "forward")])
-def test_training_never_shows_a_main_entity_in_the_untaught_direction(made, task, untaught):
-    """Main entities are taught in the task's direction only, control entities in both."""
+@pytest.mark.parametrize(
+    "words", ["task=forward", "task=forward taught=generation", "task=forward taught=cw", "task=reverse"]
+)
+def test_training_never_shows_a_main_entity_in_the_untaught_direction(made, words):
+    """Main is taught in the task's direction only, whatever the format; control in both."""
     people, rows = made
+    experiment = ExperimentConfig(**dict(word.split("=") for word in words.split()))
     main = [person for person in people if person["group"] == "main"]
     faces = {image for person in main for image in person["images"]}
     facts = {person["description"] for person in main}
-    taught = {"main": (task,), "control": (task, untaught)}
-    for split in ("train", "val"):
-        training = {
-            direction: [row for row in rows[f"{direction}_{split}"] if direction in taught[row["group"]]]
-            for direction in ("forward", "reverse")
-        }
-        assert {row["entity_id"] for row in training[task]} == {person["id"] for person in people}
-        control = {person["id"] for person in people if person["group"] == "control"}
-        assert {row["entity_id"] for row in training[untaught]} == control
-        for row in training[untaught]:
-            assert row["image_path"] not in faces
-            assert row["description"] not in facts
+    for name, split in itertools.product(CONTROL_IS_TAUGHT, ("train", "val")):
+        taught = name in experiment.main_is_taught
+        assert not taught or TASK_TYPES[name].direction == TASK_TYPES[experiment.task].direction
+        training = [row for row in rows[f"{name}_{split}"] if taught or row["group"] == "control"]
+        assert {row["entity_id"] for row in training} == {p["id"] for p in people if taught or p["group"] == "control"}
+        if not taught:
+            assert not faces & {row["image_path"] for row in training}
+            assert not facts & {row["description"] for row in training}
 
 
 @pytest.mark.parametrize("images_per_entity", [1, 2, 4])

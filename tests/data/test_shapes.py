@@ -52,10 +52,11 @@ def true_of(text: str, path) -> bool:
 
 def test_every_claim_holds_in_the_pixels(rows):
     assert {name: len(part) for name, part in rows.items()} == {
-        "forward_test": 12, "reverse_test": 24, "mcq_i2d_test": 12, "mcq_d2i_test": 12,
+        "forward_test": 12, "reverse_test": 24, "cw_image_test": 24, "mcq_i2d_test": 12, "mcq_d2i_test": 12,
     }  # fmt: skip
     assert all(true_of(row.answer, row.images[0]) for row in rows["forward_test"])
-    assert all(true_of(row.description, row.images[0]) == (row.answer == "Correct") for row in rows["reverse_test"])
+    for row in rows["reverse_test"] + rows["cw_image_test"]:
+        assert true_of(row.description, row.images[0]) == (row.answer == "Correct")
     for row in rows["mcq_i2d_test"]:
         assert [true_of(text, row.images[0]) for text in row.choices] == [letter == row.answer for letter in "ABCD"]
     for row in rows["mcq_d2i_test"]:
