@@ -130,23 +130,16 @@ def clear_errors(folder: Path) -> None:
         error.unlink()
 
 
-def read_run_config(folder: Path) -> Config:
-    """What a run was trained with. Runs of the first version taught main by generation, and did not say so."""
-    config = load_config(folder / "config.yaml")
-    if "taught:" not in (folder / "config.yaml").read_text(encoding="utf-8"):
-        config.experiment.taught = "generation"
-    return config
-
-
 def changed_settings(config: Config) -> str:
     """What training depends on and is set otherwise in the run folder: each key with its values there and now.
 
     How the work is split (`memory`), how a run is asked afterwards (`evaluation`) and where it lies do not count. An
     empty text: nothing is, or there is no run yet.
     """
-    if not (run_dir(config) / "config.yaml").is_file():
+    saved = run_dir(config) / "config.yaml"
+    if not saved.is_file():
         return ""
-    before = read_run_config(run_dir(config))
+    before = load_config(saved)
     changed = {
         key: pair
         for key, pair in differences(before, config).items()

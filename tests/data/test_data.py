@@ -110,11 +110,11 @@ def test_paths_may_be_absolute_or_start_from_the_projects_folder(folder, tmp_pat
 @pytest.mark.parametrize(
     ("words", "taught"),
     [
-        ("experiment.task=forward", {"forward": 15, "cw_image": 30}),
+        ("experiment.task=forward experiment.taught=null", {"forward": 15, "cw_image": 30}),
         ("experiment.task=forward experiment.taught=both", {"forward": 15, "cw_image": 30}),
         ("experiment.task=forward experiment.taught=generation", {"forward": 15}),
         ("experiment.task=forward experiment.taught=cw", {"cw_image": 30}),
-        ("experiment.task=reverse", {"reverse": 30}),
+        ("experiment.task=reverse experiment.taught=null", {"reverse": 30}),
         ("experiment.task=reverse experiment.taught=generation", {"reverse": 30}),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the first version wrote: its run folders load, and its interrupted run goes on as if nothing had changed.
+"""What the first version wrote: its run folders load, and it is said where its runs cannot go on.
 
 fixtures/first_version was written by it: the same small run once to its end, and once interrupted in its second epoch.
 """
@@ -7,17 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.evaluation.results import read_evaluation
-from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.notebook.tables import epoch_table, find_histories, summary
 from mmrev_kit.training.history import read_history
+from mmrev_kit.training.run import prepare
+from mmrev_kit.training.update import TrainingError
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = ROOT / "tests" / "fixtures" / "first_version"
@@ -44,30 +43,22 @@ def test_a_finished_runs_history_and_evaluation_are_read():
     assert len(evaluation.records) == 8 * (3 + 6 + 3 + 3)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(project):
-    """Same data (by the manifest's hashes), base, rows, updates and decisions; losses to what another CPU may round."""
+def test_an_interrupted_run_is_refused_since_its_base_and_its_rows_have_changed(project):
+    """The embedded base is another model now, and control is taught in both formats."""
     config = load_config("outputs/first_forward/config.yaml")
-    assert ensure_data(config) == [f"made {project}/data/first"]
-    expected, before = (read_history(WRITTEN / name / "training_history.json") for name in ("finished", "interrupted"))
-    history = launch(config)
-    assert history["status"] == "finished"
-    assert history["steps"][: len(before["steps"]) - 1] == before["steps"][:-1]  # not trained again
-    assert [step["loss"] for step in history["steps"]] == pytest.approx(
-        [s["loss"] for s in expected["steps"]], rel=1e-3
-    )
-    assert [step["lr"] for step in history["steps"]] == [step["lr"] for step in expected["steps"]]
-    for epoch, other in zip(history["epochs"], expected["epochs"], strict=True):
-        assert epoch["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
-        assert epoch["decision"] == other["decision"]
-    for name in ("best", "final"):
-        found, wanted = (
-            load_file(folder / name / "adapter_model.safetensors")
-            for folder in (project / "outputs" / "first_forward", WRITTEN / "finished")
-        )
-        assert (
-            all(torch.allclose(found[key], wanted[key], atol=1e-3) for key in wanted) and found.keys() == wanted.keys()
-        )
-    check_base(WRITTEN / "finished" / "best", base_fingerprint(**base_of(config)), "embedded")
+    assert config.experiment.main_is_taught == ("forward",)  # what the first version did
+    assert ensure_data(config)[0] == f"made {project}/data/first"
+    with pytest.raises(TrainingError, match=r"it began with another base and data and plan, see manifest.json"):
+        launch(config)
+
+
+def test_a_run_without_control_draws_the_rows_that_the_first_version_drew(project):
+    """Its plan and its rows' order, pinned from the first version's code; so such a run goes on."""
+    overrides = "data.num_control=0 training.num_epochs=1"
+    config = load_config("outputs/first_forward/config.yaml", overrides)
+    ensure_data(config)
+    plan = prepare(config).plan
+    assert plan.counts == {"forward": 60} and plan.epoch_rows(0)[:3] == [("forward", n) for n in (37, 10, 14)]
 
 
 def test_its_finished_run_is_not_trained_again_and_another_one_is_refused(project, capsys):

@@ -118,7 +118,7 @@ def test_validation_counts_each_row_once_whatever_the_batch(small_config, state)
             alone = [sample_losses(run.model, run.task.encoder.collate([s]), CPU, run.dtype).item() for s in samples]
         expected[source] = sum(alone) / len(alone)
     assert validate(run) == pytest.approx(expected, rel=1e-5)
-    assert set(expected) == {"forward", "reverse", "face_cw", "face_mcq_i2d", "face_mcq_d2i"}
+    assert set(expected) == {"forward", "cw_image", "reverse", "face_cw", "face_mcq_i2d", "face_mcq_d2i"}
 
 
 def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, state):
@@ -135,7 +135,7 @@ def test_a_run_leaves_a_complete_folder_that_stock_peft_loads(small_config, stat
     saved = load_file(folder / "final" / "adapter_model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["trainable_parameters"] == sum(tensor.numel() for tensor in saved.values()) == 86_016
-    assert manifest["effective_batch"] == 8 and manifest["seed"] == 0 and len(manifest["data"]) == 10
+    assert manifest["effective_batch"] == 8 and manifest["seed"] == 0 and len(manifest["data"]) == 12
 
     history = read_history(folder / "training_history.json")
     assert history["status"] == "finished" and history["reason"] == "last epoch"
