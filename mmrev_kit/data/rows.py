@@ -1,7 +1,7 @@
 """Experiment and pool files read into rows, strictly: every fault is collected and told with file and line."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -10,42 +10,11 @@ from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, RetentionConfig
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.images import ImageError, find_image, image_roots, locate_image
+from mmrev_kit.data.records import read_info, read_json, read_jsonl
 from mmrev_kit.data.tasks import CHOICE, CW, EXPERIMENT_FILES, LETTERS, POOL_TASKS, TASK_TYPES, Row, TaskType
 
 # What the scripts that started this line of work call the same fields.
 OLD_NAMES = {"description": "object_name", "image_path": "image"}
-
-
-def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
-    """(line number, object) pairs of a JSONL file, and the faults of the lines that are none.
-
-    Blank lines, a byte-order mark and Windows line ends are accepted. Lines end at a line feed only: U+2028 and its
-    like may stand inside strings.
-    """
-    rows, faults = [], []
-    if not path.is_file():
-        return rows, [Fault(str(path), "there is no such file.", "Make the data again or correct the folder's name.")]
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return rows, [Fault(str(path), f"byte {error.start} is not UTF-8.", "Save the file as UTF-8.")]
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason, advice = f"not JSON ({error.msg}).", "Correct the line or remove it."
-            faults.append(Fault(f"{path}:{number}", reason, advice, of_row=True))
-            continue
-        if isinstance(value, dict):
-            rows.append((number, value))
-        else:
-            reason = f"a {type(value).__name__}, not an object with fields."
-            faults.append(Fault(f"{path}:{number}", reason, "Write one JSON object a line.", of_row=True))
-    if not rows and not faults:
-        faults.append(Fault(str(path), "the file has no rows.", "Make the data again."))
-    return rows, faults
 
 
 def _modern(record: dict, task: TaskType) -> dict:
@@ -84,6 +53,31 @@ def _wrong_field(record: dict, task: TaskType) -> str | None:
     return None
 
 
+def _wrong_person(record: dict, groups: dict[str, str]) -> str | None:
+    """The reason why a record is about nobody of the experiment, or contradicts its entities.json; or None."""
+    entity, said = str(record.get("entity_id", "")), record.get("group")
+    if entity not in groups:
+        near = [f", which has {known!r}" for known in get_close_matches(entity, groups, 1)]
+        return f"entity_id {entity!r} is not in entities.json{''.join(near)}."
+    if said not in (None, groups[entity]):
+        return f"the group {said!r} is not that of {entity} in entities.json, {groups[entity]}."
+    return None
+
+
+def _miscounted(path: Path, count: int) -> list[Fault]:
+    """A fault where a file has not as many lines as the kit noted when it made the folder (see `read_info`)."""
+    try:
+        counts = read_info(path.parent).get("counts", {})
+    except DataError as error:
+        return error.faults
+    task, _, split = path.stem.rpartition("_")
+    said = counts.get(task, {}).get(split, count)
+    if count == said:
+        return []
+    advice = "Remove the folder to have it made anew, or restore the file."
+    return [Fault(str(path), f"it has {count} rows, {said} were written when it was made.", advice)]
+
+
 def _answer(record: dict, task: TaskType) -> str:
     if task.format == CHOICE:
         return LETTERS[record["correct_index"]]
@@ -99,11 +93,12 @@ def read_rows(
         path: a JSONL file; image paths in it start from its folder, see `find_image`.
         task: a name of `TASK_TYPES`.
         source: what the loss of these rows is reported under.
-        groups: entity id -> group, for files whose rows do not say it.
+        groups: {entity id: group} of the experiment whose rows these are; empty for a pool's.
         roots: as in `find_image`.
     """
     kind = TASK_TYPES[task]
     records, faults = read_jsonl(path)
+    faults += _miscounted(path, len(records) + sum(fault.of_row for fault in faults)) if path.is_file() else []
     rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
     for number, raw in records:
         where, record = f"{path}:{number}", _modern(raw, kind)
@@ -115,6 +110,7 @@ def read_rows(
                     images.append(find(name))
                 except ImageError as error:
                     reasons.append(str(error))
+        reasons += [_wrong_person(record, groups)] if groups else []
         wrong = [Fault(where, reason, "Correct the line or remove it.", of_row=True) for reason in reasons if reason]
         faults += wrong
         if wrong:
@@ -137,32 +133,54 @@ def read_rows(
 
 
 def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[dict]:
-    """The entities of an experiment; ids become text.
+    """The entities of an experiment: `id` is text, `images` a list of paths from the folder, empty where none is named.
 
     Args:
         roots: as in `find_image`, for callers that show the entities' images.
 
     Raises:
-        DataError: entities.json is missing or is no list of objects with an id, or an image may not be read.
+        DataError: entities.json is missing or names nobody, a field has the wrong type, or an image may not be read.
     """
     path = folder / "entities.json"
-    where = str(path)
-    try:
-        entities = json.loads(path.read_text(encoding="utf-8-sig"))
-        entities = [entity | {"id": str(entity.get("id", entity.get("entity_id")))} for entity in entities]
-        for number, entity in enumerate(entities, start=1):
-            where = f"{path}: entity {number}"
-            for name in entity.get("images") or ():
+    entities = read_json(path)
+    if not isinstance(entities, list) or not entities:
+        raise DataError([Fault(str(path), "not a list of entities.", "Make the data again.")])
+    faults = []
+    for number, entity in enumerate(entities, start=1):
+        where = f"{path}: entity {number}"
+        reason = _wrong_entity(entity)
+        if reason:
+            faults.append(Fault(where, reason, "Correct the entity."))
+            continue
+        images = entity.get("images") or []
+        images = [images] if isinstance(images, str) else images
+        entities[number - 1] = entity | {"id": str(entity.get("id", entity.get("entity_id"))), "images": images}
+        for name in images:
+            try:
                 if locate_image(folder, name):
                     find_image(folder, name, roots)
-        return entities
-    except FileNotFoundError:
-        fault = Fault(where, "there is no such file.", "Name an experiment that exists in experiment.name.")
-    except ImageError as error:
-        fault = Fault(where, str(error), "Correct the entity.")
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        fault = Fault(where, f"not a list of entities ({error}).", "Make the data again.")
-    raise DataError([fault])
+            except ImageError as error:
+                faults.append(Fault(where, str(error), "Correct the entity."))
+    if faults:
+        raise DataError(faults)
+    return entities
+
+
+def _wrong_entity(entity) -> str | None:
+    """The reason why an entry of entities.json is no entity, or None."""
+    if not isinstance(entity, dict):
+        return f"a {type(entity).__name__}, not an object with fields."
+    if type(entity.get("id", entity.get("entity_id"))) not in (str, int):
+        return "its id is neither text nor a whole number."
+    hidden = [name for name in entity if name.strip().lower() in ("id", "group", "images", "description")]
+    hidden = [name for name in hidden if name != name.strip().lower()]
+    if hidden:
+        return f"the field {hidden[0]!r} is not read: names are in lower case, without spaces."
+    images = entity.get("images") or []
+    if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(i, str) for i in images)):
+        return "images is neither a path nor a list of paths."
+    wrong = [name for name in ("description", "group") if not isinstance(entity.get(name) or "", str)]
+    return f"its {wrong[0]} is not a text." if wrong else None
 
 
 def _read_groups(folder: Path, roots: tuple[Path, ...] | None) -> dict[str, str]:
@@ -172,12 +190,16 @@ def _read_groups(folder: Path, roots: tuple[Path, ...] | None) -> dict[str, str]
 
 @dataclass
 class RunData:
-    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention."""
+    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention.
+
+    `left_out` are the rows that were read and that the run has no use for.
+    """
 
     train: dict[str, list[Row]]
     val: dict[str, list[Row]]
     pools: dict[str, list[Row]]
     files: list[Path]
+    left_out: list[Row] = field(default_factory=list)
 
     def sources(self) -> list[tuple[str, str, list[Row]]]:
         """(part, source, rows) of everything in it."""
@@ -240,7 +262,7 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     groups = _read_groups(folder, roots)
     data, faults = RunData({}, {}, {}, []), []
 
-    def read(path: Path, task: str, source: str) -> list[Row]:
+    def read(path: Path, task: str, source: str, groups: dict[str, str]) -> list[Row]:
         rows, more = read_rows(path, task, source, groups, roots)
         faults.extend(more)
         data.files.append(path)
@@ -249,10 +271,11 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     own = config.experiment.task
     other = "reverse" if own == "forward" else "forward"
     for split, target in (("train", data.train), ("val", data.val)):
-        target[own] = read(folder / f"{own}_{split}.jsonl", own, own)
+        target[own] = read(folder / f"{own}_{split}.jsonl", own, own, groups)
         if "control" in groups.values():
-            rows = read(folder / f"{other}_{split}.jsonl", other, other)
+            rows = read(folder / f"{other}_{split}.jsonl", other, other, groups)
             target[other] = [row for row in rows if row.group == "control"]
+            data.left_out += [row for row in rows if row.group != "control"]
     if uses_retention(config):
         for kind, pool in pool_folders(config).items():
             if not pool.is_dir():
@@ -261,8 +284,8 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
                 continue
             for name, task in POOL_TASKS.items():
                 source = f"{kind}_{name}"
-                data.pools[source] = read(_file_of_pool(pool, name, "train"), task.name, source)
-                data.val[source] = read(_file_of_pool(pool, name, "val"), task.name, source)
+                data.pools[source] = read(_file_of_pool(pool, name, "train"), task.name, source, {})
+                data.val[source] = read(_file_of_pool(pool, name, "val"), task.name, source, {})
     return data, faults
 
 

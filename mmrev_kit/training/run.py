@@ -11,8 +11,8 @@ import torch
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts
-from mmrev_kit.data.faults import raise_faults
+from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, longest_prompts
+from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
@@ -71,6 +71,12 @@ def prepare(config: Config) -> Prepared:
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
         encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
+    kept = [sample.row for sources in encoded.values() for part in sources.values() for sample in part]
+    check_account(data.files, kept + data.left_out, faults + more)
+    empty = [f"{source} ({part})" for part, sources in encoded.items() for source in sources if not sources[source]]
+    if empty:
+        reason = f"no row is left for {', '.join(empty)}."
+        raise DataError([Fault(str(folder), reason, "Restore the rows, or make the data again.")])
     mixed = uses_retention(config)
     plan = make_plan(
         {source: len(samples) for source, samples in encoded["train"].items()},
