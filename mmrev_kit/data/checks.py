@@ -2,6 +2,7 @@
 
 import os
 import time
+from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -154,8 +155,8 @@ def check_account(files: Iterable[Path], rows: Iterable[Row], faults: Iterable[F
     """
     known = {row.where for row in rows} | {fault.where for fault in faults}
     for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if line.strip(b" \t\r\xef\xbb\xbf") and f"{file}:{number}" not in known:
+        for number, line in enumerate(file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
+            if line.strip(b" \t\r") and f"{file}:{number}" not in known:
                 raise RuntimeError(f"{file}:{number} is lost: it was neither used nor refused. Please report this.")
 
 

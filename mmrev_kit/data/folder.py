@@ -70,7 +70,7 @@ def _name_columns(path: Path, records: Records) -> dict[str, str]:
     unread = [name for name in found if name not in known]
     for name in unread:
         near = get_close_matches(name, known, 1, 0.75)
-        if near and name not in COLUMNS["image"]:
+        if near and near[0] not in found:
             _stop(Fault(f"{path}:1", f"the column {name} is not known; {near[0]} is.", "Rename or remove it."))
     told = [f"{name} is read as the {wanted}" for wanted, name in columns.items() if name != wanted]
     told += [f"{', '.join(unread)}: not read"] if unread else []

@@ -113,7 +113,7 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], list[Fault]]:
         return [], error.faults
     rows, faults = [], []
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+        if not line.strip(" \t\r"):
             continue
         try:
             value = parse_json(line)
