@@ -1,6 +1,8 @@
 """Run folders: files that are whole or absent, and a history in strict JSON."""
 
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
@@ -172,13 +174,47 @@ def remove_folder(folder: Path) -> None:
 def fresh_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `folder` if all goes well; a folder that exists is never touched.
 
+    Of several processes that make the same folder one works and the others wait; what a killed one left is removed.
+
     Raises:
-        FileExistsError: there is something at `folder` already.
+        FileExistsError: there is something at `folder`, or is by now, made by another process.
     """
-    folder = Path(folder)
-    with new_folder(_absent(folder)) as building:
-        yield building
-        _absent(folder)  # another process may have made it in the meantime
+    folder = _absent(Path(folder))
+    with needing(folder), _alone(folder):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.new.*"):
+            shutil.rmtree(left)
+        with new_folder(_absent(folder)) as building:
+            yield building
+            _absent(folder)  # something that does not wait may have made it in the meantime
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is here for the same folder; the lock ends with its process, however that ends."""
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for the process that makes {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file.fileno()):
+                continue  # who held it has removed it
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one at `path`, and was not removed since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _absent(folder: Path) -> Path:

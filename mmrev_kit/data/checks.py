@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections import defaultdict
+from codecs import BOM_UTF8
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,15 +13,12 @@ from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import ImageError, image_roots, load_image
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
-from mmrev_kit.data.rows import read_experiment
-from mmrev_kit.data.tasks import CHOICE, CW, GROUPS, LETTERS, Row
+from mmrev_kit.data.records import read_info
+from mmrev_kit.data.run_data import read_experiment
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, LETTERS, Row
+from mmrev_kit.data.texts import normal
 
 SECONDS_BETWEEN_LINES = 5.0
-
-
-def same_words(text: str) -> str:
-    """A text as it is compared: no case, single spaces, no full stop at its end."""
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -30,17 +28,31 @@ def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def check_entities(entities: list[dict], path: Path) -> list[Fault]:
-    """Faults of entities.json: an id or a description that two entities share, a group that does not exist."""
-    faults = []
-    for name, advice in (("id", "Give each entity an id of its own."), ("description", "Descriptions must differ.")):
-        known = [(f"entity {number}", entity.get(name)) for number, entity in enumerate(entities, start=1)]
-        told = {where: str(value) for where, value in known if value is not None}
-        for where, first in repeated((where, same_words(value)) for where, value in told.items()):
-            faults.append(Fault(f"{path}: {where}", f"the {name} {told[where]!r} is that of {first}, too.", advice))
-    for number, entity in enumerate(entities, start=1):
+    """Faults of entities.json: an id that two entities share, descriptions that judging cannot tell apart, a group that
+    does not exist, and groups of another size than the kit noted when it made them.
+
+    Raises:
+        DataError: what the kit noted cannot be read.
+    """
+    faults, sizes, note = [], Counter(entity.get("group", "main") for entity in entities), read_info(path.parent)
+    places = {f"entity {number}": entity for number, entity in enumerate(entities, start=1)}
+    ids = ((where, entity["id"].strip().casefold()) for where, entity in places.items())
+    for where, first in repeated(ids):
+        reason = f"the id {places[where]['id']!r} is that of {first}, too."
+        faults.append(Fault(f"{path}: {where}", reason, "Give each entity an id of its own."))
+    told = {where: entity["description"] for where, entity in places.items() if entity.get("description")}
+    for where, first in repeated((where, normal(text)) for where, text in told.items()):
+        reason = f"the description {told[where]!r} of {places[where]['id']} is judged as that of {places[first]['id']}."
+        faults.append(Fault(f"{path}: {where}", reason, "Descriptions must differ in what can be read."))
+    for where, entity in places.items():
         if entity.get("group", "main") not in GROUPS:
             reason = f"the group {entity['group']!r} is neither main nor control."
-            faults.append(Fault(f"{path}: entity {number}", reason, "Correct the group."))
+            faults.append(Fault(f"{path}: {where}", reason, "Correct the group."))
+    for group in GROUPS:
+        said = note.get(f"num_{group}", sizes[group])
+        if said != sizes[group]:
+            reason = f"it has {sizes[group]} {group} entities, {said} were written when it was made."
+            faults.append(Fault(str(path), reason, "Restore the file, or make the data again."))
     return faults
 
 
@@ -55,21 +67,33 @@ def _statements(row: Row) -> list[tuple[Path, str, bool]]:
 
 
 def check_statements(rows: Iterable[Row]) -> list[Fault]:
-    """False Wrongs: a picture and a description that one row calls right and another one wrong."""
+    """Faults between rows: a picture and a description that one row calls right and another one wrong, and two people
+    whose descriptions are the same to who judges an answer. Descriptions are compared as they are judged."""
     right: dict[tuple[Path, str], str] = {}
-    wrong: dict[tuple[Path, str], list[str]] = defaultdict(list)
+    wrong: dict[tuple[Path, str], list[tuple[str, str]]] = defaultdict(list)
+    owners: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
+        if row.type.format == GENERATION:
+            owners[normal(row.answer)].setdefault(row.entity_id, row.where)
         for image, description, true in _statements(row):
             if true:
-                right.setdefault((image, description), row.where)
+                right.setdefault((image, normal(description)), row.where)
             else:
-                wrong[image, description].append(row.where)
-    return [
-        Fault(where, f"{pair[0].name} and {pair[1]!r} count as wrong here, as right in {right[pair]}.", "Correct one.")
+                wrong[image, normal(description)].append((row.where, description))
+    faults = [
+        Fault(where, f"{pair[0].name} and {text!r} count as wrong here, as right in {right[pair]}.", "Correct one.")
         for pair, places in wrong.items()
         if pair in right
-        for where in places
+        for where, text in places
     ]
+    for text, places in owners.items():
+        first, *others = places
+        if not text:
+            faults.append(Fault(places[first], f"nothing of the description of {first} can be judged.", "Correct it."))
+        for other in others:
+            reason = f"the description of {other} is judged as that of {first} in {places[first]}."
+            faults.append(Fault(places[other], reason, "Descriptions must differ in what can be read."))
+    return faults
 
 
 def image_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
@@ -117,6 +141,23 @@ def encode_all(rows: list[Row], encoder: Encoder, quiet: bool = False) -> tuple[
                 faults.append(Fault(row.where, error.reason, error.advice, of_row=True))
         samples.append(sample)
     return samples, faults
+
+
+def check_account(files: Iterable[Path], rows: Iterable[Row], faults: Iterable[Fault]) -> None:
+    """Make sure that every line of the files came to something.
+
+    Args:
+        rows: those that became samples, and those left out on purpose.
+        faults: those that were told.
+
+    Raises:
+        RuntimeError: a line is neither a row nor has a fault; this is a mistake of the kit's.
+    """
+    known = {row.where for row in rows} | {fault.where for fault in faults}
+    for file in files:
+        for number, line in enumerate(file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
+            if line.strip(b" \t\r") and f"{file}:{number}" not in known:
+                raise RuntimeError(f"{file}:{number} is lost: it was neither used nor refused. Please report this.")
 
 
 def longest_prompts(config: Config, encoder: Encoder) -> list[Sample]:

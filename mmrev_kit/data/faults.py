@@ -23,7 +23,7 @@ class DataError(ValueError):
     """The data cannot be used; `faults` holds every fault that was found, and the message names the first of them."""
 
     def __init__(self, faults: list[Fault], what: str = "the data"):
-        self.faults = list(faults)
+        self.faults = list(dict.fromkeys(faults))  # a file that is read twice has its faults twice
         lines = [str(fault) for fault in self.faults[:SHOWN]]
         if len(self.faults) > SHOWN:
             lines.append(f"... and {len(self.faults) - SHOWN} more.")

@@ -1,15 +1,32 @@
 """Images: where those named in a data file lie, and decoding that never returns part of a picture."""
 
 import os
+import re
+import stat
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmrev_kit.config.project import experiment_dir, project_root, resolve
 from mmrev_kit.config.sections import Config
 
+# What Pillow decodes by itself. EPS, which it also knows, it hands to a program; a JPEG may hold several pictures
+# (MPO), of which the first is the photograph.
+FORMATS = tuple("PNG JPEG WEBP GIF BMP DIB TIFF PPM ICO PCX SGI QOI JPEG2000 AVIF TGA".split())
+MAX_PIXELS = 2**26  # 8,192 x 8,192: each core that decodes one needs up to 1 GiB
+# How files that are no such picture begin, and what to do about them.
+WAYS_OUT = {
+    rb".{4}ftyp(hei|hev|mif1|msf1)": "a HEIC picture, which is not read: export it as JPEG or PNG",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL picture, which is not read: export it as JPEG or PNG",
+    rb"%!PS|\xc5\xd0\xd3\xc6|%PDF": "PostScript or PDF, which only a program can draw: export it as PNG",
+    rb"\s*<(\?xml|svg)": "a vector drawing (SVG), which is not read: export it as PNG",
+    rb"8BPS": "a Photoshop file, which is not read: export it as PNG",
+    rb"\s*<(!doctype html|html)": "a web page, not a picture: download the picture itself",
+    rb"version https://git-lfs": "a pointer of Git LFS, not the picture: fetch it with git lfs pull",
+}
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow's decoders raise on damaged files (cut short, bytes flipped); they share no base class.
 DECODING_ERRORS = (
@@ -51,7 +68,7 @@ def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> 
     """
     located = locate_image(folder, name)
     if located is None:
-        raise ImageError(f"there is no image {name}. Paths start from {folder}.")
+        raise ImageError(why_missing(folder, name))
     path = located.resolve()
     allowed = (folder, project_root(), *(roots or ()))
     if roots is not None and not any(path.is_relative_to(root.resolve()) for root in allowed):
@@ -61,22 +78,69 @@ def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> 
     return path
 
 
+def why_missing(folder: Path, name: str) -> str:
+    """Why `folder` has no image of that name: a sentence, which names those that are nearly called so."""
+    if os.path.lexists(folder / name):
+        return f"the image {name} is no regular file, or a link that leads nowhere."
+    near = " and ".join(near_names(folder, name))
+    return f"there is no image {name}{near and f', but {near}'}. Paths start from {folder}."
+
+
+def near_names(folder: Path, name: str) -> list[str]:
+    """The files of `folder` whose names differ from `name` in case, Unicode form or kind of slash only, else in the
+    ending; as paths from `folder`."""
+
+    def fold(text: str) -> str:
+        return unicodedata.normalize("NFKC", text).casefold()
+
+    wanted = Path(name.replace("\\", "/"))
+    try:
+        parent = (folder / wanted).parent.resolve()
+        if not (parent.is_relative_to(folder.resolve()) and parent.is_dir()):
+            parent = folder.resolve()
+        names = sorted(os.listdir(parent))
+    except (OSError, ValueError, RuntimeError):  # not to be looked at: a loop of links, a NUL in the name
+        return []
+    near = [other for other in names if fold(other) == fold(wanted.name)]
+    near = near or [other for other in names if fold(Path(other).stem) == fold(wanted.stem)]
+    return [str((parent / other).relative_to(folder.resolve())) for other in near]
+
+
 def load_image(path: str | Path) -> Image.Image:
     """The whole picture at `path` as 8-bit RGB, upright as its EXIF orientation says, clear areas white.
 
     Raises:
-        ImageError: missing, truncated, damaged or no image, or a mode that has no known white.
+        ImageError: missing, truncated, damaged or no image; none of `FORMATS`; several frames, or more than
+            `MAX_PIXELS`; or a mode that has no known white.
     """
     allowed = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it, and half a picture would pass
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("a directory, pipe or device, not a regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"it has {image.n_frames} frames, and which is meant is not said; save one as PNG")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: {_way_out(path)}.") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path}: more than {MAX_PIXELS:,} pixels; save it smaller.") from None
     except DECODING_ERRORS as error:
         raise ImageError(f"{path}: {error or type(error).__name__}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
+
+
+def _way_out(path: str | Path) -> str:
+    """What a file is that is none of `FORMATS`, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    found = [told for begins, told in WAYS_OUT.items() if re.match(begins, head, re.DOTALL | re.IGNORECASE)]
+    return found[0] if found else "cannot identify a picture in it; save it as PNG or JPEG"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

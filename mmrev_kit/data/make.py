@@ -1,16 +1,19 @@
 """Making what a run needs and does not find: its experiment and its pools."""
 
-import json
-from dataclasses import asdict
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
 
-from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
 from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
-from mmrev_kit.data.rows import pool_folders, uses_retention
+from mmrev_kit.data.records import read_info
+from mmrev_kit.data.run_data import pool_folders, uses_retention
 from mmrev_kit.data.shapes import make_shapes
 from mmrev_kit.data.tasks import FAIR_GROUP, GROUPS
 
@@ -18,38 +21,51 @@ from mmrev_kit.data.tasks import FAIR_GROUP, GROUPS
 def ensure_data(config: Config) -> list[str]:
     """Make the experiment and the pools where they are absent; existing folders are never changed.
 
+    A pool may serve runs of other seeds than the one that it was made with, which is said then.
+
     Returns:
         One line a folder: made, or already there.
 
     Raises:
         DataError: a folder that the kit made under this name was made with other settings.
     """
+    data, seed = config.data, config.experiment.seed
+    wanted = {"source": data.source, "seed": seed, "images_per_entity": data.images_per_entity}
+    if data.source == "drawn":
+        wanted |= {name: getattr(data, name) for name in ("num_main", "num_control", "image_size")}
+    if data.source == "folder" and resolve(data.entities_file).is_file():
+        wanted["entities_file_sha256"] = sha256(resolve(data.entities_file).read_bytes()).hexdigest()
+    make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[data.source]
     folder = experiment_dir(config)
-    wanted = asdict(config.data) | {"seed": config.experiment.seed}
-    info = folder / "experiment_info.json"
-    said = []
-    if not folder.exists():
-        make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[config.data.source]
-        make(folder, config.data, config.experiment.seed)
-        said.append(f"made {folder}")
-        if config.data.source == "drawn" and any(0 < wanted[f"num_{group}"] < FAIR_GROUP for group in GROUPS):
-            rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
-            said.append(f"I2D and D2I cannot be read here: {rule}.")
-    else:
-        made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        keys = ["source", "seed", "images_per_entity"]
-        keys += ["num_main", "num_control", "image_size"] if config.data.source == "drawn" else []
-        wrong = [f"{key} is {made[key]}, not {wanted[key]}" for key in keys if key in made and made[key] != wanted[key]]
-        if wrong:
-            advice = "Choose another data.folder or experiment.name, or remove the folder to have it made anew."
-            raise DataError([Fault(str(info), f"made with other settings: {', '.join(wrong)}.", advice)])
-        said.append(f"found {folder}")
-    if uses_retention(config):
-        size, seed = config.data.image_size, config.experiment.seed
-        for kind, pool in pool_folders(config).items():
-            said.append(f"{'found' if pool.exists() else 'made'} {pool}")
-            if kind == "face" and not pool.exists():
-                make_face_pool(pool, config.retention.num_faces, size, seed)
-            elif not pool.exists():
-                make_object_pool(pool, size, seed)
+    said = [_ensure(folder, wanted, "data.folder or experiment.name", partial(make, folder, data, seed))]
+    if said[0].startswith("made") and any(0 < wanted.get(f"num_{group}", 0) < FAIR_GROUP for group in GROUPS):
+        rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
+        said[0] += f"; its I2D and D2I cannot be read: {rule}"
+    for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
+        wanted = {"kind": kind, "image_size": data.image_size}
+        if kind == "face":
+            wanted["num_faces"] = config.retention.num_faces
+            make_pool = partial(make_face_pool, pool, config.retention.num_faces, data.image_size, seed)
+        else:
+            make_pool = partial(make_object_pool, pool, data.image_size, seed)
+        line = _ensure(pool, wanted, f"retention.{kind}_pool", make_pool)
+        other = read_info(pool).get("seed", seed)
+        said.append(line if other == seed else f"{line}, made with seed {other}")
     return said
+
+
+def _ensure(folder: Path, wanted: dict, setting: str, make: Callable[[], object]) -> str:
+    """Make a folder where it is absent, else compare what the kit noted in it with what is wanted."""
+    if not folder.exists():
+        try:
+            make()
+            return f"made {folder}"
+        except FileExistsError:
+            if not folder.exists():  # a link that leads nowhere; else another process has made it meanwhile
+                raise
+    made = read_info(folder)
+    wrong = [f"{key} is {made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value]
+    if wrong:
+        advice = f"Choose another {setting}, or remove the folder to have it made anew."
+        raise DataError([Fault(str(folder), f"made with other settings: {', '.join(wrong)}.", advice)])
+    return f"found {folder}"

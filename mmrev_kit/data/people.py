@@ -104,7 +104,11 @@ def write_experiment(
         for name, part in rows.items():
             write_jsonl(building / f"{name}.jsonl", part)
         sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
-        write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, **info})
+        counts: dict[str, dict[str, int]] = {}
+        for name, part in rows.items():
+            task, _, split = name.rpartition("_")
+            counts.setdefault(task, {})[split] = len(part)
+        write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, "counts": counts, **info})
     return Path(folder)
 
 

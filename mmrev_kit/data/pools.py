@@ -215,11 +215,10 @@ def make_pool(
     """
     counts = dict(zip(parts, rows_per_task, strict=True))
     split_of = {subject: split for split, part in parts.items() for subject in part}
-    rows = {split: pool_rows(part, sampler(part), counts[split], seed, split) for split, part in parts.items()}
     with fresh_folder(folder) as building:
-        for split, tasks in rows.items():
-            for task, part in tasks.items():
-                write_jsonl(building / f"{task}_{split}.jsonl", part)
+        for split, part in parts.items():
+            for task, rows in pool_rows(part, sampler(part), counts[split], seed, split).items():
+                write_jsonl(building / f"{task}_{split}.jsonl", rows)
         (building / "images").mkdir()
         records = []
         for subject in sorted(split_of, key=lambda subject: subject.image_path):

@@ -6,26 +6,12 @@ answer; one that is taken back ("B. No, C.") is none either.
 """
 
 import re
-import unicodedata
 from collections.abc import Iterable
 
 from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.texts import normal, visible
 
-THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no answer; an unfinished one leaves none
-SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
-BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-MARKDOWN = re.compile(r"[*`$]|^[#> \t]+|(?<![^\W_])_+|_+(?![^\W_])", re.MULTILINE)
-QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'))
 QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
-
-
-def _plain(text: str) -> str:
-    """The text in NFKC with straight quotes, without thoughts, special tokens, markdown and invisible characters."""
-    text = SPECIAL.sub(" ", THOUGHT.sub("", unicodedata.normalize("NFKC", text)))
-    text = BOXED.sub(r"\1", BOXED.sub(r"\1", text.translate(QUOTES)))
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return MARKDOWN.sub("", text).strip()
-
 
 # "A" before any word but these is the article of "A dog".
 WORDS: dict[str, list[str]] = read_asset("answers")
@@ -114,7 +100,7 @@ def judge_letter(text: str) -> str | None:
     repeated as a list A., B., C., D. are the question's. A description without its letter, "the second one" and "2"
     are not read as letters.
     """
-    plain = QUESTION.sub(" ", _plain(text))
+    plain = QUESTION.sub(" ", visible(text))
     plain = re.sub(r"\s*\n\s*", " \n", plain).strip()
     found = _letters_by_standing(plain)
     if not found["asserted"]:
@@ -184,7 +170,7 @@ def judge_correct(text: str) -> str | None:
     question repeated, "the correct answer is ...", conditions ("if it is correct") and doubt ("not sure it is
     correct") assert nothing, nor does "it matches": the model was asked for a word.
     """
-    plain = re.sub(r"\s*\n\s*\n\s*", ". ", _plain(text).casefold())
+    plain = re.sub(r"\s*\n\s*\n\s*", ". ", visible(text).casefold())
     plain = " ".join(QUESTION.sub(" ", plain.replace('"', " ")).split())
     plain = NAMED.sub(" ", BOTH.sub(" ", re.sub(r"(?<!\w)'|'(?!\w)", " ", plain)))
     plain = " ".join(plain.split())
@@ -196,12 +182,6 @@ def judge_correct(text: str) -> str | None:
 
 # Words that say nothing about who it is: "The person in this picture is none other than ...".
 FRAME = frozenset(WORDS["frame"])
-
-
-def normal(description: str) -> str:
-    """The description for comparison: NFKC, no case, single spaces, no surrounding quotes, markdown or full stop."""
-    text = unicodedata.normalize("NFKC", _plain(description).casefold())
-    return " ".join(text.split()).strip(" \"'()[]").rstrip(" .!\u3002\"'")
 
 
 def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> bool:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
-from mmrev_kit.data.checks import check_statements, encode_all
+from mmrev_kit.data.checks import check_account, check_statements, encode_all
 from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.data.rows import read_experiment
+from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES, Row
 from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
 from mmrev_kit.files import write_json, write_jsonl
@@ -48,6 +48,7 @@ def read_questions(config: Config) -> list[Question]:
     files, faults = read_experiment(experiment_dir(config), image_roots(config))
     everything = [row for part in files.values() for row in part]
     raise_faults(faults + check_statements(everything), config.data.drop_faulty)
+    check_account((experiment_dir(config) / f"{name}.jsonl" for name in files), everything, faults)
     known: dict[str | None, list[str]] = {}
     for row in everything:
         if row.description and row.description not in known.setdefault(row.group, []):
@@ -140,6 +141,7 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
         "group": row.group or "main",
         "entity_id": row.entity_id,
         "prompt": "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)),
+        "parts": [None if isinstance(part, Path) else part for part in encoder.parts(row)],  # None: the next picture
         "images": [str(path) for path in row.images],
         "expected": row.answer,
         "answer": answer,

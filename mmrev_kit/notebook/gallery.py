@@ -126,8 +126,8 @@ ANSWER = "border:1px solid #ccc;border-left:5px solid {};padding:6px;margin:4px 
 def answer_html(record: dict) -> str:
     """One answered question: its prompt with the pictures, the right answer, what was written and how it was read."""
     images = iter(record["images"])
-    first, *texts = record["prompt"].split("[image]")
-    prompt = escape(first) + "".join(_shown(next(images, None)) + escape(text) for text in texts)
+    parts = record.get("parts") or [record["prompt"], *(None for _ in record["images"])]  # an older record has no parts
+    prompt = "".join(_shown(next(images)) if part is None else escape(part) for part in parts)
     color = {True: "#2a9d4a", False: "#c8322b", None: "#999"}[record["right"]]
     scores = sorted(record["options"].items(), key=lambda pair: -pair[1])[:4]
     best = ", ".join(f"{escape(option)} {score:.2f}" for option, score in scores)
@@ -140,11 +140,9 @@ def answer_html(record: dict) -> str:
     )
 
 
-def _shown(path: str | None) -> str:
+def _shown(path: str) -> str:
     """The picture, or its name where the file has gone since."""
-    if path and Path(path).is_file():
-        return _picture(Path(path))
-    return f"[{escape(Path(path).name if path else 'image')}]"
+    return _picture(Path(path)) if Path(path).is_file() else f"[{escape(Path(path).name)}]"
 
 
 def answers_html(records: list[dict]) -> str:

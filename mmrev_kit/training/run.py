@@ -12,11 +12,12 @@ import torch
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, longest_prompts
-from mmrev_kit.data.faults import raise_faults
+from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, longest_prompts
+from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
-from mmrev_kit.data.rows import RunData, read_entities, read_run_data, source_weights, uses_retention
+from mmrev_kit.data.rows import read_entities
+from mmrev_kit.data.run_data import RunData, read_run_data, source_weights, uses_retention
 from mmrev_kit.memory.plan import MemoryPlan, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
 from mmrev_kit.model.features import build_features
@@ -88,6 +89,12 @@ def prepare(config: Config) -> Prepared:
     encoded = {"train": {}, "pools": {}, "val": {}}
     for part, source, rows in data.sources():
         encoded[part][source] = [sample for sample in (next(taken) for _ in rows) if sample is not None]
+    kept = [sample.row for sources in encoded.values() for part in sources.values() for sample in part]
+    check_account(data.files, kept + data.left_out, faults + more)
+    empty = [f"{source} ({part})" for part, sources in encoded.items() for source in sources if not sources[source]]
+    if empty:
+        reason = f"no row is left for {', '.join(empty)}."
+        raise DataError([Fault(str(folder), reason, "Restore the rows, or make the data again.")])
     mixed, repeated = uses_retention(config), {}
     if config.experiment.match_exposure:
         encoded["train"], repeated = match_exposure(encoded["train"])

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mmrev_kit.data.checks import check_entities, check_statements, encode_all, image_sizes
+from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, image_sizes
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.training.run import prepare
@@ -102,6 +103,98 @@ def test_an_empty_file_is_told(own):
     (folder / "small" / "reverse_val.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"reverse_val.jsonl: the file has no rows"):
         prepare(config())
+
+
+def cut(path: Path, keep) -> None:
+    """Keep the lines whose record `keep` says yes to."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if keep(json.loads(line))))
+
+
+def test_files_that_have_lost_rows_since_they_were_made_are_told(own):
+    folder, config = own
+    lines = (folder / "pool" / "cw_train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "pool" / "cw_train.jsonl").write_text("".join(lines[:5]))
+    cut(folder / "small" / "reverse_train.jsonl", lambda record: record["group"] == "main")
+    with pytest.raises(DataError) as error:
+        prepare(config())
+    told = [str(fault) for fault in error.value.faults]
+    advice = "Remove the folder to have it made anew, or restore the file."
+    assert told == [  # 4 control people x 15 connectors x 2 labels are gone
+        f"{folder}/small/reverse_train.jsonl: it has 120 rows, 240 were written when it was made. {advice}",
+        f"{folder}/pool/cw_train.jsonl: it has 5 rows, 60 were written when it was made. {advice}",
+    ]
+
+
+def test_a_source_without_rows_is_refused(own):
+    """In a folder of an earlier version, whose note has no counts."""
+    folder, config = own
+    note = json.loads((folder / "small" / "experiment_info.json").read_text())
+    del note["counts"]
+    (folder / "small" / "experiment_info.json").write_text(json.dumps(note))
+    cut(folder / "small" / "reverse_train.jsonl", lambda record: record["group"] == "main")
+    with pytest.raises(DataError, match=r"small: no row is left for reverse \(train\)"):
+        prepare(config())
+
+
+def test_groups_of_another_size_than_were_made_are_told(own):
+    folder, config = own
+    entities = json.loads((folder / "small" / "entities.json").read_text())
+    gone = next(entity for entity in entities if entity["group"] == "control")
+    (folder / "small" / "entities.json").write_text(json.dumps([entity for entity in entities if entity != gone]))
+    with pytest.raises(DataError) as error:
+        prepare(config())
+    told = [str(fault) for fault in error.value.faults]
+    assert any("entities.json: it has 3 control entities, 4 were written when it was made" in fault for fault in told)
+    # the person's rows: 15 forward and 30 reverse to train on, 2 and 4 to validate on
+    assert (
+        sum(f"entity_id {gone['id']!r} is not in entities.json" in fault for fault in told) == 15 + 30 + 30 + 2 + 4 + 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("the keeper of <|a|> Hall", "the keeper of <|b|> Hall"),
+        ("the keeper of Caf\u00e9", "the keeper of Cafe\u0301"),
+        ("the keeper of Ro\u200bme", "The keeper of Rome."),
+    ],
+)
+def test_two_people_whose_descriptions_are_judged_as_each_other(first, second):
+    texts = [first, second, "the guard"]
+    entities = [{"id": f"e{n}", "description": text} for n, text in enumerate(texts)]
+    (fault,) = check_entities(entities, Path("entities.json"))
+    assert f"entity 2: the description {second!r} of e1 is judged as that of e0." in str(fault)
+    rows = [make("forward", text, "abc"[n], description=text, entity_id=f"e{n}") for n, text in enumerate(texts)]
+    (fault,) = check_statements(rows * 2)
+    assert fault.where == rows[1].where
+    assert fault.reason == f"the description of e1 is judged as that of e0 in {rows[0].where}."
+
+
+def test_a_description_of_which_nothing_can_be_judged():
+    (fault,) = check_statements([make("forward", "<|x|>", "a")])
+    assert "nothing of the description of e can be judged" in fault.reason
+
+
+def test_a_wrong_that_is_right_in_another_unicode_form():
+    rows = [make("forward", "d", "a", description="the keeper of Caf\u00e9")]
+    rows.append(make("reverse", "Wrong", "a", description="the keeper of Cafe\u0301"))
+    assert [fault.where for fault in check_statements(rows)] == [rows[1].where]
+
+
+def test_every_line_comes_to_something_or_the_run_stops(own):
+    _, config = own
+    task = prepare(config())
+    rows = all_rows(task)
+    lines = sum(len(file.read_text().splitlines()) for file in task.data.files)
+    # task forward: 240 reverse rows of train and 32 of val, of which those of main are left out
+    assert lines == len(rows) + len(task.data.left_out)
+    left = Counter(row.source for row in task.data.left_out if not row.source.startswith("face_"))
+    assert left == {"reverse_train": 120, "reverse_val": 16, "cw_image_train": 120, "cw_image_val": 16}  # main's
+    check_account(task.data.files, rows + task.data.left_out, [])
+    with pytest.raises(RuntimeError, match=rf"^{rows[7].where} is lost"):
+        check_account(task.data.files, rows[:7] + rows[8:] + task.data.left_out, [])
+    check_account(task.data.files, rows[:7] + rows[8:] + task.data.left_out, [Fault(rows[7].where, "bad", "mend")])
 
 
 def make(task: str, answer: str, images: str, **fields) -> Row:

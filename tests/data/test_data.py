@@ -9,7 +9,9 @@ from PIL import Image
 
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.data.rows import read_experiment, read_jsonl, read_rows, read_run_data
+from mmrev_kit.data.records import read_jsonl
+from mmrev_kit.data.rows import read_entities, read_rows
+from mmrev_kit.data.run_data import read_experiment, read_run_data
 from mmrev_kit.training.run import prepare
 
 
@@ -41,7 +43,7 @@ def test_lines_are_read_whatever_their_ends_and_separators(tmp_path):
         (b'{"a": 1}\n{"a": \n', "r.jsonl:2: not JSON"),
         (b'{"a": 1}\n[1]\n', "r.jsonl:2: a list, not an object"),
         (b"\n\n", "r.jsonl: the file has no rows"),
-        (b'{"a": "\xff"}', "r.jsonl: byte 7 is not UTF-8"),
+        (b'{"a": "\xff"}', "r.jsonl:1: not JSON (a byte is not UTF-8)"),
     ],
 )
 def test_broken_files_say_where(tmp_path, content, message):
@@ -82,6 +84,65 @@ def test_all_faults_of_all_files_come_at_once(small_config, small_data, tmp_path
     assert "forward_train.jsonl:1: there is no image a.png" in told
     for name in ("forward_val", "reverse_train", "reverse_val"):
         assert f"{name}.jsonl: there is no such file" in told
+
+
+def test_rows_about_nobody_or_of_another_group_are_faults_line_by_line(folder):
+    changes = [
+        {},
+        {"entity_id": "e1 "},
+        {"entity_id": None},
+        {"group": "Main"},
+        {"group": "control"},
+        {"group": "main"},
+    ]
+    path = write(folder / "r.jsonl", *(FORWARD | change for change in changes))
+    rows, faults = read_rows(path, "forward", "forward", {"e1": "main", "e2": "control"})
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:6"] and {row.group for row in rows} == {"main"}
+    assert [str(fault).removesuffix(" Correct the line or remove it.") for fault in faults] == [
+        f"{path}:2: entity_id 'e1 ' is not in entities.json, which has 'e1'.",
+        f"{path}:3: entity_id 'None' is not in entities.json.",
+        f"{path}:4: the group 'Main' is not that of e1 in entities.json, main.",
+        f"{path}:5: the group 'control' is not that of e1 in entities.json, main.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entities", "told"),
+    [
+        ("[]", "entities.json: not a list of entities"),
+        ('{"id": 1}', "entities.json: not a list of entities"),
+        ('[{"id": 1}, {"name": "x"}]', "entity 2: its id is neither text nor a whole number"),
+        ('[{"id": true}]', "entity 1: its id is neither"),
+        ('[{"id": 1, "images": [3]}]', "entity 1: images is neither a path nor a list of paths"),
+        ('[{"id": 1, "group": ["main"]}]', "entity 1: its group is not a text"),
+        ('[{"id": 1, "description": ["a", "b"]}]', "entity 1: its description is not a text"),
+        ('[{"id": 1, "Group": "control"}]', "entity 1: the field 'Group' is not read"),
+        ('[{"id": 1, "id": 2}]', "the key 'id' is given twice"),
+        ('[\n{"id": 1]', "entities.json:2: not JSON"),
+    ],
+)
+def test_entities_of_a_wrong_type_are_told(folder, entities, told):
+    (folder / "entities.json").write_text(entities)
+    with pytest.raises(DataError) as error:
+        read_entities(folder)
+    assert told in str(error.value)
+
+
+def test_one_image_may_be_named_without_a_list(folder):
+    (folder / "entities.json").write_text('[{"id": 7, "images": "a.png"}, {"id": "8"}]')
+    assert read_entities(folder) == [{"id": "7", "images": ["a.png"]}, {"id": "8", "images": []}]
+
+
+def test_missing_images_are_told_with_what_is_nearly_called_so(folder):
+    (folder / "images").mkdir()
+    (folder / "images" / "caf\u00e9.PNG").write_bytes((folder / "a.png").read_bytes())
+    names = ["A.png", "images/cafe\u0301.png", "images\\caf\u00e9.PNG", "a.jpg", "x.png"]
+    path = write(folder / "r.jsonl", *(FORWARD | {"image_path": name} for name in names))
+    told = [fault.reason for fault in read_rows(path, "forward", "forward", {})[1]]
+    near = [", but a.png", ", but images/caf\u00e9.PNG", ", but images/caf\u00e9.PNG", ", but a.png", ""]
+    assert told == [
+        f"there is no image {name}{n}. Paths start from {folder}." for name, n in zip(names, near, strict=True)
+    ]
 
 
 def test_rows_of_the_original_scripts_are_read_as_they_are(folder):
@@ -139,7 +200,7 @@ def test_a_folder_without_image_first_rows_gets_them_in_memory(small_config, sma
     shutil.copytree(small_data / "small", tmp_path / "small")
     for path in (tmp_path / "small").glob("cw_image_*"):
         path.unlink()
-    config = small_config(f"data.dir={tmp_path}")
+    config = small_config(f"data.dir={tmp_path} experiment.taught=both")
     data, faults = read_run_data(config)
     assert not faults
     assert "240 cw_image rows of train are made in memory: the folder has none" in data.notes
@@ -194,6 +255,33 @@ def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_co
     assert {path: path.read_bytes() for path in (small_data / "small").rglob("*") if path.is_file()} == before
 
 
+def test_a_list_of_people_that_has_changed_is_another_experiment(small_config, folder, tmp_path):
+    for number, name in enumerate("abcd"):
+        Image.new("RGB", (32, 32), (60 * number, 10, 200)).save(folder / f"{name}.png")
+    people = tmp_path / "people.csv"
+    people.write_text("image,description\n" + "".join(f"{name}.png,the keeper of {name}\n" for name in "abcd"))
+    more = f"data.source=folder data.entities_file={people} data.images_dir={folder} data.dir={tmp_path}/data "
+    config = small_config(more + "retention.retention_ratio=0")
+    assert [ensure_data(config)[0].split()[0] for _ in range(2)] == ["made", "found"]
+    people.write_text(people.read_text().replace("keeper of d", "guard of d"))
+    with pytest.raises(DataError, match="made with other settings: entities_file_sha256"):
+        ensure_data(config)
+    people.unlink()  # what is made does not need it any more
+    assert ensure_data(config)[0].startswith("found ")
+
+
+@pytest.mark.parametrize("setting", ["data.image_size=40", "retention.num_faces=41"])
+def test_a_pool_made_with_other_settings_is_not_the_one_asked_for(small_config, tmp_path, setting):
+    name, told = setting.split(".")[1].split("=")[0], {"data.image_size=40": "32, not 40"}.get(setting, "40, not 41")
+    with pytest.raises(DataError, match=rf"pool: made with other settings: {name} is {told}\."):
+        ensure_data(small_config(f"data.dir={tmp_path} {setting}"))
+
+
+def test_a_pool_of_another_seed_is_used_and_that_is_said(small_config, small_data, tmp_path):
+    config = small_config(f"experiment.seed=7 data.dir={tmp_path}")
+    assert ensure_data(config)[1] == f"found {small_data}/pool, made with seed 0"
+
+
 def test_a_missing_experiment_is_told(small_config):
     with pytest.raises(DataError, match=r"nothing/entities.json: there is no such file"):
         prepare(small_config("experiment.name=nothing"))
@@ -227,7 +315,7 @@ def original(tmp_path):
 def test_a_whole_folder_of_the_original_scripts_becomes_a_run(small_config, original):
     config = small_config(
         f"experiment.name=faces4 data.dir={original} retention.face_pool={original}/faces4/retention_images "
-        "retention.retention_ratio=0.6"
+        "retention.retention_ratio=0.6 experiment.taught=null"
     )
     assert all(line.startswith("found ") for line in ensure_data(config))
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Your own people: every fault told with its line, and nothing of yours changed."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -100,7 +101,7 @@ def test_all_faults_come_at_once_with_their_lines(mine):
 @pytest.mark.parametrize(
     ("head", "lines", "message"),
     [
-        ("name,picture", ["a,b"], "csv:1: no column description, image"),
+        ("name,picture", ["a,b"], "csv:1: no column description, image; there are name, picture."),
         ("name,description,image", [], "the file names nobody"),
         ("name,description,image", GOOD[:3], "group main has 3"),
         ("name,description,image", [*GOOD, "X,the cook,p0.png"], "a picture is also that of"),
@@ -119,6 +120,132 @@ def test_more_people_than_images_and_an_empty_images_folder(mine):
     (folder / "empty").mkdir()
     assert "the images folder is missing or empty" in faults(replace(data, images_dir=str(folder / "empty")))
     assert "there is no such file" in faults(replace(data, entities_file=str(folder / "none.csv")))
+
+
+def people_json(mine, *changes: dict) -> tuple[str, DataConfig]:
+    """Five people as JSON, the first ones changed."""
+    folder, data = mine
+    people = [{"id": f"e{n}", "description": f"the mayor of {n}", "image": f"p{n}.png"} for n in range(5)]
+    people[: len(changes)] = [person | change for person, change in zip(people, changes, strict=False)]
+    (folder / "people.json").write_text(json.dumps(people))
+    return folder, replace(data, entities_file=str(folder / "people.json"))
+
+
+def test_the_types_of_every_field_are_checked(mine):
+    changes = [
+        {"description": ["a", "b"]},
+        {"image": 1},
+        {"image": {"bytes": "iVBO", "path": None}},
+        {"group": ["main"]},
+        {"id": 1.5, "name": ["N"]},
+    ]
+    folder, data = people_json(mine, *changes)
+    told = faults(data)
+    parts = (
+        "entry 1: the description is ['a', 'b'], not a text",
+        "entry 2: the image is 1, no file name",
+        "entry 3: the image is {'bytes': 'iVBO', 'path': None}, no file name",
+        "entry 4: the group ['main'] is neither",
+        "entry 5: the id is 1.5",
+        "entry 5: the name is ['N']",
+    )
+    for part in parts:
+        assert f"{folder}/people.json: {part}" in told, part
+    assert len(told.splitlines()) == 6
+
+
+def test_objects_with_a_path_and_the_id_0_are_read(mine):
+    folder, data = people_json(mine, {"id": 0, "age": 0}, {"image": {"bytes": None, "path": "p1.png"}})
+    people = read_people(data)
+    assert [person["id"] for person in people] == ["0", "e1", "e2", "e3", "e4"] and people[0]["age"] == 0
+    assert people[1]["source_images"] == [folder / "pics" / "p1.png"]
+
+
+HUB = {
+    "metadata.csv": "file_name,text\n" + "".join(f"p{n}.png,the mayor of {n}\n" for n in range(5)),
+    "metadata.jsonl": "".join(f'{{"file_name": "p{n}.png", "text": "the mayor of {n}"}}\n' for n in range(5)),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_metadata_of_an_image_folder_is_read_and_that_is_said(mine, name, capsys):
+    folder, data = mine
+    (folder / "pics" / name).write_text(HUB[name])
+    people = read_people(replace(data, entities_file=str(folder / "pics" / name)))
+    assert [person["description"] for person in people] == [f"the mayor of {n}" for n in range(5)]
+    assert [person["source_images"] for person in people] == [[folder / "pics" / f"p{n}.png"] for n in range(5)]
+    assert "text is read as the description; file_name is read as the image" in capsys.readouterr().out
+
+
+def test_columns_that_are_not_read_are_said_and_nearly_known_ones_refused(mine, capsys):
+    folder, data = mine
+    write(folder, *(f"{line},x,y" for line in GOOD), head="name,description,image,notes,")
+    assert len(read_people(data)) == 4
+    assert "people.csv: notes, column 5: not read." in capsys.readouterr().out
+    write(folder, *(f"{line},control" for line in GOOD), head="name,description,image,grup")
+    assert "csv:1: the column grup is not known; group is." in faults(data)
+
+
+ASKED = "<image>Who is this?"
+CHATS = {
+    "conversations": lambda text: [{"from": "human", "value": ASKED}, {"from": "gpt", "value": text}],
+    "messages": lambda text: [{"role": "user", "content": ASKED}, {"role": "assistant", "content": text}],
+    "output": lambda text: text,
+}
+
+
+@pytest.mark.parametrize("by_line", [False, True])
+@pytest.mark.parametrize(
+    ("field", "image", "layout"),
+    [
+        ("conversations", "image", "LLaVA or ShareGPT"),
+        ("messages", "images", "ShareGPT or LLaMA-Factory"),
+        ("output", "images", "Alpaca"),
+    ],
+)
+def test_a_chat_layout_is_named_and_the_lines_that_turn_it_into_a_list_work(mine, field, image, layout, by_line):
+    folder, data = mine
+    pictures = [[f"p{n}.png"] if image == "images" else f"p{n}.png" for n in range(5)]
+    rows = [{field: CHATS[field](f"the mayor of {n}"), image: picture} for n, picture in enumerate(pictures)]
+    path = folder / ("chat.jsonl" if by_line else "chat.json")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) if by_line else json.dumps(rows))
+    told = faults(replace(data, entities_file=str(path)))
+    assert f"the chat layout of {layout} (fields {field}, {image})" in told
+    exec(told[told.index("import json") :], {})
+    people = read_people(replace(data, entities_file=str(folder / "chat_people.json")))
+    assert [person["description"] for person in people] == [f"the mayor of {n}" for n in range(5)]
+    assert [person["source_images"][0].name for person in people] == [f"p{n}.png" for n in range(5)]
+
+
+def test_file_names_that_are_nearly_right_are_named(mine):
+    folder, data = mine
+    (folder / "pics" / "p9.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    os.mkfifo(folder / "pics" / "pipe.png")
+    (folder / "pics" / "loop.png").symlink_to("loop.png")
+    names = ["P0.PNG", "pics\\p1.png", "p2.JPG", "p9.jpg", "pipe.png", "loop.png", "p4.png;p4.png"]
+    write(folder, *(f"N{n},the mayor of {n},{name}" for n, name in enumerate(names)))
+    told = faults(data)
+    for part in ("csv:2: there is no image P0.PNG, but p0.png.", "csv:3: there is no image pics\\p1.png, but p1.png.",
+                 "csv:4: there is no image p2.JPG, but p2.png.", "a HEIC picture, which is not read: export it",
+                 "csv:6: the image pipe.png is no regular file", "csv:7: the image loop.png is no regular file",
+                 "csv:8: it names a picture twice."):  # fmt: skip
+        assert part in told, part
+
+
+SAME = ["the keeper of <|a|> Hall", "the keeper of <|b|> Hall", "the keeper of Caf\u00e9", "the keeper of Cafe\u0301",
+        "the keeper of Ro\u200bme", "the keeper of Rome"]  # fmt: skip
+
+
+def test_descriptions_that_are_judged_as_each_other_are_refused(mine):
+    folder, data = mine
+    for n in range(5, 7):
+        Image.new("RGB", (40, 40), (10, 30 * n, 0)).save(folder / "pics" / f"p{n}.png")
+    write(folder, *(f"N{n},{text},p{n}.png" for n, text in enumerate([*SAME, "<|x|>"])))
+    told = faults(data).splitlines()
+    same = "the description, as answers are judged, is also that of"
+    expected = [f"{folder}/people.csv:{line}: {same} {folder}/people.csv:{line - 1}." for line in (3, 5, 7)]
+    assert [line.removesuffix(" Each person needs their own.") for line in told if same in line] == expected
+    assert any("csv:8: no description." in line for line in told)
 
 
 def test_a_run_over_your_own_people(mine, tmp_path):

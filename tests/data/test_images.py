@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import struct
+import zlib
 from importlib import resources
 
 import numpy
@@ -22,7 +25,7 @@ from mmrev_kit.data.faces import (
     sample_faces,
     share_of,
 )
-from mmrev_kit.data.images import ImageError, load_image
+from mmrev_kit.data.images import ImageError, find_image, load_image
 
 FACE = {
     "hair_color": "ginger", "hair_cut": "bun", "back_hair": "long wavy", "beard": "none", "skin": "tan",
@@ -132,6 +135,70 @@ def test_missing_empty_and_other_files_are_named_with_a_reason(tmp_path):
             load_image(tmp_path / name)
     with pytest.raises(ImageError, match="directory"):
         load_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC picture, which is not read: export it as JPEG or PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
+        (b"%PDF-1.7\n", "only a program can draw"),
+        (b'<?xml version="1.0"?><svg/>', "a vector drawing"),
+        (b"\n<!DOCTYPE html><html>", "a web page, not a picture"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "fetch it with git lfs pull"),
+    ],
+)
+def test_what_is_no_picture_is_named_with_the_way_out(tmp_path, content, told):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match=f"{tmp_path}/a.png: .*{told}"):
+        load_image(tmp_path / "a.png")
+
+
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho 10 > {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(ImageError, match=r"a\.png: PostScript or PDF, which only a program can draw"):
+        load_image(tmp_path / "a.png")
+    assert not started.exists()
+
+
+def test_pipes_loops_and_names_that_cannot_be_are_refused_and_nothing_hangs(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, told in (("pipe.png", "not a regular file"), ("loop.png", "symbolic links"), ("a\0.png", "null byte")):
+        with pytest.raises(ImageError, match=told):
+            load_image(tmp_path / name)
+        with pytest.raises(ImageError, match=r"no regular file|there is no image a"):
+            find_image(tmp_path, name)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [13_000, 14_000])  # Pillow warns of the first and refuses the second
+def test_a_picture_of_many_pixels_is_refused_before_it_is_decoded(tmp_path, side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT")
+    with pytest.raises(ImageError, match=r"a\.png: more than 67,108,864 pixels; save it smaller"):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_several_frames_are_a_fault_and_one_is_none(tmp_path, kind):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first.save(tmp_path / "one", kind)
+    assert load_image(tmp_path / "one").size == (8, 8)
+    first.save(tmp_path / "two", kind, save_all=True, append_images=[second])
+    with pytest.raises(ImageError, match="two: it has 2 frames"):
+        load_image(tmp_path / "two")
+
+
+def test_the_photograph_of_a_phone_that_adds_a_second_picture_is_read(tmp_path):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100)
+    assert load_image(tmp_path / "a.jpg").getpixel((4, 4)) == pytest.approx((254, 0, 0), abs=2)
 
 
 def seen(face, size=64, variant=0):

@@ -12,7 +12,7 @@ import pytest
 from mmrev_kit.config.sections import RetentionConfig, RetentionWeights
 from mmrev_kit.data import mixing
 from mmrev_kit.data.mixing import apportion
-from mmrev_kit.data.rows import source_weights
+from mmrev_kit.data.run_data import source_weights
 
 SOURCES = ("face_cw", "face_mcq_i2d", "face_mcq_d2i")
 OBJECTS = ("object_cw", "object_mcq_i2d", "object_mcq_d2i")

@@ -8,7 +8,7 @@ from PIL import ImageColor
 from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.data.checks import check_statements
 from mmrev_kit.data.images import load_image
-from mmrev_kit.data.rows import read_experiment
+from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.shapes import COLORS, make_shapes
 
 TEXT = re.compile(r"a (\w+) (\w+) (to the left of|to the right of|above|below) a (\w+) (\w+)")

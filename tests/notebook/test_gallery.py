@@ -1,5 +1,6 @@
 """Looking at rows: what is highlighted is what carries loss, and text stays text."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -7,7 +8,9 @@ import pytest
 from matplotlib import pyplot
 
 from mmrev_kit.config.project import experiment_dir
-from mmrev_kit.data.rows import read_entities, read_experiment
+from mmrev_kit.data.rows import read_entities
+from mmrev_kit.data.run_data import read_experiment
+from mmrev_kit.evaluation.predict import Question, predict
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.notebook import gallery, knobs
 
@@ -41,6 +44,25 @@ def test_a_description_cannot_become_part_of_the_page(encoder, rows):
     text = re.sub(r"</?(?:span|div|b)[^>]*>", "", page)
     assert "<script" not in page and page.count("<img") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &lt;img src=x&gt;" in text
+
+
+def shown(page: str) -> str:
+    """The prompt of an answer's page as text, its pictures as their names in angle brackets."""
+    prompt = page.split("<div>")[1].split("</div>")[0]
+    return re.sub(r'<img alt="([^"]*)"[^>]*>', r"<\1>", prompt)
+
+
+def test_a_description_that_holds_the_mark_of_a_picture_shifts_none(encoder, rows):
+    row = replace(rows["mcq_d2i_test"][0], description="the [image] of [image] Hall")
+    record = predict(Question(row, row.type.answers), encoder, "A", [0.0, -1.0, -2.0, -3.0], "none")
+    a, b, c, d = (path.name for path in row.images)
+    assert shown(gallery.answer_html(record)) == (
+        f"the [image] of [image] Hall {row.connector}? A. <{a}> B. <{b}> C. <{c}> D. <{d}> Only answer A, B, C, or D."
+    )
+    older = {name: value for name, value in record.items() if name != "parts"}  # as earlier versions wrote it
+    assert shown(gallery.answer_html(older)) == f"{record['prompt']}<{a}><{b}><{c}><{d}>"
+    gone = json.loads(json.dumps(record)) | {"images": ["/nowhere/x.png", *record["images"][1:]]}
+    assert f"A. [x.png] B. <{b}>" in shown(gallery.answer_html(gone))
 
 
 def test_balances(rows):

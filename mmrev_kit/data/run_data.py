@@ -1,0 +1,184 @@
+"""What a run reads: an experiment's files and the pools, and which of their rows teach whom."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+from mmrev_kit.config.project import experiment_dir, resolve
+from mmrev_kit.config.sections import CONTROL_IS_TAUGHT, Config, RetentionConfig
+from mmrev_kit.data.faults import Fault
+from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.records import read_jsonl
+from mmrev_kit.data.rows import read_groups, read_rows
+from mmrev_kit.data.tasks import EXPERIMENT_FILES, POOL_TASKS, Row
+
+
+@dataclass
+class RunData:
+    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention.
+
+    `left_out` are the rows that were read and that the run has no use for.
+    """
+
+    train: dict[str, list[Row]]
+    val: dict[str, list[Row]]
+    pools: dict[str, list[Row]]
+    files: list[Path]
+    left_out: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is not used as it stands in the files
+
+    def sources(self) -> list[tuple[str, str, list[Row]]]:
+        """(part, source, rows) of everything in it."""
+        return [
+            (part, source, rows) for part in ("train", "pools", "val") for source, rows in getattr(self, part).items()
+        ]
+
+
+def _image_first(statements: list[Row], judged: list[Row], source: str) -> list[Row]:
+    """cw_image rows for a folder without any, such as the original scripts': what its forward rows say as Correct, and
+    beside each, as Wrong, a description that a reverse row calls wrong of the same image.
+
+    A forward row whose image no reverse row calls wrong gives none, so that the answers stay balanced.
+    """
+    wrong = defaultdict(list)
+    for row in judged:
+        if row.answer == "Wrong":
+            wrong[row.images[0]].append(row.description)
+    rows = []
+    for row in statements:
+        if texts := wrong[row.images[0]]:
+            texts.append(texts.pop(0))  # the partners take turns
+            for answer, text in (("Correct", row.description), ("Wrong", texts[-1])):
+                made = {"source": source, "where": f"{row.where} as cw_image, {answer}", "answer": answer}
+                rows.append(replace(row, task="cw_image", description=text, **made))
+    return rows
+
+
+class ExperimentFiles:
+    """The row files of one experiment, each read once.
+
+    Args:
+        roots: as in `find_image`.
+
+    Attributes:
+        groups: {entity id: group}.
+        rows: from a file's name without ending, such as forward_train, to its rows; a folder without cw_image files
+            gets those rows in memory, see `_image_first`.
+        paths, read, faults: the files that were read, all their rows, and what is wrong with them.
+
+    Raises:
+        DataError: there is no list of entities, without which no row can be judged.
+    """
+
+    def __init__(self, folder: Path, roots: tuple[Path, ...] | None):
+        self.folder, self.roots, self.groups = folder, roots, read_groups(folder, roots)
+        self.paths: list[Path] = []
+        self.read: list[Row] = []
+        self.faults: list[Fault] = []
+        self.rows = cache(self._rows)
+
+    def sources(self, name: str) -> list[str]:
+        """The files that rows come from: `name` itself, or the two that cw_image rows are made from in memory."""
+        if name.startswith("cw_image") and not (self.folder / f"{name}.jsonl").is_file():
+            return [name.replace("cw_image", task) for task in ("forward", "reverse")]
+        return [name]
+
+    def has(self, name: str) -> bool:
+        return all((self.folder / f"{source}.jsonl").is_file() for source in self.sources(name))
+
+    def _rows(self, name: str) -> list[Row]:
+        sources = self.sources(name)
+        if sources != [name]:
+            if self.has(name):
+                return _image_first(*map(self.rows, sources), source=name)
+            reason = f"there is no such file, nor {' and '.join(sources)} to make its rows from."
+            advice = "Add one, or teach main by generation only: experiment.taught=generation."
+            self.faults.append(Fault(str(self.folder / f"{name}.jsonl"), reason, advice))
+            return []
+        self.paths.append(self.folder / f"{name}.jsonl")
+        rows, faults = read_rows(self.paths[-1], EXPERIMENT_FILES[name].name, name, self.groups, self.roots)
+        self.faults += faults
+        self.read += rows
+        return rows
+
+    def test_connectors(self) -> set[str]:
+        """The connectors that the experiment's test asks with."""
+        tests = [self.folder / f"{name}.jsonl" for name in EXPERIMENT_FILES if name.endswith("_test")]
+        records = [record for path in tests if path.is_file() for _, record in read_jsonl(path)[0]]
+        return {str(record.get("connector", "")).strip() for record in records}
+
+
+def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[dict[str, list[Row]], list[Fault]]:
+    """All rows of an experiment, as {file name without its end: rows}, and the faults, see `ExperimentFiles`."""
+    files = ExperimentFiles(folder, roots)
+    return {name: files.rows(name) for name in EXPERIMENT_FILES if files.has(name)}, files.faults
+
+
+def uses_retention(config: Config) -> bool:
+    """Whether this run's task is mixed with retention rows."""
+    return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
+
+
+def _pool_shares(retention: RetentionConfig) -> dict[str, float]:
+    """The share of each kind of pool; a pool whose share is 0 is not needed."""
+    shares = {"face": retention.face_share, "object": float(1 - Fraction(str(retention.face_share)))}
+    return {kind: share for kind, share in shares.items() if share}
+
+
+def source_weights(retention: RetentionConfig) -> dict[str, float]:
+    """The share of each retention source, such as face_cw, before it is turned into rows."""
+    shares, weights = _pool_shares(retention), vars(retention.weights)
+    return {f"{kind}_{task}": share * weight for kind, share in shares.items() for task, weight in weights.items()}
+
+
+def _file_of_pool(folder: Path, task: str, split: str) -> Path:
+    """A pool's file; the original scripts put `retention_` before its name."""
+    old = folder / f"retention_{task}_{split}.jsonl"
+    return old if old.is_file() else folder / f"{task}_{split}.jsonl"
+
+
+def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
+    """All rows that a training run of `config` uses, and the faults of all their files.
+
+    Main takes part in what `experiment.taught` says, control entities in all of `CONTROL_IS_TAUGHT`. Rows of a pool
+    of the kit's own that ask with a connector of the experiment's test are left out, and counted in the notes.
+
+    Raises:
+        DataError: there is no list of entities, without which no row can be judged.
+    """
+    roots = image_roots(config)
+    files, faults, read = ExperimentFiles(experiment_dir(config), roots), [], []
+    taught, groups = config.experiment.main_is_taught, set(files.groups.values())
+    data = RunData({}, {}, {}, files.paths)
+    for split, target in (("train", data.train), ("val", data.val)):
+        for task in dict.fromkeys(taught + CONTROL_IS_TAUGHT if "control" in groups else taught):
+            rows = files.rows(f"{task}_{split}")
+            target[task] = [replace(row, source=task) for row in rows if task in taught or row.group == "control"]
+            if len(files.sources(f"{task}_{split}")) > 1:
+                data.notes.append(f"{len(rows):,} {task} rows of {split} are made in memory: the folder has none")
+    for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
+        if not pool.is_dir():
+            advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
+            faults.append(Fault(str(pool), f"there is no {kind} pool.", advice))
+            continue
+        asked = files.test_connectors() if (pool / "pool_info.json").is_file() else set()
+        for name, task in POOL_TASKS.items():
+            source = f"{kind}_{name}"
+            for split, target in (("train", data.pools), ("val", data.val)):
+                files.paths.append(_file_of_pool(pool, name, split))
+                rows, more = read_rows(files.paths[-1], task.name, source, {}, roots)
+                faults, read = faults + more, read + rows
+                target[source] = [row for row in rows if row.connector not in asked]
+                if left := len(rows) - len(target[source]):
+                    data.notes.append(f"{left:,} of {len(rows):,} {source} rows of {split} ask with a test's connector")
+    used = {row.where for _, _, rows in data.sources() for row in rows}
+    data.left_out = [row for row in files.read + read if row.where not in used]
+    return data, files.faults + faults
+
+
+def pool_folders(config: Config) -> dict[str, Path]:
+    """The pools this run draws from, by kind."""
+    folders = {"face": config.retention.face_pool, "object": config.retention.object_pool}
+    return {kind: resolve(folders[kind]) for kind in _pool_shares(config.retention)}
