@@ -146,9 +146,9 @@ def test_groups_of_another_size_than_were_made_are_told(own):
         prepare(config())
     told = [str(fault) for fault in error.value.faults]
     assert any("entities.json: it has 3 control entities, 4 were written when it was made" in fault for fault in told)
-    # the person's rows: 15 forward and 30 reverse to train on, 2 and 4 to validate on
+    # the person's rows: 15 + 30 + 30 to train on, 2 + 4 + 4 to validate on
     assert (
-        sum(f"entity_id {gone['id']!r} is not in entities.json" in fault for fault in told) == 15 + 30 + 30 + 2 + 4 + 4
+        sum(f"entity_id {gone['id']!r} is not in entities.json" in fault for fault in told) == 75 + 10
     )
 
 
