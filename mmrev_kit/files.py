@@ -13,11 +13,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mmrev_kit.errors import Told
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNFINISHED = re.compile(r"\.(.+)\.(aside|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
 
 
-class DiskFull(OSError):
+class DiskFull(Told, OSError):
     """No space left for a file or folder; the message says which, how much it needs and how much is free."""
 
     def __str__(self) -> str:
@@ -38,10 +40,10 @@ def needing(path: Path, size: int | None = None):
         if not any(int(number or 0) in FULL for number in numbers):
             raise
         free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-        needs = f"it needs at least {size:,} bytes; " if size else ""
+        few = f"at least {size:,} bytes; {free:,} bytes are free" if (size or 0) > free else f"more than {free:,} bytes"
         raise DiskFull(
             errno.ENOSPC,
-            f"No space left for {path}: {needs}{free:,} bytes are free there, or a quota is used up. "
+            f"No space left for {path}: it needs {few}, or a quota is used up. "
             "What was saved before is whole. Free some space and start again.",
         ) from error
 

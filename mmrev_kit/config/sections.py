@@ -8,11 +8,12 @@ import math
 from dataclasses import dataclass, field
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
+from mmrev_kit.errors import Told
 
 TASKS = ("forward", "reverse")
 
 
-class ConfigError(ValueError):
+class ConfigError(Told, ValueError):
     """The configuration cannot be used; the message names the key and what to do."""
 
 
@@ -85,7 +86,7 @@ class LoraConfig:
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
     def __post_init__(self):
-        _check_numbers("lora", self, {"r": (1, math.inf), "alpha": (1, math.inf), "dropout": (0, 1)})
+        _check_numbers("lora", self, {"r": (1, math.inf), "alpha": (1, math.inf), "dropout": (0, 0.99)})
         _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "must name a module")
 
 

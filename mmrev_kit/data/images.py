@@ -9,6 +9,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from mmrev_kit.config.project import experiment_dir, project_root, resolve
 from mmrev_kit.config.sections import Config
+from mmrev_kit.errors import Told
 
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow's decoders raise on damaged files (cut short, bytes flipped); they share no base class.
@@ -18,7 +19,7 @@ DECODING_ERRORS = (
 )  # fmt: skip
 
 
-class ImageError(ValueError):
+class ImageError(Told, ValueError):
     """An image cannot be used; the message names the path and the reason."""
 
 
