@@ -13,7 +13,7 @@ from mmrev_kit.evaluation.results import write_results
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
-from mmrev_kit.training.history import changed_settings, clear_errors, mark_ended, prepare_folder, read_history
+from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
@@ -74,14 +74,17 @@ def launch(config: Config) -> dict:
 def _train(config: Config, folder: Path) -> dict:
     number, saved, show = config.launch.num_processes, folder / "last", Watch(folder)
     count = "1 process" if number == 1 else f"{number} processes"
-    print(f"training in {folder}: {count}" + (f", going on from {saved}" if saved.exists() else ""))
+    going_on = saved.exists() and not config.launch.overwrite
+    print(f"training in {folder}: {count}" + (f", going on from {saved}" if going_on else ""))
     try:
-        run_job(worker, folder, LOG, number, show=show)
+        run_job(worker, config, folder, LOG, show=show)
     except (KeyboardInterrupt, TrainingError) as error:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         mark_ended(folder / HISTORY, how)
         show()
-        print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        own = saved.exists() and not changed_settings(config, folder / "config.yaml")
+        again = "run the same cell again" + (" with overwrite=False" if own and config.launch.overwrite else "")
+        print(f"{how}; {again} to " + (f"go on from {saved}" if own else "start anew"))
         if how == "interrupted":
             raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
@@ -100,10 +103,11 @@ def attach(config: Config, folder: Path, holder: dict) -> dict:
     under_way = f"{folder} is under way: {describe(holder)}"
     if config.launch.overwrite:
         raise ConfigError(f"{under_way}. It is not replaced: wait for its end, or interrupt it where it was started.")
-    if changed := changed_settings(config):
+    given = folder / JOB if (folder / JOB).is_file() else folder / "config.yaml"  # what it has begun with: what it is
+    if changed := changed_settings(config, given):
         raise ConfigError(
             f"{under_way}, with another configuration: {changed}. Choose another experiment.name; to watch that run, "
-            f"launch it with {folder / 'config.yaml'}."
+            f"launch it with {given}."
         )
     print(f"{under_way}. It is shown here; an interrupt ends the showing, not the run.", flush=True)
     show = Watch(folder)
@@ -146,7 +150,7 @@ def evaluate(
     unknown = [drop for drop in drops if drop not in DROPS]
     if unknown or not drops:
         raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
-    chosen = run_dir(config) / adapter if adapter else None
+    chosen = run_dir(config) / str(adapter) if adapter else None
     base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, base, config.model.name)
@@ -161,12 +165,12 @@ def evaluate(
     with held(folder):
         facts.unlink(missing_ok=True)
         clear_errors(folder)
-        write_text(folder / "config.yaml", to_yaml(config))
         print(f"evaluating {chosen or config.model.name}")
         log = LogLines(folder / "evaluate.log")
         arguments = str(chosen) if chosen else None, list(drops), str(folder)
-        run_job(evaluate_worker, folder, log.path.name, config.launch.num_processes, *arguments, show=log.show)
+        run_job(evaluate_worker, config, folder, log.path.name, *arguments, show=log.show)
         log.show()
+        write_text(folder / "config.yaml", to_yaml(config))
         task = config.experiment.task if chosen else None
         write_results(folder, task)
         write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
