@@ -9,7 +9,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.checks import check_statements, encode_all
-from mmrev_kit.data.faults import raise_faults
+from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.rows import read_experiment
@@ -43,7 +43,7 @@ def read_questions(config: Config) -> list[Question]:
     row comes in all 24 orders of its options.
 
     Raises:
-        DataError: with every fault of the test files.
+        DataError: with every fault of the test files, or where there are none.
     """
     files, faults = read_experiment(experiment_dir(config), image_roots(config))
     everything = [row for part in files.values() for row in part]
@@ -58,6 +58,10 @@ def read_questions(config: Config) -> list[Question]:
             questions += [reorder(row, order) for order in itertools.permutations(range(4))]
         else:
             questions.append(Question(row, row.type.answers or tuple(known[row.group])))
+    if not questions:
+        names = ", ".join(f"{test}_test.jsonl" for test in TASK_TYPES)
+        reason = f"there is nothing to ask: none of {names} is there."
+        raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
     return questions
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import DROPS, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.evaluation.results import write_results
 from mmrev_kit.files import write_json, write_text
@@ -148,8 +149,10 @@ def evaluate(
     config.launch.num_processes = count_processes(config)
     check_machine(config)
     unknown = [drop for drop in drops if drop not in DROPS]
-    if unknown or not drops:
-        raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
+    if unknown or "none" not in drops:
+        raise ConfigError(
+            f"drops = {' '.join(drops)!r}: must be of {', '.join(DROPS)}, none (the whole prompt) included."
+        )
     chosen = run_dir(config) / str(adapter) if adapter else None
     base = base_fingerprint(**base_of(config))
     if chosen:
@@ -157,6 +160,9 @@ def evaluate(
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
+    asked = {question.row.task for question in questions}
+    if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
+        print(f"not asked, for there are no rows: {', '.join(left_out)}")
     key = evaluation_key(config, chosen, base, drops, questions)
     facts = folder / "facts.json"
     if not again and facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("key") == key:
