@@ -43,7 +43,10 @@ LETTER = (
     rf"(?:[Aa](?!\s+(?!(?i:{'|'.join(AFTER_LETTER_A)})\b){_W})|[B-Db-d])"
     rf"(?!{_W})(?!'{_W})(?!-{_W})(?!\.[A-Za-z]\b)"
 )
-ITEM = rf"(?:(?i:option|choice|image|picture|letter)\s+|(?:选项|图片|图)\s*)?[(\[\"'<{{]*{LETTER}[)\]\"'>}}]*(?:\s*(?:选项|项))?"
+ITEM = (
+    r"(?:(?i:option|choice|image|picture|letter)\s+|(?:选项|图片|图)\s*)?"
+    rf"[(\[\"'<{{]*{LETTER}[)\]\"'>}}]*(?:\s*(?:选项|项))?"
+)
 _AND = r"(?:/|&|\b(?i:or maybe|or|and|nor)\b|[、和或与及]|或者|还是|以及)"
 JOINED = rf"{ITEM}(?:\s*,\s*{ITEM})*(?:\s*,?\s*{_AND}\s*{ITEM})+"
 MENTION = re.compile(rf"{JOINED}|{ITEM}")

@@ -221,5 +221,5 @@ def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(sm
 
 
 def test_an_unknown_drop_is_refused(small_config):
-    with pytest.raises(ConfigError, match="drops = .pictures.: must be of none, image, text, both, none):
+    with pytest.raises(ConfigError, match=r"drops = .pictures.: must be of none, image, text, both, none"):
         evaluate(small_config(), None, drops=("pictures",))
