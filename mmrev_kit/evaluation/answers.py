@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.tasks import CW, GENERATION
 
 THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no answer; an unfinished one leaves none
 SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
@@ -154,6 +155,16 @@ def judge_letter(text: str) -> str | None:
         if letters:
             return letters.pop() if len(letters) == 1 else None
     return None
+
+
+def judge_answer(form: str, answer: str, expected: str, options: Iterable[str]) -> tuple[str | None, bool]:
+    """What an answer to a question of this format (`data.tasks`) says, None where it is unparsed, and whether it is
+    right."""
+    if form == GENERATION:
+        right = judge_description(answer, expected, options)
+        return (expected if right else answer.strip() or None), right
+    read = (judge_correct if form == CW else judge_letter)(answer)
+    return read, read == expected
 
 
 POSITIVE, NEGATIVE = (

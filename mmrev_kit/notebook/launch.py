@@ -9,9 +9,9 @@ from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.evaluation.predict import DROPS, evaluate_worker, evaluation_key, read_questions
-from mmrev_kit.evaluation.results import write_results
-from mmrev_kit.files import write_json, write_text
+from mmrev_kit.evaluation.predict import DROPS, MEASURED, evaluate_worker, evaluation_key, read_questions
+from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
+from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
 from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
@@ -164,12 +164,11 @@ def evaluate(
     if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
         print(f"not asked, for there are no rows: {', '.join(left_out)}")
     key = evaluation_key(config, chosen, base, drops, questions)
-    facts = folder / "facts.json"
-    if not again and facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("key") == key:
-        print(f"{folder} holds this evaluation.")
-        return folder
     with held(folder):
-        facts.unlink(missing_ok=True)
+        if not again and _holds(folder, key):
+            judge_anew(folder)
+            print(f"{folder} holds this evaluation.")
+            return folder
         clear_errors(folder)
         print(f"evaluating {chosen or config.model.name}")
         log = LogLines(folder / "evaluate.log")
@@ -177,7 +176,15 @@ def evaluate(
         run_job(evaluate_worker, config, folder, log.path.name, *arguments, show=log.show)
         log.show()
         write_text(folder / "config.yaml", to_yaml(config))
-        task = config.experiment.task if chosen else None
-        write_results(folder, task)
-        write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
+        measured = folder / MEASURED
+        facts = json.loads(measured.read_text(encoding="utf-8"))
+        complete(folder, facts | {"task": config.experiment.task if chosen else None, "key": key})
+        measured.unlink()
     return folder
+
+
+def _holds(folder: Path, key: str) -> bool:
+    try:
+        return read_facts(folder).get("key") == key
+    except ConfigError:
+        return False
