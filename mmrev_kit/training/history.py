@@ -146,7 +146,7 @@ def _from_original_scripts(data: dict) -> dict:
 
 def clear_errors(folder: Path) -> None:
     """Forget the errors of an earlier try."""
-    for error in folder.glob("error_rank*.txt"):
+    for error in folder.glob("error_rank[0-9]*.txt"):
         error.unlink()
 
 

@@ -122,7 +122,7 @@ def run_job(
 
 def error_text(folder: Path, log: str, num_processes: int) -> str | None:
     """The error that the first failing process left in the job's folder, or the end of the log."""
-    files = sorted(folder.glob("error_rank*.txt"), key=lambda file: file.stat().st_mtime)
+    files = sorted(folder.glob("error_rank[0-9]*.txt"), key=lambda file: file.stat().st_mtime)
     if files:
         rank = files[0].stem.removeprefix("error_rank")
         text = files[0].read_text(encoding="utf-8").strip()

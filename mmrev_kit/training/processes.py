@@ -18,7 +18,7 @@ from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.errors import Told
-from mmrev_kit.files import write_text
+from mmrev_kit.files import needing, write_text
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
@@ -76,7 +76,8 @@ def worker_state(folder: Path):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         state = PartialState(cpu=not torch.cuda.is_available())
-        yield state
+        with needing(folder):  # a disk may be full for a line of the log, too
+            yield state
     except BaseException as error:
         rank = int(os.environ.get("RANK", "0"))
         with on_interrupt(signal.SIG_IGN):  # interrupts come in pairs: from the terminal or server, and the parent
