@@ -71,7 +71,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
             process.wait()
             status = 130
         complaints.seek(0)
-        error = failure(waiting)
+        error = failure(waiting) if status not in (0, 130) else None
         told = error or [complaints.read()]
     if status == 0:
         folder.mkdir(parents=True, exist_ok=True)

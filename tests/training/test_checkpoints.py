@@ -397,7 +397,7 @@ def test_the_features_of_the_32b():
 def test_a_disk_that_fills_up_under_way_is_told_by_the_worker_and_the_run_has_failed(small_config, tmp_path):
     """The disk is filled to the last byte once the run has begun: its next write fails, and the parent's own, too."""
     with mounted(tmp_path / "disk", "64m") as disk:
-        config = small_config(f"launch.output_dir={disk}/outputs training.num_epochs=9 training.min_val_loss=0")
+        config = small_config(f"launch.output_dir={disk}/outputs training.num_epochs=3 training.min_val_loss=0")
         history = run_dir(config) / "training_history.json"
 
         def fill_it() -> None:
@@ -414,4 +414,4 @@ def test_a_disk_that_fills_up_under_way_is_told_by_the_worker_and_the_run_has_fa
         filler.join()
         assert read_history(history)["status"] == "failed"
         (disk / "filler").unlink()
-        assert launch(small_config(f"launch.output_dir={disk}/outputs training.num_epochs=9 training.min_val_loss=9"))
+        assert launch(config)["status"] == "finished"
