@@ -9,7 +9,8 @@ import sys
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.sections import Config
+from mmrev_kit.errors import Told
 
 
 def train(config: Config) -> None:
@@ -26,14 +27,12 @@ def train(config: Config) -> None:
 
 def train_as_worker(config: Config) -> None:
     """This process's part of a run that `torchrun` or `accelerate launch` started."""
-    from mmrev_kit.data.rows import DataError
     from mmrev_kit.training.loop import launched_worker
-    from mmrev_kit.training.update import TrainingError
 
     config.launch.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         launched_worker(config)
-    except (ConfigError, DataError, TrainingError) as error:
+    except Told as error:
         rank = os.environ.get("RANK", "0")
         told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
         sys.exit(f"process {rank}: {told}")
@@ -54,11 +53,20 @@ def read_words(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> int | None:
-    """Run a command; returns the exit status."""
+    """Run a command; returns the exit status, which is 2 where the message is all that the user needs."""
     if words[:1] == ["job"]:  # what `training.jobs.run_job` starts
         from mmrev_kit.training import jobs
 
         return jobs.main(words[1:])
+    try:
+        return run(words)
+    except Told as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(words: list[str]) -> int | None:
+    """Run a command that a person typed; returns the exit status."""
     if words[:1] == ["pretrain"]:
         from mmrev_kit.pretraining import command
 
@@ -68,11 +76,7 @@ def main(words: list[str]) -> int | None:
         from mmrev_kit.notebook.render import execute
 
         return execute(given.name, [tuple(pair) for pair in given.parameters])
-    try:
-        return train(load_config(given.config, given.overrides))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return train(load_config(given.config, given.overrides))
 
 
 if __name__ == "__main__":

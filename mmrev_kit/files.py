@@ -15,12 +15,22 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mmrev_kit.errors import Told
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 UNFINISHED = re.compile(r"\.(.+)\.(aside|(new|part)\.[a-z0-9_]{8})")  # names that only a kill leaves behind
 
 
-class DiskFull(OSError):
+class DiskFull(Told, OSError):
     """No space left for a file or folder; the message says which, how much it needs and how much is free."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+class NotWritable(Told, OSError):
+    """A file or folder that may not be written, or not there; the message says which."""
 
     def __str__(self) -> str:
         return self.strerror
@@ -32,18 +42,22 @@ def needing(path: Path, size: int | None = None):
 
     Raises:
         DiskFull: in place of the system's error, which names neither.
+        NotWritable: `path` or a folder above it may not be written, or cannot be made.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:  # the latter, of a file written by safetensors, has no errno
         numbers = re.findall(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
         if not any(int(number or 0) in FULL for number in numbers):
+            if getattr(error, "errno", None) in DENIED and Path(error.filename or "") in (path, *path.parents):
+                reason = f"{path} cannot be written ({error.strerror}: {error.filename}). Choose another folder."
+                raise NotWritable(error.errno, reason) from None
             raise
         free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-        needs = f"it needs at least {size:,} bytes; " if size else ""
+        few = f"at least {size:,} bytes; {free:,} bytes are free" if (size or 0) > free else f"more than {free:,} bytes"
         raise DiskFull(
             errno.ENOSPC,
-            f"No space left for {path}: {needs}{free:,} bytes are free there, or a quota is used up. "
+            f"No space left for {path}: it needs {few}, or a quota is used up. "
             "What was saved before is whole. Free some space and start again.",
         ) from error
 

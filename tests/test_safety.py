@@ -373,7 +373,7 @@ def project(small_data, tmp_path_factory):
         f"retention.face_pool={small_data}/pool evaluation.max_new_tokens=4"
     )
     environment = os.environ | {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-    for name, words in {"data": [], "train": [], "evaluate": ["-p", "drops", "none", "-p", "base", "false"]}.items():
+    for name, words in {"data": [], "train": [], "evaluate": ["-p", "drops", "none", "-p", "base", "False"]}.items():
         command = [sys.executable, "-m", "mmrev_kit", "notebook", name, "-p", "name", "small", *words]
         command += ["-p", "overrides", overrides]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)

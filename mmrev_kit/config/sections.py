@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
+from mmrev_kit.errors import Told
 
 TASKS = ("forward", "reverse")
 # What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.
@@ -18,7 +19,7 @@ TAUGHT = {
 CONTROL_IS_TAUGHT = ("forward", "cw_image", "reverse")
 
 
-class ConfigError(ValueError):
+class ConfigError(Told, ValueError):
     """The configuration cannot be used; the message names the key and what to do."""
 
 
@@ -100,7 +101,7 @@ class LoraConfig:
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
     def __post_init__(self):
-        _check_numbers("lora", self, {"r": (1, math.inf), "alpha": (1, math.inf), "dropout": (0, 1)})
+        _check_numbers("lora", self, {"r": (1, math.inf), "alpha": (1, math.inf), "dropout": (0, 0.99)})
         _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "must name a module")
 
 

@@ -11,6 +11,7 @@ from functools import cache
 
 from PIL import Image
 
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.config.seeds import rng_for, seed_for
 from mmrev_kit.data.assets import draw, read_asset, style_definition
 
@@ -137,7 +138,7 @@ def sample_faces(rng: random.Random, count: int, share: str, min_difference: int
             taken |= keys
             failed = 0
         elif (failed := failed + 1) > PATIENCE:
-            raise ValueError(
+            raise ConfigError(
                 f"{count} faces of the share {share!r} that differ in {min_difference} or more attributes: "
                 f"only {len(faces)} were found. Ask for fewer."
             )

@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from mmrev_kit.errors import Told
+
 SHOWN = 20  # faults that a message names
 
 
@@ -19,7 +21,7 @@ class Fault:
         return f"{self.where}: {self.reason} {self.advice}"
 
 
-class DataError(ValueError):
+class DataError(Told, ValueError):
     """The data cannot be used; `faults` holds every fault that was found, and the message names the first of them."""
 
     def __init__(self, faults: list[Fault], what: str = "the data"):

@@ -12,6 +12,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmrev_kit.config.project import experiment_dir, project_root, resolve
 from mmrev_kit.config.sections import Config
+from mmrev_kit.errors import Told
 
 # What Pillow decodes by itself. EPS, which it also knows, it hands to a program; a JPEG may hold several pictures
 # (MPO), of which the first is the photograph.
@@ -35,7 +36,7 @@ DECODING_ERRORS = (
 )  # fmt: skip
 
 
-class ImageError(ValueError):
+class ImageError(Told, ValueError):
     """An image cannot be used; the message names the path and the reason."""
 
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.config.sections import ConfigError, DataConfig
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.faces import credits, draw_face, sample_faces
@@ -25,20 +25,20 @@ ENTITY_FIELDS = (
 
 
 def check_groups(data: DataConfig) -> None:
-    """Raise ValueError, with what to do, if the configured groups cannot make an experiment."""
+    """Raise ConfigError, with what to do, if the configured groups cannot make an experiment."""
     if data.num_main < 1:
-        raise ValueError(f"data.num_main = {data.num_main}: an experiment needs main entities. Set 4 or more.")
+        raise ConfigError(f"data.num_main = {data.num_main}: an experiment needs main entities. Set 4 or more.")
     if data.num_control < 0:
-        raise ValueError(f"data.num_control = {data.num_control}: set 0 for no control group, or 4 or more.")
+        raise ConfigError(f"data.num_control = {data.num_control}: set 0 for no control group, or 4 or more.")
     for group, size in zip(GROUPS, (data.num_main, data.num_control), strict=True):
         if 0 < size < MIN_GROUP:
-            raise ValueError(
+            raise ConfigError(
                 f"data.num_{group} = {size}: wrong partners and the four options of a question come from the "
                 f"entity's own group. Set data.num_{group} to {MIN_GROUP} or more."
             )
     total = data.num_main + data.num_control
     if total > MAX_ENTITIES:
-        raise ValueError(
+        raise ConfigError(
             f"data.num_main + data.num_control = {total}: there are {MAX_ENTITIES} different descriptions "
             f"({len(ROLES)} roles x {len(PLACES)} places). Ask for {MAX_ENTITIES} entities or fewer."
         )
@@ -55,7 +55,7 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
     Fields that a drawing cannot show are None. `images` are paths relative to the experiment folder.
 
     Raises:
-        ValueError: groups too small or too large (see `check_groups`).
+        ConfigError: groups too small or too large (see `check_groups`).
     """
     check_groups(data)
     total = data.num_main + data.num_control
@@ -116,7 +116,7 @@ def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
     """Make a drawn experiment, see `write_experiment`. Equal arguments give equal bytes.
 
     Raises:
-        ValueError: groups too small or too large (see `check_groups`).
+        ConfigError: groups too small or too large (see `check_groups`).
     """
     entities, connectors = make_entities(data, seed), connector_split(seed)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
 from mmrev_kit.data.partners import balanced_letters, place_answer
@@ -157,7 +158,7 @@ def _task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count:
         draws = (_draw_row(task, sampler, subject, answer, rng) for _ in range(TRIES))
         row = next((row for row in draws if row and tuple(map(str, row.values())) not in rows), None)
         if row is None:
-            raise ValueError(
+            raise ConfigError(
                 f"No new row in {TRIES} tries: the pool is too small for so many rows. Ask for more subjects."
             )
         rows[tuple(map(str, row.values()))] = row
@@ -170,10 +171,10 @@ def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, 
     Half of the CW rows are Correct; each MCQ letter comes a quarter of the time, to within one. Subjects take turns.
 
     Raises:
-        ValueError: an odd count, or too few subjects for so many different rows.
+        ConfigError: an odd count, or too few subjects for so many different rows.
     """
     if count % 2:
-        raise ValueError(f"{count} rows a task: choose an even number, so that half of the answers are Correct.")
+        raise ConfigError(f"{count} rows a task: choose an even number, so that half of the answers are Correct.")
     rows = {}
     for name, task in POOL_TASKS.items():
         rng = rng_for(seed, "pool", name, split)
@@ -211,7 +212,7 @@ def make_pool(
 
     Raises:
         FileExistsError: the folder exists; it is not touched.
-        ValueError: rows that cannot be made of so few subjects.
+        ConfigError: rows that cannot be made of so few subjects.
     """
     counts = dict(zip(parts, rows_per_task, strict=True))
     split_of = {subject: split for split, part in parts.items() for subject in part}
@@ -241,10 +242,10 @@ def make_face_pool(
         image_size: pixels on a side.
 
     Raises:
-        ValueError: too few faces, or more than there are.
+        ConfigError: too few faces, or more than there are.
     """
     if num_faces < MIN_FACES:
-        raise ValueError(f"num_faces = {num_faces}: a face pool needs {MIN_FACES} faces or more.")
+        raise ConfigError(f"num_faces = {num_faces}: a face pool needs {MIN_FACES} faces or more.")
     looks = rng_for(seed, "pool", "looks")
     faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces, "pool", min_difference=1)
     subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]

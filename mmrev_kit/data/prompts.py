@@ -13,13 +13,14 @@ from PIL import Image
 
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.tasks import Row, build_prompt
+from mmrev_kit.errors import Told
 
 MAX_ASPECT = 200  # the processor refuses longer images
 SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
 IGNORED = -100  # the label of a token that carries no loss
 
 
-class PromptError(ValueError):
+class PromptError(Told, ValueError):
     """A row cannot become a prompt: `reason`, and what to do about it, `advice`."""
 
     def __init__(self, reason: str, advice: str):

@@ -8,7 +8,11 @@ THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # thoughts are no an
 SPECIAL = re.compile(r"<\|[^|>]*\|>")  # <|im_end|> and its like
 BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 MARKDOWN = re.compile(r"[*`$]|^[#> \t]+|(?<![^\W_])_+|_+(?![^\W_])", re.MULTILINE)
-QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'))
+QUOTES = str.maketrans(
+    dict.fromkeys("\u2018\u2019", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d", '"')
+    | {"\u3002": ". "}
+)
 
 
 def visible(text: str) -> str:

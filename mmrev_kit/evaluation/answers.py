@@ -2,13 +2,16 @@
 
 None means that a reader could not tell: the answer is empty, names two options, asks back, repeats the question, or
 says that it does not know. Such an answer is unparsed and counts as a miss. A question asserts nothing, so "B?" is no
-answer; one that is taken back ("B. No, C.") is none either.
+answer; one that is taken back ("B. No, C.") is none either. Doubt asserts nothing: what could, may or might be, what is
+possible, perhaps or maybe so; what is probably or likely so is asserted. An answer may come in Chinese, whatever the
+question's language.
 """
 
 import re
 from collections.abc import Iterable
 
 from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.tasks import CW, GENERATION
 from mmrev_kit.data.texts import normal, visible
 
 QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
@@ -16,42 +19,64 @@ QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
 # "A" before any word but these is the article of "A dog".
 WORDS: dict[str, list[str]] = read_asset("answers")
 AFTER_LETTER_A = WORDS["after_letter_a"]
+_CHINESE = r"\u3400-\u9fff"  # written without spaces: no border of a word is seen between its characters
+_W = rf"[^\W{_CHINESE}]"
 LETTER = (
-    r"(?<!\w)(?<!\w')(?<!\w-)(?<!\b[A-Za-z]\.)"  # no part of a word, of "I'd", of "X-A" or of "U.A."
-    rf"(?:[Aa](?!\s+(?!(?i:{'|'.join(AFTER_LETTER_A)})\b)\w)|[B-Db-d])"
-    r"(?!\w)(?!'\w)(?!-\w)(?!\.[A-Za-z]\b)"
+    rf"(?<!{_W})(?<!{_W}')(?<!{_W}-)(?<!\b[A-Za-z]\.)"  # no part of a word, of "I'd", of "X-A" or of "U.A."
+    rf"(?:[Aa](?!\s+(?!(?i:{'|'.join(AFTER_LETTER_A)})\b){_W})|[B-Db-d])"
+    rf"(?!{_W})(?!'{_W})(?!-{_W})(?!\.[A-Za-z]\b)"
 )
-ITEM = rf"(?:(?i:option|choice|image|picture|letter)\s+)?[(\[\"'<{{]*{LETTER}[)\]\"'>}}]*"
-JOINED = rf"{ITEM}(?:\s*,\s*{ITEM})*(?:\s*,?\s*(?:/|&|\b(?i:or maybe|or|and|nor)\b)\s*{ITEM})+"
+ITEM = (
+    r"(?:(?i:option|choice|image|picture|letter)\s+|(?:选项|图片|图)\s*)?"
+    rf"[(\[\"'<{{]*{LETTER}[)\]\"'>}}]*(?:\s*(?:选项|项))?"
+)
+_AND = r"(?:/|&|\b(?i:or maybe|or|and|nor)\b|[、和或与及]|或者|还是|以及)"
+JOINED = rf"{ITEM}(?:\s*,\s*{ITEM})*(?:\s*,?\s*{_AND}\s*{ITEM})+"
 MENTION = re.compile(rf"{JOINED}|{ITEM}")
 _FILLER = (
     r"(?:(?:be|been|is|it|it's|that|this|think|believe|say|choose|pick|the|answer|option|choice|letter|image|picture|"
-    r"correct|right|likely|most|necessarily|either|clearly|definitely|probably|just|actually|simply|still|indeed)\s+)*"
+    r"correct|right|likely|most|necessarily|either|clearly|definitely|probably|just|actually|simply|still|indeed|"
+    r"if|whether|well)\s+)*"
 )
 _OPEN = r"[(\[\"'<{\s]*$"
 _BE = r"(?:is|are|was|be|looks?|seems?|must be|might be|may be|could be|should be|would be|will be)"
 REJECTED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|except|excluding|rather than|instead of|other than|anything but)|n't)\s+"
-    rf"{_FILLER}{_OPEN}|\b(?:wrong|incorrect)\s*(?:answers?\s*)?:{_OPEN}",
+    rf"{_FILLER}{_OPEN}|\b(?:wrong|incorrect)\s*(?:answers?\s*)?:{_OPEN}"
+    rf"|(?:不(?:是|选|可能是|应该?是|应该?选)|不会是|并非|而非|排除|除了)\s*{_OPEN}",
     re.IGNORECASE,
 )
 REJECTED_AFTER = re.compile(
     r"[.]?\s*(?:(?:is|are|was|were|does|do|did|can|could|would|must|should|has)(?:n't|\s*not|'t|\s+never)\b"
     rf"(?!\s+(?:wrong|incorrect))|{_BE}\s+(?:(?!not\b)\w+\s+)?(?:wrong|incorrect|false|impossible|ruled out)\b"
-    r"|\s*[:=(-]\s*(?:wrong|incorrect|false|no)\b)",
+    r"|\s*[:=(-]\s*(?:wrong|incorrect|false|no)\b"
+    r"|\s*(?:[都也均全并]*(?:是|为)?(?:不(?:对|是|正确|符|匹配|可能)|错|并非)))",
+    re.IGNORECASE,
+)
+_MAY = r"(?:could|may|might|can)(?:\s+(?:well|also|even|possibly|perhaps))*"
+DOUBTED_BEFORE = re.compile(
+    rf"(?:\b(?:{_MAY}|possibly|perhaps|maybe|(?:not|n't)\s+(?:entirely\s+)?(?:sure|certain)|unsure|uncertain"
+    rf"|(?<!no )doubt)\s+{_FILLER}|(?:(?<![很最])可能(?:会?是|为)?|也许是?|或许是?|大概是?|好像是?|似乎是?)\s*){_OPEN}",
+    re.IGNORECASE,
+)
+DOUBTED_AFTER = re.compile(
+    rf"[.]?\s*(?:{_MAY}\s+be\b|(?:is|are|seems?|looks?)\s+(?:also\s+|an?\s+)?(?:possible|possibility|plausible)\b"
+    r"|[,(-]?\s*(?:possibly|perhaps|maybe)\b|(?<![很最])可能|也许|或许)",
     re.IGNORECASE,
 )
 ASSERTED_BEFORE = re.compile(
     r"(?:\b(?:answer|solution|choice|pick|selection|response|option|letter|match|correct)s?\b"
     rf"(?:\s+(?:to|for)(?:\s+\w+){{1,4}}?|\s+here)?\s*(?:{_BE}\s*:?|:|=|-+>?)"
     r"|\b(?:choose|chose|pick|select|go with|going with|answer|answer with)\s"
-    rf"|\b(?:so|therefore|thus|hence)\b[,:]?(?:\s+it(?:'s|\s+{_BE}))?)\s*{_FILLER}{_OPEN}",
+    rf"|\b(?:so|therefore|thus|hence)\b[,:]?(?:\s+it(?:'s|\s+{_BE}))?)\s*{_FILLER}{_OPEN}"
+    rf"|(?:答案(?:应该?|就)?(?:是|为|选|:)?|选择?|因此|所以|故)(?:是|为|:)?\s*{_OPEN}",
     re.IGNORECASE,
 )
 _SURELY = r"(?:is|are|was|were|looks?|seems?|must be|should be|would be|will be)"  # "could be right" asserts nothing
 ASSERTED_AFTER = re.compile(
     rf"[.]?\s*(?:{_SURELY}\s+(?:\w+ly\s+)?(?:the\s+)?(?:(?:only|best|most likely)\s+)?"
-    r"(?:correct|right|true|best|answer|match|not\s+(?:wrong|incorrect))\b|\s*[:=(-]\s*(?:correct|right|true|yes)\b)",
+    r"(?:correct|right|true|best|answer|match|not\s+(?:wrong|incorrect))\b|\s*[:=(-]\s*(?:correct|right|true|yes)\b"
+    r"|\s*(?:是|才是|为)?(?:最)?(?:正确|对的|对$|没错)|\s*(?:才?是|为)(?:正确)?答案)",
     re.IGNORECASE,
 )
 GIVES_REASON = re.compile(r"[.,:]*\s*(?:because|since|as|for)\b", re.IGNORECASE)
@@ -62,10 +87,12 @@ DISCUSSED_AFTER = re.compile(
 
 
 def _standing(text: str, mention: re.Match) -> str:
-    """How a mention of letters stands in the text: rejected, asserted, discussed or plain."""
+    """How a mention of letters stands in the text: rejected, doubted, asserted, discussed or plain."""
     before, after = text[: mention.start()], text[mention.end() :]
     if REJECTED_BEFORE.search(before) or REJECTED_AFTER.match(after):
         return "rejected"
+    if DOUBTED_BEFORE.search(before) or DOUBTED_AFTER.match(after):
+        return "doubted"
     if ASSERTED_BEFORE.search(before) or ASSERTED_AFTER.match(after):
         return "asserted"
     if not before.strip() and GIVES_REASON.match(after):
@@ -75,7 +102,7 @@ def _standing(text: str, mention: re.Match) -> str:
 
 def _letters_by_standing(text: str) -> dict[str, list[str]]:
     """{standing: sets of letters as text, such as "B" or "BC"}, in reading order."""
-    found: dict[str, list[str]] = {"asserted": [], "plain": [], "discussed": [], "rejected": []}
+    found: dict[str, list[str]] = {"asserted": [], "plain": [], "discussed": [], "rejected": [], "doubted": []}
     previous, end = "", 0
     for mention in MENTION.finditer(text):
         letters = "".join(sorted({letter.upper() for letter in re.findall(LETTER, mention.group())}))
@@ -96,9 +123,9 @@ def judge_letter(text: str) -> str | None:
     A letter counts as a word of its own, in either case, bare or dressed: "b", "(B)", "**C**", "Option C: the keeper".
     What is said outright ("the answer is", "is correct", "so", "I choose") outweighs letters that are only mentioned,
     which outweigh letters spoken about ("D) because A is too old" is D); rejected letters ("not A", "A is wrong")
-    never count. Two letters of the same standing are no answer. "A" before a noun is an article; the options
-    repeated as a list A., B., C., D. are the question's. A description without its letter, "the second one" and "2"
-    are not read as letters.
+    and doubted ones ("it could be A") never count. Two letters of the same standing are no answer. "A" before a noun
+    is an article; the options repeated as a list A., B., C., D. are the question's. A description without its letter,
+    "the second one" and "2" are not read as letters.
     """
     plain = QUESTION.sub(" ", visible(text))
     plain = re.sub(r"\s*\n\s*", " \n", plain).strip()
@@ -112,39 +139,52 @@ def judge_letter(text: str) -> str | None:
     return None
 
 
+def judge_answer(form: str, answer: str, expected: str, options: Iterable[str]) -> tuple[str | None, bool]:
+    """What an answer to a question of this format (`data.tasks`) says, None where it is unparsed, and whether it is
+    right."""
+    if form == GENERATION:
+        right = judge_description(answer, expected, options)
+        return (expected if right else answer.strip() or None), right
+    read = (judge_correct if form == CW else judge_letter)(answer)
+    return read, read == expected
+
+
 POSITIVE, NEGATIVE = (
-    "correct|correctly|accurate|accurately",
-    "wrong|wrongly|incorrect|incorrectly|inaccurate|false|untrue",
+    rf"(?<!{_W})(?:correct|correctly|accurate|accurately)(?!{_W})|正确|准确|没错|对(?=的?$)",
+    rf"(?<!{_W})(?:wrong|wrongly|incorrect|incorrectly|inaccurate|false|untrue)(?!{_W})|(?<!没)错误?",
 )
-BOTH = re.compile(
-    rf"\b(?:(?:{POSITIVE}|right|true)\s*(?:\bor\b|\bnor\b|\band\b|/)\s*(?:{NEGATIVE})"
-    rf"|(?:{NEGATIVE})\s*(?:\bor\b|\bnor\b|\band\b|/)\s*(?:{POSITIVE}|right|true)|(?:{POSITIVE}) or not)\b"
-)
+_TRUE, _FALSE = rf"(?:{POSITIVE}|\b(?:right|true)\b|对)", rf"(?:{NEGATIVE})"
+_OR = r"\s*(?:\bor\b|\bnor\b|\band\b|/|或者?|还是|和|与)\s*"
+BOTH = re.compile(rf"{_TRUE}{_OR}{_FALSE}|{_FALSE}{_OR}{_TRUE}|(?:{POSITIVE}) or not\b|对不对|正确与否")
 NAMED = re.compile(
     r"\b(?:correct|right|true) (?:(?:answer|option|choice|response|verdict|label)\s*:|"
     r"(?:answer|option|choice|response|verdict|label|one|description|identity|name|statement)(?: \w+){0,4}? "
     r"(?:is|was|would be|should be)\b)|\bcorrect me\b"
+    r"|正确的?(?:答案|选项|描述)(?:应该?)?(?:是|为|:)?"
 )
 CLAUSE = re.compile(
-    r"[.,;:!()\u2013\u2014]|\s-+\s|\b(?:but|so|because|since|and|therefore|thus|hence|although|though|while)\b"
+    r"[.,;:!()\u2013\u2014、]|\s-+\s|\b(?:but|so|because|since|and|therefore|thus|hence|although|though|while)\b"
+    r"|但是?|所以|因为|因此|而且"
 )
 UNSURE = re.compile(
     r"(?:\bnot|n't|\bcannot) (?:\w+ )?(?:sure|certain|clear|know|tell|say|determine|judge|verify|possible)\b"
-    r"|\b(?:unsure|uncertain|unable|impossible)\b|\bi (?:may|might|could) be\b"
+    r"|\b(?:unsure|uncertain|unable|impossible|possible|possibly|perhaps|maybe)\b|(?<!no )(?<!without )\bdoubt"
+    r"|\b(?:may|might|could|can)(?: (?!not|never)\w+)? be\b|\b(?:may|might) (?:not|well)\b"
+    r"|(?<![很最不])可能|也许|或许|大概|似乎|好像|不确定|不清楚|不知道|无法|难以|不能(?:确定|判断)"
 )
 CONDITION = re.compile(r"\b(?:if|whether|unless)\b.*")
 NEGATION = re.compile(
     r"n't\b|\bisnt\b|\b(?:not|never|cannot|hardly|neither|nor|nothing|far from|no longer|in no way|by no means|"
-    r"anything but)\b"
+    r"anything but)\b|不|并非|没有?(?!错)|未"
 )
-VERDICT = re.compile(rf"\b(?P<positive>{POSITIVE})\b|\b(?P<negative>{NEGATIVE})\b")
+VERDICT = re.compile(rf"(?P<positive>{POSITIVE})|(?P<negative>{NEGATIVE})")
 # "right" and "true" only as what something is said to be: not "on the right", not "a true artist".
 PREDICATE = re.compile(
     r"(?:^|(?<=\bis )|(?<=\bare )|(?<=\bbe )|(?<='s )|(?<='re )|(?<=n't )|(?<=\bnot )|(?<=ly )|(?<=\bquite ))"
     r"(?P<positive>right|true)$"
 )
-YES = re.compile(r"\W*(?:yes|yeah|yep)\b")
-NO = re.compile(r"\W*(?:no|nope)(?:\W*$|\s*[,.!;:\u2014-]|\s+(?:it|this|that|he|she)\b)")
+YES = re.compile(r"\W*(?:(?:yes|yeah|yep)\b|是(?:的|[,.!]|$))")
+NO = re.compile(r"\W*(?:(?:no|nope)(?:\W*$|\s*[,.!;:\u2014-]|\s+(?:it|this|that|he|she)\b)|否|不(?:是的?)?(?:[,.!]|$))")
 
 
 def _verdicts(clause: str) -> set[str]:
@@ -168,14 +208,14 @@ def judge_correct(text: str) -> str | None:
     Correct. "Accurate", "inaccurate" and "false" count like the asked-for words, and so do "right" and "true" as what
     something is said to be ("That is right"). Yes and no at the start decide only where none of these words does. The
     question repeated, "the correct answer is ...", conditions ("if it is correct") and doubt ("not sure it is
-    correct") assert nothing, nor does "it matches": the model was asked for a word.
+    correct", "it might be correct") assert nothing, nor does "it matches": the model was asked for a word.
     """
     plain = re.sub(r"\s*\n\s*\n\s*", ". ", visible(text).casefold())
     plain = " ".join(QUESTION.sub(" ", plain.replace('"', " ")).split())
     plain = NAMED.sub(" ", BOTH.sub(" ", re.sub(r"(?<!\w)'|'(?!\w)", " ", plain)))
     plain = " ".join(plain.split())
     found = set().union(*(_verdicts(clause) for clause in CLAUSE.split(plain)))
-    if not found:
+    if not found and not UNSURE.search(plain):
         found = ({"Correct"} if YES.match(plain) else set()) | ({"Wrong"} if NO.match(plain) else set())
     return found.pop() if len(found) == 1 else None
 
@@ -206,7 +246,7 @@ def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> b
         return True
     rest, found = answer.replace("none other than", " "), set()
     for known in sorted({target, *map(normal, others)} - {""}, key=len, reverse=True):
-        rest, count = re.subn(rf"(?<!\w){re.escape(known)}(?!\w)", " \u2022 ", rest)
+        rest, count = re.subn(rf"(?<!{_W}){re.escape(known)}(?!{_W})", " \u2022 ", rest)
         if count:
             found.add(known)
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)*", rest)

@@ -4,19 +4,22 @@ import hashlib
 import itertools
 import time
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from mmrev_kit.config.project import experiment_dir
+from mmrev_kit import __version__
+from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.checks import check_account, check_statements, encode_all
-from mmrev_kit.data.faults import raise_faults
+from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.run_data import read_experiment
-from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES, Row
-from mmrev_kit.evaluation.answers import judge_correct, judge_description, judge_letter
+from mmrev_kit.data.tasks import CHOICE, LETTERS, TASK_TYPES, Row
+from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.files import write_json, write_jsonl
-from mmrev_kit.model.bases import base_fingerprint, base_of, is_random
+from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, is_random, model_folder
+from mmrev_kit.model.features import LIBRARIES
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
@@ -24,6 +27,7 @@ from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
 PROGRESS_LINES = 4  # for each drop
+MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
 DROPS = ("none", "image", "text", "both")
 
 
@@ -43,12 +47,13 @@ def read_questions(config: Config) -> list[Question]:
     row comes in all 24 orders of its options.
 
     Raises:
-        DataError: with every fault of the test files.
+        DataError: with every fault of the test files, or where there are none.
     """
     files, faults = read_experiment(experiment_dir(config), image_roots(config))
     everything = [row for part in files.values() for row in part]
     raise_faults(faults + check_statements(everything), config.data.drop_faulty)
-    check_account((experiment_dir(config) / f"{name}.jsonl" for name in files), everything, faults)
+    paths = [experiment_dir(config) / f"{name}.jsonl" for name in files]  # some rows may be made in memory
+    check_account([path for path in paths if path.is_file()], everything, faults)
     known: dict[str | None, list[str]] = {}
     for row in everything:
         if row.description and row.description not in known.setdefault(row.group, []):
@@ -59,19 +64,31 @@ def read_questions(config: Config) -> list[Question]:
             questions += [reorder(row, order) for order in itertools.permutations(range(4))]
         else:
             questions.append(Question(row, row.type.answers or tuple(known[row.group])))
+    if not questions:
+        names = ", ".join(f"{test}_test.jsonl" for test in TASK_TYPES)
+        reason = f"there is nothing to ask: none of {names} is there."
+        raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
     return questions
 
 
 def evaluation_key(
     config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
 ) -> str:
-    """A digest of everything that an evaluation's answers depend on."""
+    """A digest of everything that an evaluation's answers depend on: `base` stands for the weights, the small files of
+    the model for its processor (chat template, tokenizer, image mean), and the versions for the code."""
     digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
     digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
     for question in questions:
         digest.update(repr(question).encode())
+    digest.update(repr([__version__, *(version(name) for name in LIBRARIES)]).encode())
+    processor = (
+        EMBEDDED_MODEL
+        if is_random(config.model.name)
+        else model_folder(config.model.name, config.model.revision, False)
+    )
+    small = {path for pattern in SMALL_FILES for path in processor.glob(pattern)}
     files = {image for question in questions for image in question.row.images}
-    for file in [*sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
+    for file in [*sorted(small), *sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -86,12 +103,7 @@ def reorder(row: Row, order: tuple[int, ...]) -> Question:
 
 def judge(question: Question, answer: str) -> tuple[str | None, bool]:
     """What an answer says (None: unparsed), and whether it is right; unparsed is a miss."""
-    row = question.row
-    if row.type.format == GENERATION:
-        right = judge_description(answer, row.answer, question.options)
-        return (row.answer if right else answer.strip() or None), right
-    read = (judge_correct if row.type.format == CW else judge_letter)(answer)
-    return read, read == row.answer
+    return judge_answer(question.row.type.format, answer, question.row.answer, question.options)
 
 
 def answer_questions(config: Config, model, questions: list[Question], drop: str, state) -> list[dict]:
@@ -154,7 +166,7 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
 
 
 def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...], folder: str) -> None:
-    """What each process runs: its share of the questions; the first process writes predictions.jsonl and facts.json,
+    """What each process runs: its share of the questions; the first process writes predictions.jsonl and MEASURED,
     which says what was evaluated, how fast, and on what.
 
     Args:
@@ -178,6 +190,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             found = gather_object(found)
         if state.is_main_process:
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
+            (Path(folder) / "facts.json").unlink(missing_ok=True)  # the old evaluation is no longer whole
             write_jsonl(Path(folder) / "predictions.jsonl", found)
             facts = {
                 "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
@@ -190,4 +203,4 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
                 "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU",
                 "num_processes": state.num_processes,
             }
-            write_json(Path(folder) / "facts.json", facts)
+            write_json(Path(folder) / MEASURED, facts)

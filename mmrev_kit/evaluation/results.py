@@ -1,5 +1,6 @@
 """Evaluations as files and tables: what one found, runs side by side, and the result files of the original scripts."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import TASKS, Config, ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import statistics
+from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import verdict
 
@@ -33,7 +35,7 @@ def read_records(path: Path) -> list[dict]:
     """The predictions of an evaluation, one record a question (see `predict.predict`).
 
     Raises:
-        ConfigError: no such file, or a line that is no record; the line is named.
+        ConfigError: no such file, no record in it, or a line that is none; the line is named.
     """
     if not path.is_file():
         raise ConfigError(f"There is no evaluation: {path}. Run notebooks/evaluate.ipynb first.")
@@ -47,6 +49,8 @@ def read_records(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}:{number}: no prediction of this kit ({error}). Evaluate again.") from None
         records.append(record)
+    if not records:
+        raise ConfigError(f"{path}: there is no prediction in it. Evaluate again.")
     return records
 
 
@@ -62,16 +66,64 @@ def write_results(folder: Path, task: str | None) -> None:
         files.write_json(folder / "verdict.json", asdict(verdict(records, task)))
 
 
+def counted(folder: Path) -> dict:
+    """How many predictions an evaluation has, and their SHA-256: what facts.json keeps of them."""
+    content = (folder / "predictions.jsonl").read_bytes()
+    return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def complete(folder: Path, facts: dict) -> None:
+    """`write_results`, and then facts.json with `counted`: it is written last, so that a broken evaluation has none."""
+    write_results(folder, facts["task"])
+    files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
+
+
+def read_facts(folder: Path) -> dict:
+    """facts.json of an evaluation that is whole; one that was made before facts were counted is taken as it is.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or the predictions are not those that it counts.
+    """
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        kept, found = facts.get("predictions"), counted(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder}: no whole evaluation ({error}). Evaluate again.") from None
+    if kept and kept != found:
+        rows = f"{found['rows']} rows, not the {kept['rows']} that were written, or others"
+        raise ConfigError(f"{folder / 'predictions.jsonl'}: {rows}. Evaluate again.")
+    return facts
+
+
+def judge_anew(folder: Path) -> None:
+    """Judge the kept answers of a whole evaluation by today's rules; its files change only where that changes one, or
+    where one is missing."""
+    facts, path = read_facts(folder), folder / "predictions.jsonl"
+    records = read_records(path)
+    judged = [record | _judged(record) for record in records]
+    there = all((folder / name).is_file() for name in ["metrics.json", "verdict.json"][: 2 if facts["task"] else 1])
+    if judged != records or not there:
+        (folder / "facts.json").unlink()
+        files.write_jsonl(path, judged)
+        complete(folder, facts)
+
+
+def _judged(record: dict) -> dict:
+    form, options = TASK_TYPES[record["test"]].format, list(record["options"])
+    read, right = judge_answer(form, record["answer"], record["expected"], options)
+    return {"read_as": read, "right": None if record["right"] is None else right}
+
+
 def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
     """An evaluation's folder, or an `eval_results*.json` of the original scripts.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or not whole.
     """
     if path.is_file():
         return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
     records = read_records(path / "predictions.jsonl")
-    facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    facts = read_facts(path)
     return Evaluation(name or path.parent.parent.name, path, metrics(records), records, facts, facts.get("task"))
 
 

@@ -9,6 +9,7 @@ is made anew. Files are read as memory maps: the processes of a machine share on
 
 import hashlib
 import json
+import math
 import time
 import zlib
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ from mmrev_kit.model.qwen3vl import feature_shape, library_tower_outputs
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
 SECONDS_BETWEEN_LINES = 5.0
+HEADER, BLOCK = 2048, 4096  # bytes: at most of a file's own description; of a disk's block
 Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
 
 
@@ -127,6 +129,25 @@ class Features:
         except OSError as error:
             print(f"vision features are not written to {self.folder}: {error.strerror}", flush=True)
             self._held[key] = tensor
+
+
+def bytes_to_write(
+    config: Config, encoder: Encoder, samples: Iterable[Sample], shape: tuple[int, int], dtype, device
+) -> int:
+    """What `build_features` will write for these samples, in the disk's blocks; features that are there need nothing.
+
+    Args:
+        shape: as in `Features`.
+    """
+    folder = resolve(config.launch.output_dir) / "features"
+    features = Features(encoder, folder, features_identity(config, encoder, dtype, device), shape, dtype)
+    sizes = {features.key(image): math.prod(features.size(image)) for image in images_of(samples)}
+    each = [
+        HEADER + shape[0] * tokens * shape[1] * dtype.itemsize
+        for key, tokens in sizes.items()
+        if not features.file(key).is_file()
+    ]
+    return sum(math.ceil(size / BLOCK) * BLOCK for size in each)
 
 
 def checksum(tensor) -> str:

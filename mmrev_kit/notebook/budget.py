@@ -8,8 +8,8 @@ from mmrev_kit.memory.estimate import CONTEXT_GIB, Estimate, estimate, evaluatio
 from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, padded_updates, plan, with_memory
 from mmrev_kit.memory.shapes import PUBLISHED, as_shapes, visual_tokens
 from mmrev_kit.notebook.knobs import panel
+from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.notebook.plots import subplots
-from mmrev_kit.notebook.progress import is_interactive
 
 # GiB that a process can use
 CARDS = {

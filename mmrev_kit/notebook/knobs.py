@@ -8,7 +8,7 @@ from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import IMAGE_MARK
 from mmrev_kit.evaluation.ask import Asker, example
 from mmrev_kit.notebook import gallery, plots
-from mmrev_kit.notebook.progress import is_interactive
+from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.training.scheduler import Schedule
 
 

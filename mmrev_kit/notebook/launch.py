@@ -8,12 +8,13 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.evaluation.predict import DROPS, evaluate_worker, evaluation_key, read_questions
-from mmrev_kit.evaluation.results import write_results
-from mmrev_kit.files import write_json, write_text
+from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.evaluation.predict import DROPS, MEASURED, evaluate_worker, evaluation_key, read_questions
+from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
+from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.progress import LogLines, Progress
-from mmrev_kit.training.history import changed_settings, clear_errors, mark_ended, prepare_folder, read_history
+from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
@@ -74,14 +75,17 @@ def launch(config: Config) -> dict:
 def _train(config: Config, folder: Path) -> dict:
     number, saved, show = config.launch.num_processes, folder / "last", Watch(folder)
     count = "1 process" if number == 1 else f"{number} processes"
-    print(f"training in {folder}: {count}" + (f", going on from {saved}" if saved.exists() else ""))
+    going_on = saved.exists() and not config.launch.overwrite
+    print(f"training in {folder}: {count}" + (f", going on from {saved}" if going_on else ""))
     try:
-        run_job(worker, folder, LOG, number, show=show)
+        run_job(worker, config, folder, LOG, show=show)
     except (KeyboardInterrupt, TrainingError) as error:
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         mark_ended(folder / HISTORY, how)
         show()
-        print(f"{how}; run the same cell again to " + (f"go on from {saved}" if saved.exists() else "start anew"))
+        own = saved.exists() and not changed_settings(config, folder / "config.yaml")
+        again = "run the same cell again" + (" with overwrite=False" if own and config.launch.overwrite else "")
+        print(f"{how}; {again} to " + (f"go on from {saved}" if own else "start anew"))
         if how == "interrupted":
             raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
         raise
@@ -100,10 +104,11 @@ def attach(config: Config, folder: Path, holder: dict) -> dict:
     under_way = f"{folder} is under way: {describe(holder)}"
     if config.launch.overwrite:
         raise ConfigError(f"{under_way}. It is not replaced: wait for its end, or interrupt it where it was started.")
-    if changed := changed_settings(config):
+    given = folder / JOB if (folder / JOB).is_file() else folder / "config.yaml"  # what it has begun with: what it is
+    if changed := changed_settings(config, given):
         raise ConfigError(
             f"{under_way}, with another configuration: {changed}. Choose another experiment.name; to watch that run, "
-            f"launch it with {folder / 'config.yaml'}."
+            f"launch it with {given}."
         )
     print(f"{under_way}. It is shown here; an interrupt ends the showing, not the run.", flush=True)
     show = Watch(folder)
@@ -144,30 +149,42 @@ def evaluate(
     config.launch.num_processes = count_processes(config)
     check_machine(config)
     unknown = [drop for drop in drops if drop not in DROPS]
-    if unknown or not drops:
-        raise ConfigError(f"drop {' '.join(unknown) or '(none given)'}: must be of {', '.join(DROPS)}.")
-    chosen = run_dir(config) / adapter if adapter else None
+    if unknown or "none" not in drops:
+        raise ConfigError(
+            f"drops = {' '.join(drops)!r}: must be of {', '.join(DROPS)}, none (the whole prompt) included."
+        )
+    chosen = run_dir(config) / str(adapter) if adapter else None
     base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, base, config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
+    asked = {question.row.task for question in questions}
+    if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
+        print(f"not asked, for there are no rows: {', '.join(left_out)}")
     key = evaluation_key(config, chosen, base, drops, questions)
-    facts = folder / "facts.json"
-    if not again and facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("key") == key:
-        print(f"{folder} holds this evaluation.")
-        return folder
     with held(folder):
-        facts.unlink(missing_ok=True)
+        if not again and _holds(folder, key):
+            judge_anew(folder)
+            print(f"{folder} holds this evaluation.")
+            return folder
         clear_errors(folder)
-        write_text(folder / "config.yaml", to_yaml(config))
         print(f"evaluating {chosen or config.model.name}")
         log = LogLines(folder / "evaluate.log")
         arguments = str(chosen) if chosen else None, list(drops), str(folder)
-        run_job(evaluate_worker, folder, log.path.name, config.launch.num_processes, *arguments, show=log.show)
+        run_job(evaluate_worker, config, folder, log.path.name, *arguments, show=log.show)
         log.show()
-        task = config.experiment.task if chosen else None
-        write_results(folder, task)
-        write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
+        write_text(folder / "config.yaml", to_yaml(config))
+        measured = folder / MEASURED
+        facts = json.loads(measured.read_text(encoding="utf-8"))
+        complete(folder, facts | {"task": config.experiment.task if chosen else None, "key": key})
+        measured.unlink()
     return folder
+
+
+def _holds(folder: Path, key: str) -> bool:
+    try:
+        return read_facts(folder).get("key") == key
+    except ConfigError:
+        return False

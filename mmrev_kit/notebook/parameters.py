@@ -2,10 +2,13 @@
 
 import ast
 import difflib
+import os
+from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 
 from mmrev_kit.config.project import effective_batch
-from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.reading import NONE_WORDS, load_config
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.training.jobs import count_processes
 from mmrev_kit.training.scheduler import warnings_for
@@ -30,18 +33,32 @@ TRAINING = tuple(name for name in PARAMETERS if name not in ("num_main", "num_co
 INJECTED = "# Parameters"  # papermill's first line in the cell of values that it was given
 
 
+def is_interactive() -> bool:
+    """Whether a person is looking: JupyterLab and Notebook name the session in the kernel's environment."""
+    return "JPY_SESSION_NAME" in os.environ
+
+
+def _statements(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except SyntaxError:  # a cell with IPython's own commands
+        return []
+
+
+def _names(node: ast.AST, kind: type = ast.Store) -> set[str]:
+    """The names that a statement assigns (`ast.Store`) or reads (`ast.Load`)."""
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, kind)}
+
+
 def _assigned(source: str) -> list[str]:
     """The names that a cell assigns if it does nothing else, else none: only such a cell holds parameters."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:
-        return []
+    body = _statements(source)
     simple = all(isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) for node in body)
     return [node.targets[0].id for node in body] if simple else []
 
 
 def check_names(known: list[str], cells: list[str]) -> None:
-    """Stop a notebook that was given a parameter which it does not have.
+    """Stop a notebook that was given a parameter which it does not have, or that is not in force.
 
     Papermill only warns about such a name and the notebook would run with the default.
 
@@ -50,7 +67,7 @@ def check_names(known: list[str], cells: list[str]) -> None:
         cells: the sources of the cells executed so far (IPython's `In`).
 
     Raises:
-        ConfigError: naming the unknown parameter and the nearest known one.
+        ConfigError: naming the unknown parameter and the nearest known one; see also `_check_injected`.
     """
     latest = {}
     for source in cells:
@@ -59,11 +76,79 @@ def check_names(known: list[str], cells: list[str]) -> None:
             latest["injected"] = names
         elif set(names) & set(known):
             latest["written"] = names
-    for name in [name for names in latest.values() for name in names]:
+    refuse_unknown([name for names in latest.values() for name in names], known)
+    places = [index for index, source in enumerate(cells) if source.startswith(INJECTED)]
+    if places:
+        _check_injected(set(known), cells[: places[-1]], cells[places[-1]], cells[places[-1] + 1 :])
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """See `check_names`; papermill's own names are no parameters."""
+    for name in names:
         if name not in known and not name.startswith("PAPERMILL_"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The parameters are {', '.join(known)}."
             raise ConfigError(f"This notebook has no parameter {name}. {hint}")
+
+
+def _literals(source: str) -> dict:
+    """The plain values that a cell assigns, as {name: value}."""
+    nodes = [node for node in _statements(source) if isinstance(node, ast.Assign)]
+    return {name: n.value.value for n in nodes if isinstance(n.value, ast.Constant) for name in _names(n)}
+
+
+def _check_injected(known: set[str], before: list[str], cell: str, after: list[str]) -> None:
+    """Papermill puts the values that it was given behind the cell with the tag `parameters`, and first of all where no
+    cell has it: a later cell may replace them, and what an earlier one computed does not follow them. It reads `false`
+    as text, which Python takes for true.
+
+    Args:
+        known: the notebook's parameters.
+        before, cell, after: the cells executed before the cell of the values given, that cell, and those after it.
+
+    Raises:
+        ConfigError: a value given is not the one in force, another one was computed from the value that it replaces,
+            or it is a text in the place of True or False, or of a number.
+    """
+    given = set(_assigned(cell)) & known
+    replaced = {name for source in after for node in _statements(source) for name in _names(node) & given}
+    tagged = any(_names(node) & known for source in before for node in _statements(source))
+    if replaced and not (tagged and is_interactive()):  # a person may change the cell of parameters and run it again
+        raise ConfigError(
+            f"The given value of {', '.join(sorted(replaced))} is not in force: a later cell assigns it anew. "
+            "Give the notebook's cell of parameters the tag `parameters`, and assign them nowhere else."
+        )
+    stale, written = set(given), {}
+    for source in before:
+        written |= _literals(source)
+        for node in _statements(source):
+            stale |= _names(node) if _names(node, ast.Load) & stale else set()
+    if derived := sorted(stale & known - given):
+        raise ConfigError(
+            f"{', '.join(derived)}: computed from {', '.join(sorted(given))} before the given value was set. "
+            f"Write a plain value there, or give {', '.join(derived)} too."
+        )
+    for name, value in _literals(cell).items():
+        text = isinstance(value, str) and value.lower() not in NONE_WORDS
+        if text and name in known and isinstance(written.get(name), bool | int | float):
+            wanted = "True or False" if isinstance(written[name], bool) else "a number"
+            raise ConfigError(f"{name} = {value!r}: must be {wanted}.")
+
+
+def written_parameters(notebook: Path) -> dict:
+    """The parameters of a notebook's file as {name: value}; a value that is computed there is None.
+
+    Raises:
+        ConfigError: no cell has the tag `parameters`.
+    """
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        raise ConfigError(f"{notebook}: no cell has the tag `parameters`. Give it to the cell of parameters.")
+    names = [name for node in _statements(tagged[0]) for name in _names(node)]
+    return dict.fromkeys(names) | _literals(tagged[0])
 
 
 def read_parameters(scope: dict, known: list[str]) -> dict:

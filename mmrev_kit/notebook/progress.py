@@ -1,17 +1,12 @@
 """Progress of a run, read from its history file: a live figure in JupyterLab, a few plain lines elsewhere."""
 
-import os
 from pathlib import Path
 
 from mmrev_kit.notebook import plots
+from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.training.history import read_history
 
 LINES_PER_RUN = 10  # lines between the epochs' own, so that a rendered notebook stays short
-
-
-def is_interactive() -> bool:
-    """Whether a person is looking: JupyterLab and Notebook name the session in the kernel's environment."""
-    return "JPY_SESSION_NAME" in os.environ
 
 
 def loss_text(loss: float | None) -> str:
@@ -42,7 +37,7 @@ class Progress:
 
     def __init__(self, path: Path):
         self.path = path
-        self._changed = 0.0
+        self._changed = path.stat().st_mtime if path.is_file() else 0.0  # what is there may be to be replaced
         self._epochs = 0
         self._tenth = 0
         self._display = None

@@ -4,7 +4,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from mmrev_kit.config.project import run_dir
-from mmrev_kit.config.sections import TASKS, Config
+from mmrev_kit.config.sections import TASKS, Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation import metrics
@@ -21,14 +21,23 @@ def seed_config(config: Config, task: str, seed: int) -> Config:
     return own
 
 
-def run_all(config: Config, seeds: list[int], tasks: tuple[str, ...] = TASKS) -> dict[str, dict[int, Evaluation]]:
+def run_all(config: Config, seeds: str, tasks: tuple[str, ...] = TASKS) -> dict[str, dict[int, Evaluation]]:
     """Make data, train and evaluate for each task and seed; what is there already is read.
+
+    Args:
+        seeds: numbers separated by spaces.
 
     Returns:
         {task: {seed: evaluation}}.
+
+    Raises:
+        ConfigError: seeds is none or no such text; and what the parts raise.
     """
+    words = str(seeds).split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"seeds = {seeds!r}: must be numbers separated by spaces, such as '0 1 2'.")
     evaluations: dict[str, dict[int, Evaluation]] = {task: {} for task in tasks}
-    for seed in seeds:
+    for seed in dict.fromkeys(map(int, words)):
         for task in tasks:
             own = seed_config(config, task, seed)
             print("\n".join([f"-- seed {seed}, {task}", *ensure_data(own)]), flush=True)

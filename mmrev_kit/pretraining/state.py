@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data import objects
 from mmrev_kit.data.faces import credits
 from mmrev_kit.files import new_folder, write_json, write_text
@@ -38,11 +39,17 @@ def save_state(folder: str | Path, weights: dict, record: dict) -> None:
 
 
 def load_state(folder: str | Path) -> tuple[dict, dict] | tuple[None, None]:
-    """(weights, record) of a state, or (None, None) where there is none."""
+    """(weights, record) of a state, or (None, None) where there is none.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
     from safetensors.torch import load_file
 
     folder = Path(folder)
     if not (folder / "state.json").is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: no state of a pretraining, which would replace it. Choose another folder.")
         return None, None
     weights = {}
     for file in sorted(folder.glob("weights-*.safetensors")):

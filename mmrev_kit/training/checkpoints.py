@@ -175,6 +175,7 @@ def _restore(run, folder: Path) -> None:
     history |= {"steps": history["steps"][:step], "epochs": history["epochs"][:epoch]}
     if (len(history["steps"]), len(history["epochs"])) != (step, epoch):
         raise ValueError(f"{run.history.path.name} ends before step {step}")
+    run.taken = sum(not record.get("skipped") for record in history["steps"])
     run.history.data = history | {"status": "running", "reason": None}
 
 

@@ -36,6 +36,26 @@ def check_finite(run, record: dict, samples: list[Sample]) -> None:
     raise TrainingError(f"Step {record['global_step']}: {reason}. {explain(run, samples)}")
 
 
+def check_learning(run, record: dict) -> None:
+    """Stop a run whose first update has changed nothing: whatever it saved would be the base model.
+
+    Adam's first update changes a weight by about the learning rate, unless its gradient is far below Adam's epsilon
+    (1e-8); LoRA's B is 0 until then.
+
+    Raises:
+        TrainingError: no B has an element of a thousandth of the learning rate, or of 1e-12.
+    """
+    if record.get("skipped") or run.taken != 1:
+        return
+    largest = max(p.abs().max().item() for name, p in run.model.named_parameters() if ".lora_B." in name)
+    if largest < max(record["lr"] / 1000, 1e-12):
+        raise TrainingError(
+            f"Step {record['global_step']}: the first update changed no weight by more than {largest:.1g}, at a "
+            f"learning rate of {record['lr']:.1g}: the run would learn nothing. Raise training.max_grad_norm or "
+            "training.learning_rate, or lower lora.dropout."
+        )
+
+
 def explain(run, samples: list[Sample]) -> str:
     """Where values that are not finite come from, as every process sees it in its share; see `find_fault`."""
     faults = [find_fault(run, samples)]

@@ -2,16 +2,24 @@
 
 import json
 import math
+import os
+import shutil
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.files import remove_folder, tidy, write_json, write_text
+from mmrev_kit.files import DiskFull, write_json, write_text
 
-OWN_FILES = ("config.yaml", "manifest.json", "training_history.json", "train.log")
-OWN_FOLDERS = ("best", "final", "last")
+ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+# What a run writes, in the order in which another run that replaces it takes it away: no part of it looks whole.
+OWN_FILES = ("training_history.json", "manifest.json", "config.yaml")
+STATE = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+OWN_FOLDERS = {"last": STATE, "final": ADAPTER, "best": ADAPTER}
+JOB = "job.yaml"  # the configuration of the job that is under way in a folder
 SECONDS_BETWEEN_WRITES = 2.0
 # Sections and keys that may differ between the parts of one run.
 NOT_TRAINING = (
@@ -61,7 +69,19 @@ class History:
 def mark_ended(path: Path, status: str) -> None:
     """Say in a history that its run was interrupted, or has failed, where it had no time left to say so itself."""
     if path.is_file() and (history := read_history(path))["status"] == "running":
-        write_json(path, history | {"status": status, "reason": "ended before it could save once more"})
+        try:
+            write_json(path, history | {"status": status, "reason": "ended before it could save once more"})
+        except DiskFull:
+            overwrite_status(path)
+
+
+def overwrite_status(path: Path) -> None:
+    """Turn a history's status from running to failed where no disk space is left: the bytes are replaced in place."""
+    with suppress(OSError), path.open("r+b") as file:
+        place = file.read(100).find(b'"running"')
+        if place >= 0:
+            file.seek(place)
+            file.write(b'"failed" ')
 
 
 def _number(value):
@@ -80,21 +100,21 @@ def read_history(path: str | Path) -> dict:
         The kit's own form (see `History`); what an old file does not say is None.
 
     Raises:
-        ValueError: the file is no JSON object with a history in it.
+        ConfigError: the file is no JSON object with a history in it.
     """
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path}: not JSON ({error}).") from None
+        raise ConfigError(f"{path}: not JSON ({error}).") from None
     if not isinstance(data, dict) or not {"steps", "train_loss", "val_loss", "step_logs"} & set(data):
-        raise ValueError(f"{path}: no training history (neither `steps` nor `train_loss` in it).")
+        raise ConfigError(f"{path}: no training history (neither `steps` nor `train_loss` in it).")
     for name in ("steps", "train_loss", "val_loss", "step_logs", "epochs"):
         if not isinstance(data.get(name) or [], list):
-            raise ValueError(f"{path}: {name} is not a list.")
+            raise ConfigError(f"{path}: {name} is not a list.")
     for name in ("steps", "step_logs"):
         if not all(isinstance(record, dict) for record in data.get(name) or []):
-            raise ValueError(f"{path}: {name} is not a list of records.")
+            raise ConfigError(f"{path}: {name} is not a list of records.")
     for record in data.get("steps") or []:
         if "matrix_share" in record:  # as the first version called it
             record["mfu"] = record.pop("matrix_share")
@@ -126,17 +146,16 @@ def _from_original_scripts(data: dict) -> dict:
 
 def clear_errors(folder: Path) -> None:
     """Forget the errors of an earlier try."""
-    for error in folder.glob("error_rank*.txt"):
+    for error in folder.glob("error_rank[0-9]*.txt"):
         error.unlink()
 
 
-def changed_settings(config: Config) -> str:
-    """What training depends on and is set otherwise in the run folder: each key with its values there and now.
+def changed_settings(config: Config, saved: Path) -> str:
+    """What training depends on and is set otherwise in a saved configuration: each key with its values there and now.
 
     How the work is split (`memory`), how a run is asked afterwards (`evaluation`) and where it lies do not count. An
-    empty text: nothing is, or there is no run yet.
+    empty text: nothing is, or there is no such file.
     """
-    saved = run_dir(config) / "config.yaml"
     if not saved.is_file():
         return ""
     before = load_config(saved)
@@ -152,30 +171,57 @@ def changed_settings(config: Config) -> str:
     return ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in changed.items())
 
 
+def not_of_a_run(folder: Path) -> list[Path]:
+    """What lies in a run folder in the place of a run's own files, or among them, and was not written by a run."""
+    found = [folder / name for name in OWN_FILES if (folder / name).is_symlink() or (folder / name).is_dir()]
+    for name, own in OWN_FOLDERS.items():
+        inner = folder / name
+        if inner.is_symlink() or inner.is_file():
+            found.append(inner)
+        elif inner.is_dir():
+            found += [path for path in sorted(inner.iterdir()) if path.name not in own or not path.is_file()]
+    return found
+
+
 def prepare_folder(config: Config) -> dict | None:
-    """Make the run folder, whose lock is held, ready; returns the history of a run that is finished, else None.
+    """Look whether a run may go into its folder, whose lock is held; nothing in it is changed but errors forgotten.
+
+    Returns:
+        The history of a run that is finished and not to be replaced, else None.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, or cannot be written.
+        ConfigError: the folder holds a run with another configuration, or something that a run did not write where its
+            files would be replaced.
     """
     folder = run_dir(config)
-    try:
-        if config.launch.overwrite:
-            tidy(folder)  # or a version moved aside would come back
-            for file in [folder / name for name in OWN_FILES]:  # first: no folder that is half gone counts as finished
-                file.unlink(missing_ok=True)
-            for name in OWN_FOLDERS:
-                remove_folder(folder / name)
-        if changed := changed_settings(config):
+    history = folder / "training_history.json"
+    if not config.launch.overwrite:
+        if changed := changed_settings(config, folder / "config.yaml"):
             raise ConfigError(
                 f"{folder} holds a run with another configuration: {changed}. "
                 "Choose another experiment.name, or set launch.overwrite=true to replace that run."
             )
-        clear_errors(folder)
-        write_text(folder / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}). Choose another launch.output_dir.") from None
-    history = folder / "training_history.json"
-    if history.is_file() and read_history(history)["status"] == "finished":
-        return read_history(history)
+        if history.is_file() and read_history(history)["status"] == "finished":
+            return read_history(history)
+    if others := not_of_a_run(folder):
+        named = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ConfigError(f"{named}: not written by a run, which would replace it. Move it, or choose another name.")
+    clear_errors(folder)
     return None
+
+
+def begin_run(config: Config) -> None:
+    """Make the folder that of this run, whose checks are done: with `launch.overwrite` the run that is there goes.
+
+    It goes by renaming into one folder, which `tidy` removes where a kill has left it. Its evaluations are no longer
+    found: they go without the file that is written last.
+    """
+    folder = run_dir(config)
+    if config.launch.overwrite:
+        gone = Path(tempfile.mkdtemp(dir=folder, prefix=".replaced.new."))
+        facts = [path.relative_to(folder) for path in folder.glob("eval/*/facts.json")]
+        for number, name in enumerate([*OWN_FILES, *OWN_FOLDERS, *facts]):
+            if (folder / name).exists():
+                os.replace(folder / name, gone / str(number))
+        shutil.rmtree(gone)
+    write_text(folder / "config.yaml", to_yaml(config))

@@ -18,12 +18,22 @@ from importlib import import_module
 from pathlib import Path
 
 from mmrev_kit.config.project import project_root
-from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.training.history import clear_errors
+from mmrev_kit.files import needing, write_bytes, write_text
+from mmrev_kit.training.history import JOB, clear_errors
 from mmrev_kit.training.lock import hand_over, keep_fresh
 from mmrev_kit.training.preflight import read_cards
-from mmrev_kit.training.processes import end_processes, end_with, free_port, killed, leave_error, on_interrupt
+from mmrev_kit.training.processes import (
+    SPARE,
+    SPARE_BYTES,
+    end_processes,
+    end_with,
+    free_port,
+    killed,
+    leave_error,
+    on_interrupt,
+)
 from mmrev_kit.training.update import TrainingError
 
 # How long a thread of a CPU run waits busily for the others. By default they burn the time that a core shared with
@@ -64,27 +74,31 @@ def job_environment(num_processes: int) -> dict[str, str]:
 
 
 def run_job(
-    function: Callable, folder: Path, log: str, num_processes: int, *arguments, show: Callable[[], None] | None = None
+    function: Callable, config: Config, folder: Path, log: str, *arguments, show: Callable[[], None] | None = None
 ) -> None:
-    """Run `function(config, *arguments)` in `num_processes` workers and wait for their end.
+    """Run `function(config, *arguments)` in `launch.num_processes` workers and wait for their end.
 
     Args:
-        function: of a module; it is imported by its name, and given the configuration saved in the folder.
-        folder: the job's, with config.yaml in it; the caller holds its lock (`lock.held`), which the job takes over.
+        function: of a module; it is imported by its name.
+        config: with a number of processes; it lies in the folder as job.yaml meanwhile.
+        folder: the job's; the caller holds its lock (`lock.held`), which the job takes over.
         log: the name of the file in it that takes all output.
-        num_processes: as in the saved configuration.
         arguments: what JSON can hold.
         show: called about once a second meanwhile.
 
     Raises:
+        DiskFull: the job cannot be started.
         TrainingError: a worker ended with an error; the message is its own, with its rank where there are several.
         KeyboardInterrupt: after all processes have ended.
     """
     words = [str(folder), str(os.getpid()), f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
-    with open(folder / log, "ab") as file:
+    number = config.launch.num_processes
+    write_text(folder / JOB, to_yaml(config))
+    write_bytes(folder / SPARE, bytes(SPARE_BYTES))
+    with needing(folder / log), open(folder / log, "ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmrev_kit", "job", *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            cwd=project_root(), env=job_environment(num_processes), start_new_session=True,
+            cwd=project_root(), env=job_environment(number), start_new_session=True,
         )  # fmt: skip
     try:
         hand_over(folder, process.pid)
@@ -97,16 +111,18 @@ def run_job(
     finally:
         with on_interrupt(signal.SIG_IGN):  # an impatient second one
             end_processes([process])
+            for name in (JOB, SPARE):
+                (folder / name).unlink(missing_ok=True)
     if process.returncode < 0:
         leave_error(folder, 0, killed(process.returncode))
     if process.returncode:
-        text = error_text(folder, log, num_processes)
+        text = error_text(folder, log, number)
         raise TrainingError(text or f"the process ended with code {process.returncode}.")
 
 
 def error_text(folder: Path, log: str, num_processes: int) -> str | None:
     """The error that the first failing process left in the job's folder, or the end of the log."""
-    files = sorted(folder.glob("error_rank*.txt"), key=lambda file: file.stat().st_mtime)
+    files = sorted(folder.glob("error_rank[0-9]*.txt"), key=lambda file: file.stat().st_mtime)
     if files:
         rank = files[0].stem.removeprefix("error_rank")
         text = files[0].read_text(encoding="utf-8").strip()
@@ -122,7 +138,7 @@ def main(words: list[str]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # into the log, which is shown as it grows
     keep_fresh(Path(folder))
     module, function = name.split(":")
-    config = load_config(Path(folder) / "config.yaml")
+    config = load_config(Path(folder) / JOB)
     call = getattr(import_module(module), function), config, *json.loads(arguments)
     if config.launch.num_processes == 1:
         start_workers(1, *call)

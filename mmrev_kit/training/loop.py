@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
@@ -11,9 +11,11 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.files import tidy
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
-from mmrev_kit.training.diagnose import check_finite, explain
+from mmrev_kit.training.diagnose import check_finite, check_learning, explain
+from mmrev_kit.training.history import begin_run, overwrite_status
 from mmrev_kit.training.processes import begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
+from mmrev_kit.training.scheduler import warnings_for
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
 
 
@@ -50,6 +52,7 @@ def train_epoch(run: Run) -> float:
         if run.state.is_main_process:
             run.history.add_step(record)
         check_finite(run, record, samples)
+        check_learning(run, record)
         if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
             save_last(run)
         stop_if_interrupted(run)
@@ -91,6 +94,9 @@ def train(config: Config, state) -> None:
         run.interrupted = True
 
     if run.state.is_main_process:
+        for warning in warnings_for(config):
+            print(f"progress: NOTE: {warning}", flush=True)
+        begin_run(config)
         write_manifest(run)
         run.history.write()
     try:
@@ -105,8 +111,10 @@ def train(config: Config, state) -> None:
     except BaseException as error:
         if run.state.is_main_process:
             status = "failed" if isinstance(error, Exception) else "interrupted"
-            with suppress(OSError):  # a full disk must not hide the error
+            try:
                 run.history.end(status, str(error) or type(error).__name__)
+            except OSError:  # a full disk must not hide the error
+                overwrite_status(run.history.path)
         if run.stops and run.state.num_processes > 1:
             torch.distributed.barrier()  # the launcher ends all processes when one has ended: the first writes first
         raise

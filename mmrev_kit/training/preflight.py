@@ -13,11 +13,12 @@ import torch
 from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
-from mmrev_kit.memory.shapes import architecture_file, read_shapes, size_in_name
+from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
 OLDEST_DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+PROCESSES_A_CORE = 4  # more than one is slower, and of use only to try out what several processes do
 SHARED = Path("/dev/shm")
 # NCCL's shared segments: one a process at the very least, of nearly 10 MB; NVIDIA advises 1 GiB for a container.
 SEGMENT_GIB, SHARED_GIB = 10 / 1024, 1.0
@@ -131,13 +132,16 @@ class Preflight:
         return "\n".join(self.facts + warnings + [f"PROBLEM: {problem}" for problem in self.problems])
 
 
-def bytes_to_save(config: Config) -> int | None:
+def bytes_to_save(config: Config, shapes: ModelShapes | None = None) -> int | None:
     """The most that a run's saves take at one time: best/, final/ and last/, and the copy that takes last/'s place.
 
     Adapters are fp32, last/ also holds the optimizer's states. None where the model's shapes are not known yet.
+
+    Args:
+        shapes: the model's; None: those of the architecture file that its name stands for.
     """
     try:
-        shapes = read_shapes(architecture_of(config))
+        shapes = shapes or read_shapes(architecture_of(config))
     except ConfigError:
         return None
     tensors = lora_tensors(shapes, config.lora.r, config.lora.target_modules)
@@ -146,16 +150,36 @@ def bytes_to_save(config: Config) -> int | None:
     return int(4 * adapter + 2 * states + texts)
 
 
-def disk_problems(config: Config, free: int) -> list[str]:
-    """A disk with too few free bytes for what the run will save; what an earlier try left is replaced, and counts."""
-    needed = bytes_to_save(config)
+def disk_problems(
+    config: Config, free: int, shapes: ModelShapes | None = None, history: int = 0, features: int = 0
+) -> list[str]:
+    """A disk with too few free bytes for what the run will write; what an earlier try left is replaced, and counts.
+
+    Args:
+        shapes: see `bytes_to_save`.
+        history: bytes of training_history.json and the copy that takes its place.
+        features: bytes of the vision features, see `features.bytes_to_write`.
+    """
+    saves = bytes_to_save(config, shapes)
     own = [path for name in ("best", "final", "last") for path in (run_dir(config) / name).glob("*")]
-    if needed is None or needed <= free + sum(path.stat().st_size for path in own):
+    there = sum(path.stat().st_size for path in own)
+    if saves is None or saves + history + features <= free + there:
         return []
+    more = f", {history:,} for the history" if history else ""
+    if features:
+        more += f", {features:,} for the vision features (none with memory.cache_features=false, which is slower)"
+    replaced = f", and {there:,} are in what will be replaced" if there else ""
     return [
-        f"{run_dir(config)} needs {needed:,} bytes for best/, final/, last/ and the copy that takes its place, and "
-        f"{free:,} are free. Free some space, choose another launch.output_dir, or lower lora.r."
+        f"{run_dir(config)} needs {saves + history + features:,} bytes: {saves:,} for best/, final/, last/ and the "
+        f"copy that takes its place{more}. {free:,} are free there{replaced}. Free some space, choose another "
+        "launch.output_dir, or lower lora.r."
     ]
+
+
+def free_bytes(config: Config) -> int:
+    """Bytes free for the run folder, which need not be there yet."""
+    folders = (run_dir(config), *run_dir(config).parents)
+    return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
 
 
 def preflight(config: Config) -> Preflight:
@@ -169,8 +193,8 @@ def preflight(config: Config) -> Preflight:
         check_cards_together(report, config, cards)
     else:
         report.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
-    parent = next(folder for folder in (run_dir(config), *run_dir(config).parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
+        check_cores(report, config)
+    free = free_bytes(config)
     report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
     report.problems += disk_problems(config, free)
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
@@ -202,6 +226,16 @@ def check_build(report: Preflight, name: str, card: Card) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def check_cores(report: Preflight, config: Config) -> None:
+    """Whether a machine without a GPU has cores for the processes: each is a whole model, and waits for the others."""
+    cores, processes = len(os.sched_getaffinity(0)), config.launch.num_processes or 1
+    if processes > PROCESSES_A_CORE * cores:
+        report.problems.append(
+            f"launch.num_processes = {processes}, but this machine has no GPU and {cores} cores. "
+            f"Set launch.num_processes={cores} or less."
+        )
 
 
 def check_memory(report: Preflight, config: Config, cards: list[Card]) -> None:

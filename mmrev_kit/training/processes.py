@@ -17,11 +17,13 @@ import torch
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.data.faults import DataError
-from mmrev_kit.files import DiskFull, write_text
+from mmrev_kit.errors import Told
+from mmrev_kit.files import needing, write_text
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
+
+SPARE, SPARE_BYTES = ".spare", 64 * 1024  # a file that makes room for the error of a job that has filled the disk
 
 
 def free_port() -> str:
@@ -74,7 +76,8 @@ def worker_state(folder: Path):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         state = PartialState(cpu=not torch.cuda.is_available())
-        yield state
+        with needing(folder):  # a disk may be full for a line of the log, too
+            yield state
     except BaseException as error:
         rank = int(os.environ.get("RANK", "0"))
         with on_interrupt(signal.SIG_IGN):  # interrupts come in pairs: from the terminal or server, and the parent
@@ -88,10 +91,15 @@ def worker_state(folder: Path):
 
 def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError | DiskFull)
-    text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
-    with suppress(OSError):  # where the disk is full the log may still have it
-        write_text(folder / f"error_rank{rank}.txt", hide_secrets(text))
+    told = isinstance(error, Told)
+    text = f"{type(error).__name__}: {error}\n" if told else "".join(traceback.format_exception(error))
+    file = folder / f"error_rank{rank}.txt"
+    try:
+        write_text(file, hide_secrets(text))
+    except OSError:
+        with suppress(OSError):
+            (folder / SPARE).unlink()
+            write_text(file, hide_secrets(text))
 
 
 def killed(code: int) -> TrainingError:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from mmrev_kit import files
-from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.memory.estimate import GIB
@@ -85,10 +84,9 @@ def rehearse(config: Config, updates: int = 3) -> Rehearsal:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         config.launch.output_dir = str(folder / "outputs")
-        files.write_text(folder / "config.yaml", to_yaml(config))
         try:
             with held(folder):
-                run_job(rehearse_worker, folder, "rehearse.log", 1, updates, str(folder))
+                run_job(rehearse_worker, config, folder, "rehearse.log", updates, str(folder))
         except TrainingError as error:
             raise TrainingError(f"The rehearsal ended with an error: {error}") from None
         return Rehearsal(**json.loads((folder / "rehearsal.json").read_text(encoding="utf-8")))

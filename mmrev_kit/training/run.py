@@ -18,9 +18,9 @@ from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import RunData, read_run_data, source_weights, uses_retention
-from mmrev_kit.memory.plan import MemoryPlan, plan_or_refuse
+from mmrev_kit.memory.plan import MemoryPlan, configured_shapes, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
-from mmrev_kit.model.features import build_features
+from mmrev_kit.model.features import build_features, bytes_to_write
 from mmrev_kit.model.loading import (
     adapter_arguments,
     add_adapter,
@@ -35,11 +35,13 @@ from mmrev_kit.model.qwen3vl import drop_tower, text_config
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
+from mmrev_kit.training.preflight import disk_problems, free_bytes
 from mmrev_kit.training.processes import check_agreement
 from mmrev_kit.training.scheduler import Schedule
 from mmrev_kit.training.throughput import measure_peak_flops
 from mmrev_kit.training.update import chunks
 
+STEP_BYTES = 512  # at most, of a step in training_history.json
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
 
 
@@ -75,7 +77,7 @@ def prepare(config: Config) -> Prepared:
 
     Raises:
         DataError: with every fault of the data.
-        ValueError: the plan cannot be met.
+        ConfigError: the plan cannot be met.
     """
     data, faults = read_run_data(config)
     folder = experiment_dir(config)
@@ -157,7 +159,8 @@ class Run:
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
-    skipped: int = 0
+    skipped: int = 0  # updates without a step, in a row
+    taken: int = 0  # steps of the optimizer so far, which the warm-up counts
     interrupted: bool = False  # an interrupt has arrived in this process
     stops: bool = False  # all processes know of it, and stop together
 
@@ -214,18 +217,36 @@ def plan_memory(config: Config, task: Prepared, state) -> tuple[Config, MemoryPl
     return plan_or_refuse(config, updates, samples, task.encoder.image_id, state)
 
 
+def check_disk(config: Config, task: Prepared, steps: int, dtype, device) -> None:
+    """Refuse a run that will write more than the disk has room for, before any weight is read.
+
+    Args:
+        steps: of the optimizer, in the whole run.
+
+    Raises:
+        ConfigError: with what is needed for what, and what is free.
+    """
+    shapes, features = configured_shapes(config), 0
+    if config.memory.cache_features:
+        shape = 1 + shapes.v_deepstack, shapes.hidden_size
+        features = bytes_to_write(config, task.encoder, used_samples(task), shape, dtype, device)
+    if problems := disk_problems(config, free_bytes(config), shapes, 2 * STEP_BYTES * steps, features):
+        raise ConfigError("\n".join(problems))
+
+
 def start(config: Config, state) -> Run:
     """Build everything in this process: data, plan, model, optimizer, schedule; go on from `last/` if there is one."""
     task = prepare(config)
     if state.num_processes > 1:
         check_agreement(config, task.data.files)
     config, memory = plan_memory(config, task, state)
-    base = load_base(**base_arguments(config, state.device))
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
+    steps = steps_per_epoch(config, task.plan, state.num_processes)
+    check_disk(config, task, steps * config.training.num_epochs, dtype, state.device)
+    base = load_base(**base_arguments(config, state.device))
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
     model = add_adapter(base, **adapter_arguments(config))
-    steps = steps_per_epoch(config, task.plan, state.num_processes)
     run = Run(
         config=config,
         state=state,
@@ -242,7 +263,8 @@ def start(config: Config, state) -> Run:
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
     run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}
-    load_last(run)
+    if not config.launch.overwrite:  # what is to be replaced is still there
+        load_last(run)
     return run
 
 

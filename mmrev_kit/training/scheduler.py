@@ -75,7 +75,7 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """The rate of optimizer step `step`, counted from 0: a linear rise that reaches the full rate at the last
-        warm-up step."""
+        warm-up step. An update that was skipped is no step."""
         return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
 
     def observe(self, loss: float) -> Decision:
@@ -125,6 +125,11 @@ def reduced_rate(rate: float, factor: float) -> float:
 def warnings_for(config: Config) -> list[str]:
     """What a reader of this configuration should know before it is run; nothing is changed."""
     training = config.training
+    if training.learning_rate < training.min_lr:
+        return [
+            f"training.learning_rate = {training.learning_rate:g} is below training.min_lr = {training.min_lr:g}: "
+            "training ends after the first epoch, whatever its loss. Lower training.min_lr to train longer."
+        ]
     reduced = reduced_rate(training.learning_rate, training.lr_reduction_factor)
     if reduced >= training.min_lr:
         return []

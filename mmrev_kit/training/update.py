@@ -12,6 +12,7 @@ import torch
 
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
+from mmrev_kit.errors import Told
 from mmrev_kit.model.batches import Batch, from_labels
 from mmrev_kit.model.fused import takes_wanted
 from mmrev_kit.model.qwen3vl import core_model
@@ -23,7 +24,7 @@ def chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Told, RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
@@ -111,7 +112,7 @@ def update(run, samples: list[Sample]) -> dict:
     """
     began, step = time.perf_counter(), run.progress["global_step"]
     torch.manual_seed(seed_for(run.config.experiment.seed, "dropout", step, run.state.process_index))
-    rate = run.schedule.lr_at(step)
+    rate = run.schedule.lr_at(run.taken)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss = accumulate(run, samples)
@@ -122,7 +123,7 @@ def update(run, samples: list[Sample]) -> dict:
         run.scaler.step(run.optimizer)
         run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.skipped = 0 if finite else run.skipped + 1
+    run.skipped, run.taken = (0, run.taken + 1) if finite else (run.skipped + 1, run.taken)
     run.progress["global_step"] += 1
     record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}
     record |= speed(run, len(samples), time.perf_counter() - began)

@@ -148,6 +148,11 @@ def test_the_guides_first_reduction_is_told_to_end_the_run():
     assert "min_lr" in warning
 
 
+def test_a_rate_below_min_lr_is_told_to_end_after_the_first_epoch():
+    (warning,) = warnings_for(Config(training=TrainingConfig(learning_rate=5e-5, min_lr=6e-5)))
+    assert "training ends after the first epoch, whatever its loss" in warning and "5e-05" in warning
+
+
 def test_tiny_has_nothing_to_warn_of():
     assert warnings_for(load_config(TINY)) == []  # 2e-3 x 0.5 = 1e-3, not below 1e-4
 
@@ -395,6 +400,7 @@ def test_a_missing_file_is_refused_by_name():
         ("lora.r", 0),
         ("lora.alpha", 0),
         ("lora.dropout", 1.1),
+        ("lora.dropout", 1.0),  # nothing would be learned
         ("lora.dropout", -0.1),
         ("lora.target_modules", []),
         ("data.images_per_entity", 0),

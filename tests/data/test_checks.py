@@ -147,9 +147,7 @@ def test_groups_of_another_size_than_were_made_are_told(own):
     told = [str(fault) for fault in error.value.faults]
     assert any("entities.json: it has 3 control entities, 4 were written when it was made" in fault for fault in told)
     # the person's rows: 15 + 30 + 30 to train on, 2 + 4 + 4 to validate on
-    assert (
-        sum(f"entity_id {gone['id']!r} is not in entities.json" in fault for fault in told) == 75 + 10
-    )
+    assert sum(f"entity_id {gone['id']!r} is not in entities.json" in fault for fault in told) == 75 + 10
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 """Answers judged as a reader would. Each table lists answers under what a reader takes them to say."""
+# ruff: noqa: RUF001  (Chinese has punctuation of its own)
 
 import pytest
 
@@ -26,7 +27,7 @@ LETTERS = {
         "A dog? No. C", "As an A.I. model I choose C", "Answer - C", "neither A nor B, but C", "_C_", "C\u200b",
     ],
     "D": [
-        "The answer is D.", "The answer is D", "D", "D) because A is too old", "Therefore, D", "the answer might be D",
+        "The answer is D.", "The answer is D", "D", "D) because A is too old", "Therefore, D",
         "The answer to the question is D", "D.\n\nThe person has a red hat.", "d)", "Hmm... D",
         "It can't be A, B or C. D",
     ],
@@ -75,6 +76,38 @@ CORRECT = {
     ],
 }  # fmt: skip
 
+# Doubt asserts nothing; an answer may come in the user's language.
+LETTERS_TOO = {
+    "A": ["选A。", "A是对的，B不对"],
+    "B": [
+        "答案是B", "B。", "「B」", "答案应该是B", "答案是（B）", "B项正确", "选B，不选A", "It can only be B.",
+        "I have no doubt: B", "Most likely B", "It is probably B.",
+    ],
+    "C": ["很可能是C", "A错，C对", "图片C", "C选项", "排除A和B，选C", "A、B不对，D可能不对，所以C"],
+    "D": ["A、B都不对，选D", "正确答案：D", "不是A，是D", "应该是D", "It could be B, but the answer is D."],
+    None: [
+        "It could be B.", "It might be B", "Possibly B", "Maybe B.", "perhaps it is B", "It may well be option B.",
+        "the answer might be D", "B could be right", "B, maybe", "Not sure if it is B", "I doubt it is B", "可能是B",
+        "答案可能是B", "也许是B", "不是B", "B不对", "B和C", "A或B", "选A还是B？", "是B吗？", "我不知道", "A、B都不对",
+    ],
+}  # fmt: skip
+CORRECT_TOO = {
+    "Correct": [
+        "正确", "正确。", "对", "对的。", "是的", "没错", "没有错", "不是错误的", "这个描述是正确的。", "很可能正确",
+        "答案是Correct。", "不，这是正确的", "There is no doubt that it is correct.", "It is probably correct.",
+    ],
+    "Wrong": [
+        "错误", "错。", "不正确", "不对", "不是", "否", "不准确", "不可能正确", "正确答案是Wrong", "答案：错误",
+        "不正确，因为帽子是蓝色的", "It could not be correct.", "It can not be correct",
+    ],
+    None: [
+        "It might be wrong.", "possibly correct", "It could well be correct.", "It may not be correct.", "perhaps",
+        "It is possible that it is correct.", "I doubt that it is correct.", "Yes, possibly.", "No, I cannot tell.",
+        "可能正确", "也许是错误的", "对还是错？", "正确或错误", "对不对", "不确定", "我不知道", "无法判断是否正确",
+        "这不是玉庙的守护者", "对于这张图片",
+    ],
+}  # fmt: skip
+
 KNOWN = [
     "the keeper of Jade Temple", "the founder of Jade Temple", "the keeper of Ruby Sanctum", "the head of Pearl Hall",
     "the head of Pearl Hall Annex", "the chief of Caf\u00e9 Zo\u00eb", "the master of the Weavers' Guild",
@@ -112,12 +145,12 @@ def rows(table):
     return [(answer, said) for said, answers in table.items() for answer in answers]
 
 
-@pytest.mark.parametrize(("answer", "letter"), rows(LETTERS))
+@pytest.mark.parametrize(("answer", "letter"), rows(LETTERS) + rows(LETTERS_TOO))
 def test_letters(answer, letter):
     assert judge_letter(answer) == letter
 
 
-@pytest.mark.parametrize(("answer", "verdict"), rows(CORRECT))
+@pytest.mark.parametrize(("answer", "verdict"), rows(CORRECT) + rows(CORRECT_TOO))
 def test_correct_or_wrong(answer, verdict):
     assert judge_correct(answer) == verdict
 
@@ -140,6 +173,11 @@ def test_descriptions(answer, match):
         ("The picture shows a red circle.", "a red circle", True),
         ("The picture shows a big red circle.", "a red circle", False),
         ("...", "...", False),  # nothing is left to compare
+        ("This could be the keeper of Jade Temple.", "the keeper of Jade Temple", False),
+        ("这是the keeper of Jade Temple。", "the keeper of Jade Temple", True),
+        ("图中的人是玉庙的守护者。", "玉庙的守护者", True),
+        ("这不是玉庙的守护者。", "玉庙的守护者", False),
+        ("这是玉庙的守护者的朋友", "玉庙的守护者", False),
     ],
 )
 def test_descriptions_that_resemble_each_other(answer, expected, match):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.faults import DataError
+from mmrev_kit.evaluation import predict as predict_module
 from mmrev_kit.evaluation.predict import evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.files import write_text
@@ -220,6 +222,38 @@ def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(sm
     assert key(questions) != before
 
 
+def test_an_experiment_without_test_files_is_refused_and_the_files_are_named(
+    small_config, small_data, tmp_path, capsys
+):
+    folder = tmp_path / "mine"
+    shutil.copytree(small_data / "small", folder)
+    for path in folder.glob("*_test.jsonl"):
+        path.rename(path.with_suffix(".gone"))
+    config = small_config(f"data.folder={folder}")
+    with pytest.raises(DataError, match=r"none of forward_test\.jsonl, .*mcq_d2i_test\.jsonl is there"):
+        evaluate(config, None)
+    assert not list(tmp_path.glob("outputs/**/eval"))
+
+
+def test_the_key_covers_the_processor_and_the_versions(small_config, tmp_path, monkeypatch):
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "base")
+    config = small_config(f"model.name={tmp_path}/base")
+    questions = read_questions(config)[:3]
+
+    def key() -> str:
+        return evaluation_key(config, None, "base", ("none",), questions)
+
+    keys = [key()]
+    for name in ("chat_template.jinja", "tokenizer.json", "preprocessor_config.json", "processor_config.json"):
+        path = tmp_path / "base" / name
+        if path.is_file():
+            path.write_bytes(path.read_bytes() + b" ")
+            keys.append(key())
+    monkeypatch.setattr(predict_module, "version", lambda name: "0")
+    keys.append(key())
+    assert len(keys) >= 4 and len(set(keys)) == len(keys) and key() == keys[-1]
+
+
 def test_an_unknown_drop_is_refused(small_config):
-    with pytest.raises(ConfigError, match="drop pictures: must be of none, image, text, both"):
+    with pytest.raises(ConfigError, match=r"drops = .pictures.: must be of none, image, text, both, none"):
         evaluate(small_config(), None, drops=("pictures",))

@@ -1,12 +1,21 @@
 """Evaluations read back, side by side, and the result files of the original scripts."""
 
 import json
+from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
 
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.evaluation.results import find_evaluations, read_evaluation, read_original, read_records, write_results
+from mmrev_kit.evaluation.results import (
+    complete,
+    find_evaluations,
+    judge_anew,
+    read_evaluation,
+    read_original,
+    read_records,
+    write_results,
+)
 from mmrev_kit.evaluation.tables import (
     accuracy_table,
     comparison_table,
@@ -47,6 +56,58 @@ def write_evaluation(folder, records, task):
     write_results(folder, task)
     write_json(folder / "facts.json", {"task": task})
     return folder
+
+
+def whole_evaluation(folder: Path) -> Path:
+    """As an evaluation leaves it, with its answers counted."""
+    write_jsonl(folder / "predictions.jsonl", all_records())
+    complete(folder, {"task": "forward", "key": "k"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: cut(f / "predictions.jsonl", 40), r"predictions.jsonl: 40 rows, not the 64 that were written"),
+        (lambda f: (f / "predictions.jsonl").write_text(""), "no prediction in it"),
+        (lambda f: (f / "predictions.jsonl").unlink(), "There is no evaluation"),
+        (lambda f: (f / "facts.json").write_text('{"task": '), "no whole evaluation"),
+        (lambda f: (f / "facts.json").write_text("[]"), "no whole evaluation"),
+        (lambda f: (f / "facts.json").unlink(), "no whole evaluation"),
+    ],
+)
+def test_an_evaluation_that_is_not_whole_is_refused(tmp_path, spoil, told):
+    folder = whole_evaluation(tmp_path / "run/eval/e")
+    assert len(read_evaluation(folder).records) == 64
+    spoil(folder)
+    with pytest.raises(ConfigError, match=told):
+        read_evaluation(folder)
+
+
+def cut(path: Path, lines: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+
+
+def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_written_again(tmp_path):
+    """Older rules read "It might be Correct" as Correct; today's read nothing."""
+    folder = tmp_path / "run/eval/e"
+    records = all_records()
+    old = next(one for one in records if one["test"] == "reverse" and one["expected"] == "Correct")
+    old["answer"] = "It might be Correct"
+    write_jsonl(folder / "predictions.jsonl", records)
+    complete(folder, {"task": "forward", "key": "k"})
+    accuracy = json.loads((folder / "metrics.json").read_text())["none"]["reverse"]["all"]["accuracy"]
+    judge_anew(folder)
+    (found,) = [one for one in read_evaluation(folder).records if one["answer"] == "It might be Correct"]
+    assert (found["read_as"], found["right"]) == (None, False)
+    now = json.loads((folder / "metrics.json").read_text())["none"]["reverse"]["all"]["accuracy"]
+    assert (accuracy, now) == (1.0, 15 / 16)
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    judge_anew(folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    (folder / "verdict.json").unlink()
+    judge_anew(folder)
+    assert (folder / "verdict.json").is_file()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Launching: the run folder, processes, and errors that reach the caller."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -16,12 +17,12 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.files import write_json
+from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model import features
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.notebook.progress import Progress, epoch_line
 from mmrev_kit.training import checkpoints, loop, preflight
-from mmrev_kit.training.history import prepare_folder, read_history
+from mmrev_kit.training.history import begin_run, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, job_environment
 from mmrev_kit.training.update import TrainingError
 
@@ -137,17 +138,67 @@ def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path
     assert sorted(path.name for path in small_data.rglob("*")) == before
 
 
-def test_overwrite_replaces_the_kits_own_files_only(small_config):
-    config = small_config()
-    folder = run_dir(config)
-    prepare_folder(config)
-    (folder / "last").mkdir()
-    (folder / ".best.aside").mkdir()  # left by a kill between two renames: it must not come back as best/
-    (folder / "notes.txt").write_text("mine")
+@pytest.fixture
+def finished(small_config):
+    """The folder of a finished run with an evaluation, as its files' names go, and notes of the user's beside them."""
+    folder = run_dir(small_config())
+    folder.mkdir(parents=True)
+    begin_run(small_config())
     write_json(folder / "training_history.json", {"status": "finished", "reason": "x", "steps": [], "epochs": []})
+    names = ["best/adapter_config.json", "final/README.md", "last/state.json", "eval/small/facts.json"]
+    for name in ["manifest.json", "train.log", "notes.txt", "eval/small/predictions.jsonl", *names]:
+        write_text(folder / name, "old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_replaced_goes_after_the_checks_and_only_what_a_run_wrote(finished, small_config):
+    before, other = contents(finished), small_config("launch.overwrite=true lora.r=4")
     assert prepare_folder(small_config())["status"] == "finished"
-    assert prepare_folder(small_config("launch.overwrite=true lora.r=4")) is None
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "notes.txt"]
+    assert prepare_folder(other) is None and contents(finished) == before
+    begin_run(other)
+    left = {"config.yaml", "train.log", "notes.txt", "eval/small/predictions.jsonl"}
+    assert contents(finished).keys() == left and not list(finished.glob(".*"))
+    assert load_config(finished / "config.yaml").lora.r == 4
+    assert [path.name for path in sorted(finished.iterdir()) if path.is_dir()] == ["eval"]
+
+
+def test_a_configuration_that_the_check_refuses_replaces_nothing(finished, small_config):
+    before = contents(finished)
+    with pytest.raises(TrainingError, match=r"max_length = 20"):
+        launch(small_config("launch.overwrite=true training.max_length=20"))
+    after = contents(finished)
+    assert after.pop("error_rank0.txt") and after.pop("train.log") and before.pop("train.log")
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("best/thesis.txt", lambda path: path.write_text("mine")),
+        ("last/mine", lambda path: path.mkdir()),
+        ("best", lambda path: (shutil.rmtree(path), path.symlink_to(path.parent.parent))),
+        ("final", lambda path: (shutil.rmtree(path), path.write_text("mine"))),
+        ("manifest.json", lambda path: (path.unlink(), path.symlink_to("notes.txt"))),
+    ],
+)
+def test_what_a_run_did_not_write_is_named_and_left_as_it_is(finished, small_config, name, make):
+    make(finished / name)
+    before = contents(finished)
+    with pytest.raises(ConfigError, match=rf"small_forward/{name}: not written by a run"):
+        launch(small_config("launch.overwrite=true lora.r=4"))
+    assert contents(finished) == before and (finished / name).exists()
+
+
+def test_more_processes_than_a_machine_without_gpus_can_use_are_refused(small_config, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    with pytest.raises(ConfigError, match=r"num_processes = 4096, but this machine has no GPU and 2 cores"):
+        launch(small_config("launch.num_processes=4096"))
+    assert preflight.preflight(small_config("launch.num_processes=8")).problems == []
+    assert len(preflight.preflight(small_config("launch.num_processes=9")).problems) == 1
 
 
 def test_more_processes_than_gpus_are_refused(small_config, monkeypatch):

@@ -216,6 +216,90 @@ def test_a_wrong_parameter_ends_the_notebook_before_anything_is_trained(words, m
     done = papermill("notebooks/train.ipynb", str(tmp_path / "o.ipynb"), *words, capture_output=True)
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "outputs").exists()
+    (error,) = errors(tmp_path / "o.ipynb")  # a cell that fails says no more than the message
+    assert error.ename == "ConfigError" and len(error.traceback) == 1 and message in error.traceback[0]
+
+
+def errors(notebook: Path) -> list:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+
+
+def edited(folder: Path, change) -> str:
+    """The training notebook with its cell of parameters changed."""
+    notebook = nbformat.read(ROOT / "notebooks" / "train.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    change(cell)
+    nbformat.write(notebook, folder / "train.ipynb")
+    return str(folder / "train.ipynb")
+
+
+def lose_tag(cell) -> None:
+    cell.metadata.tags = []
+    cell.source = cell.source.replace("num_epochs = None", "num_epochs = 4")
+
+
+def derive(cell) -> None:
+    cell.source = cell.source.replace(
+        "learning_rate = None\nnum_epochs = None", "num_epochs = 4\nlearning_rate = 1e-3 / num_epochs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_tag, "The given value of num_epochs is not in force"),
+        (derive, "learning_rate: computed from num_epochs before the given value was set"),
+    ],
+)
+def test_a_given_value_that_would_not_count_ends_the_notebook(change, message, tmp_path):
+    words = ["-p", "num_epochs", "2", "-p", "output_dir", str(tmp_path / "outputs")]
+    done = papermill(edited(tmp_path, change), str(tmp_path / "o.ipynb"), *words, capture_output=True)
+    assert done.returncode != 0 and message in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "mmrev_kit", *words]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("notebook trian", "There is no notebook trian. There are data, evaluate, "),
+        ("trian", "invalid choice: 'trian' (choose from "),
+        ("notebook train -p lerning_rate 1", "no parameter lerning_rate. Did you mean learning_rate?"),
+        ("notebook memory -p x 1", "no parameter x. The parameters are config, model, card, "),
+        ("notebook train -p task foo", "experiment.task = 'foo': must be one of forward, reverse."),
+        ("notebook train -p num_epochs x", "num_epochs = 'x': training.num_epochs"),
+        ("train --config nope.yaml", "nope.yaml: there is no such configuration file."),
+        ("train --config configs/tiny_cpu.yaml --overrides data.dir=/proc/x", "/proc/x/faces8x8 cannot be written"),
+        ("train --config configs/tiny_cpu.yaml --overrides data.num_main=2", "data.num_main = 2"),
+    ],
+)
+def test_a_fault_of_the_users_ends_a_command_with_its_message_and_status_2(words, told):
+    done = command(*words.split())
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2 and not done.stdout
+
+
+def test_a_fault_that_a_cell_meets_is_the_commands_message(tmp_path):
+    done = command("notebook", "history", "-p", "histories", "nope", "-p", "output_dir", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("ConfigError: There is no training history: ")
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "history_faces8x8_forward.html").is_file()
+
+
+def test_the_same_notebook_started_twice_at_once_goes_into_each_runs_own_folder(small_overrides, small_data, tmp_path):
+    words = [sys.executable, "-m", "mmrev_kit", "notebook", "data", "-p", "overrides"]
+    words += [f"{small_overrides} data.folder={small_data}/small", "-p", "name"]
+    started = [subprocess.Popen([*words, name], cwd=ROOT, stdout=subprocess.DEVNULL) for name in ("one", "two")]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    for name in ("one", "two"):
+        folder = tmp_path / "outputs" / f"{name}_forward"
+        assert f"experiment: name {name}, " in printed(folder / "data.ipynb")
+        assert f"name {name}, " in (folder / "data.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["one_forward", "two_forward"]
 
 
 def test_the_cell_of_parameters_and_the_package_agree():
@@ -248,6 +332,40 @@ def test_unknown_names_are_found_in_the_cells_that_set_parameters(cells, told):
         return
     with pytest.raises(ConfigError, match=f"no parameter {told}. Did you mean learning_rate"):
         check_names(KNOWN, cells)
+
+
+GIVEN = "# Parameters\nlearning_rate = 0.1"
+
+
+@pytest.mark.parametrize(
+    ("cells", "person", "told"),
+    [
+        ([GIVEN, "task = None\nlearning_rate = 0.2"], False, "learning_rate is not in force"),  # no tag
+        ([GIVEN, "task = None\nlearning_rate = 0.2"], True, "learning_rate is not in force"),
+        (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], False, "learning_rate is not in force"),
+        (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], True, None),  # changed and run again
+        (["task = None\nlearning_rate = 1", GIVEN, "if True:\n    learning_rate *= 2"], False, "not in force"),
+        (["learning_rate = 1\ntask = learning_rate", GIVEN], True, "task: computed from learning_rate"),
+        (["learning_rate = 1", "half = learning_rate / 2", "task = half", GIVEN], False, "task: computed from"),
+        (["learning_rate = 1\ntask = learning_rate", f"{GIVEN}\ntask = 3"], False, None),
+        (
+            ["learning_rate = 1", "task = False", "# Parameters\ntask = 'false'"],
+            False,
+            "task = 'false': must be True or",
+        ),
+        (["learning_rate = 1", "# Parameters\nlearning_rate = 'fast'"], False, "'fast': must be a number"),
+        (["learning_rate = 1", "# Parameters\nlearning_rate = 'none'"], False, None),
+    ],
+)
+def test_the_values_given_are_those_in_force_or_refused(cells, person, told, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if person:
+        monkeypatch.setenv("JPY_SESSION_NAME", "train.ipynb")
+    if told is None:
+        check_names(KNOWN, ["", *cells])
+        return
+    with pytest.raises(ConfigError, match=told):
+        check_names(KNOWN, ["", *cells])
 
 
 def test_a_parameter_that_is_not_set_is_told():

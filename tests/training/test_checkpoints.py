@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +21,16 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import DiskFull
+from mmrev_kit.model.features import bytes_to_write
+from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.training import preflight
+from mmrev_kit.training import run as run_module
 from mmrev_kit.training.checkpoints import load_last, save_adapter, save_last, write_manifest
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import bytes_to_save, disk_problems
 from mmrev_kit.training.run import start
-from mmrev_kit.training.update import update
+from mmrev_kit.training.update import TrainingError, update
 
 CPU = torch.device("cpu")
 STATE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=CPU)
@@ -251,16 +256,22 @@ def test_a_disk_that_is_full_at_any_write_leaves_what_was_saved_and_is_named(run
     assert writes >= {"training_history.json": 4, "last": 14}.get(name, 10)
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A real file system of 4 MiB."""
-    disk = tmp_path / "disk"
+@contextmanager
+def mounted(disk: Path, size: str):
+    """A real file system of this size."""
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"mounting a tmpfs needs root with CAP_SYS_ADMIN (mount: {made.stderr.strip()})")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    with mounted(tmp_path / "disk", "4m") as disk:
+        yield disk
 
 
 def fill(disk: Path, left: int) -> None:
@@ -325,6 +336,82 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_before_launch(small_config, 
     config = small_config()
     needed = bytes_to_save(config)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(ConfigError, match=rf"needs {needed:,} bytes .* and {needed - 1:,} are free"):
+    with pytest.raises(ConfigError, match=rf"needs {needed:,} bytes: {needed:,} for best/.* {needed - 1:,} are free"):
         launch(config)
     assert not run_dir(config).exists()
+
+
+def test_the_bytes_of_the_features_are_counted_and_a_disk_without_room_for_them_is_refused(
+    small_config, tmp_path, monkeypatch
+):
+    """Before the weights are read. What is counted is what is then written, in blocks of 4 KiB, once."""
+    config, counted = small_config("training.num_epochs=1"), []
+    real, saves = run_module.disk_problems, bytes_to_save(small_config())
+
+    class Reached(Exception):
+        """The weights would be read now."""
+
+    def load(**arguments):
+        raise Reached
+
+    def count(config, free, shapes, history, features):
+        counted.append((history, features))
+        return real(config, free, shapes, history, features)
+
+    def begin(free: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "disk_problems", count)
+            patch.setattr(run_module, "load_base", load)
+            patch.setattr(run_module, "free_bytes", lambda config: free)
+            start(config, STATE)
+
+    with pytest.raises(Reached):
+        begin(10**12)
+    ((history, features),) = counted
+    with pytest.raises(Reached):
+        begin(saves + history + features)
+    with pytest.raises(ConfigError, match=rf"needs {saves + history + features:,} bytes.*{features:,} for the vision"):
+        begin(saves + history + features - 1)
+    start(config, STATE)
+    sizes = [path.stat().st_size for path in (tmp_path / "outputs" / "features").rglob("*.safetensors")]
+    assert len(sizes) > 8 and sum(sizes) <= features <= sum(sizes) + 4096 * len(sizes)
+    with pytest.raises(Reached):
+        begin(saves + history)  # they are there
+    assert counted[-1] == (history, 0)
+
+
+def test_the_features_of_the_32b():
+    """A 448 x 448 picture: 196 visual tokens, 1 + 3 outputs of 5,120 numbers in fp16 = 8,028,160 bytes; 400 faces and
+    20 people are 3.4 GB."""
+    config = load_config("configs/config_qwen3vl32_fp16.yaml", "model.name=configs/models/qwen3vl_32b.json")
+    encoder = make_encoder(config)
+    pictures = [Path(f"{number}.png") for number in range(3)]
+    encoder.sizes.update(dict.fromkeys(pictures, (448, 448)))
+    samples = [SimpleNamespace(max_pixels=200_704, row=SimpleNamespace(images=(path,))) for path in pictures]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: str(path).encode())
+        found = bytes_to_write(config, encoder, [*samples, samples[0]], (4, 5120), torch.float16, CPU)
+    assert 3 * 8_028_160 < found < 3 * (8_028_160 + 8192)
+
+
+def test_a_disk_that_fills_up_under_way_is_told_by_the_worker_and_the_run_has_failed(small_config, tmp_path):
+    """The disk is filled to the last byte once the run has begun: its next write fails, and the parent's own, too."""
+    with mounted(tmp_path / "disk", "64m") as disk:
+        config = small_config(f"launch.output_dir={disk}/outputs training.num_epochs=3 training.min_val_loss=0")
+        history = run_dir(config) / "training_history.json"
+
+        def fill_it() -> None:
+            while not (history.is_file() and read_history(history)["steps"]):
+                time.sleep(0.05)
+            with suppress(OSError), open(disk / "filler", "wb") as file:
+                while True:
+                    file.write(bytes(2**16))
+
+        filler = threading.Thread(target=fill_it, daemon=True)
+        filler.start()
+        with pytest.raises(TrainingError, match=rf"DiskFull: No space left for {run_dir(config)}/.*start again"):
+            launch(config)
+        filler.join()
+        assert read_history(history)["status"] == "failed"
+        (disk / "filler").unlink()
+        assert launch(config)["status"] == "finished"

@@ -76,6 +76,36 @@ def test_an_fp16_overflow_stops_the_run_names_its_layer_and_leaves_last_whole(sm
     assert find_fault(run, run.task.train["forward"][:8]) is None
 
 
+def test_an_update_that_is_skipped_within_the_warm_up_does_not_raise_the_rate(small_config, state, monkeypatch):
+    """Warm-up: .6 of 15 updates, 9 steps; the second update overflows, and is made up for by the third."""
+
+    def overflow(run):
+        step = run.progress["global_step"]
+        if step in (1, 2):
+            layer(run).mlp.up_proj.weight.mul_(60_000.0 if step == 1 else 1 / 60_000.0)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    config = small_config(f"{FP16} training.warmup_ratio=0.6 training.learning_rate=9e-4 training.save_steps=4")
+    with monkeypatch.context() as patch:
+        before_update(patch, overflow)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, state)
+    steps = read_history(run_dir(config) / "training_history.json")["steps"]
+    assert [step.get("skipped", False) for step in steps] == [False, True, False, False, False]
+    assert [step["lr"] for step in steps] == pytest.approx([1e-4, 2e-4, 2e-4, 3e-4, 4e-4])
+    train(config, state)  # goes on from the fourth update
+    steps = read_history(run_dir(config) / "training_history.json")["steps"]
+    assert [step["lr"] for step in steps[3:]] == pytest.approx([k * 1e-4 for k in (3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 9, 9)])
+
+
+@pytest.mark.parametrize("words", ["training.max_grad_norm=1e-30", "training.learning_rate=1e-30 training.min_lr=0"])
+def test_a_run_that_would_learn_nothing_ends_at_its_first_update(small_config, state, words):
+    with pytest.raises(TrainingError, match="Step 1: the first update changed no weight by more than"):
+        train(small_config(f"retention.retention_ratio=0 {words}"), state)
+    assert not (run_dir(small_config()) / "best").exists()
+
+
 def test_an_overflow_that_only_the_adapter_has_is_told_apart(small_config, state):
     run = start(small_config(FP16), state)
     layer(run).self_attn.o_proj.lora_B.default.weight.data.fill_(1e5)

@@ -304,11 +304,39 @@ def test_an_error_of_a_full_disk_says_where_and_how_much(tmp_path, error):
         assert raised.value is error  # another fault stays what it is
         return
     free = shutil.disk_usage(tmp_path).free
-    found = re.match(
-        rf"No space left for {tmp_path}/a/last: it needs at least 12,345 bytes; ([\d,]+) bytes", str(raised.value)
-    )
+    found = re.match(rf"No space left for {tmp_path}/a/last: it needs more than ([\d,]+) bytes", str(raised.value))
     assert isinstance(raised.value, files.DiskFull) and raised.value.__cause__ is error
     assert abs(int(found[1].replace(",", "")) - free) < 2**30
+
+
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        (348_160, "it needs more than 348,160 bytes, or a quota is used up."),  # 344,064 is what is known of it
+        (340_000, "it needs at least 344,064 bytes; 340,000 bytes are free, or a quota is used up."),
+    ],
+)
+def test_the_numbers_of_a_full_disk_add_up(tmp_path, monkeypatch, free, told):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(files.DiskFull, match=re.escape(told)), files.needing(tmp_path / "best", 344_064):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_history_on_a_full_disk_says_failed_in_the_bytes_that_it_has(tmp_path, full_disk):
+    path = tmp_path / "training_history.json"
+    History(path).write()
+    size = path.stat().st_size
+    full_disk("replace", 1)
+    history_module.mark_ended(path, "interrupted")
+    assert read_history(path)["status"] == "failed" and path.stat().st_size == size
+    history_module.overwrite_status(path)  # once more: nothing is left to say
+    assert read_history(path)["status"] == "failed"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(files.NotWritable, match=rf"{tmp_path}/a/b/c cannot be written \(.*Choose another folder"):
+        write_text(tmp_path / "a" / "b" / "c", "")
 
 
 @pytest.mark.parametrize("exists", [True, False])
