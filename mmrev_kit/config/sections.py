@@ -43,11 +43,19 @@ class ExperimentConfig:
     name: str = "faces20"  # the run's; its folder is <launch.output_dir>/<name>_<task>
     task: str = "forward"
     seed: int = 0
+    taught: str | None = None  # what main is taught: generation, cw or both; None: both in task forward, cw in reverse
 
     def __post_init__(self):
         _check_words("experiment", self, {"task": TASKS})
         plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\")
         _require(plain, "experiment.name", self.name, "must be a plain folder name")
+
+    @property
+    def main_is_taught(self) -> tuple[str, ...]:
+        """The tasks whose rows main is trained on; control is trained on forward, cw_image and reverse rows."""
+        if self.task == "reverse":
+            return ("reverse",)
+        return {"generation": ("forward",), "cw": ("cw_image",)}.get(self.taught, ("forward", "cw_image"))
 
 
 @dataclass
