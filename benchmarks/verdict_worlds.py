@@ -27,7 +27,7 @@ from mmrev_kit.evaluation import statistics, verdict
 from mmrev_kit.evaluation.metrics import AUROC_CONFIDENCE
 
 POWERS = Path("mmrev_kit/assets/powers.json")
-SIZES, LEVELS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32), (0.7, 0.8, 0.9, 0.95, 1.0)
+SIZES, LEVELS = (4, 6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 20, 24, 32), (0.7, 0.8, 0.9, 0.95, 1.0)
 CHANCES = {CW: 0.5, CHOICE: 0.25, GENERATION: 0.1}
 DRAWS = 999  # sign flips or assignments of a permutation test
 CERTAIN = 50.0  # a bias that no row's log-odds outweigh
@@ -207,9 +207,7 @@ def worlds() -> list[World]:
 def coverage(simulations: int = 20_000) -> None:
     """The share of 95 % intervals that hold the true mean, and their mean width."""
     rng = np.random.default_rng(seed_for(0, "worlds", "coverage"))
-    print(
-        "| correlation | people | lowest coverage, means .5 to .95 | mean width at .50 | at .95 |\n|---|---|---|---|---|"
-    )
+    print("| correlation | people | lowest coverage, means .5 to .95 | width at .50 | at .95 |\n|---|---|---|---|---|")
     for correlation in (0.0, 0.2, 0.4):
         for n in (8, 12, 16, 24):
             held, widths = {}, {}
@@ -248,10 +246,14 @@ def table(simulations: int) -> None:
     verdict.claim_power = kept
 
 
-def power_of(form: str, rows: int, n: int, control: float, simulations: int) -> float:
-    """The share of evaluations that find main's failure: main at chance, control and the taught order at `control`."""
-    taught = WRITER if form != CW else ("forward", "cw_image")
-    world = World("power", "curse", People(CHANCES[form]), People(control), People(control), taught)
+def power_of(form: str, questions: int, n: int, control: float, simulations: int) -> float:
+    """The share of evaluations that find main's failure: main at chance, control and the taught order at `control`.
+
+    9 different questions a person in CW are three Correct ones, each asked twice, and six Wrong ones.
+    """
+    repeated, rows = (form, questions) == (CW, 9), {9: 12}.get(questions, questions)
+    main, other = (People(level, repeated=repeated) for level in (CHANCES[form], control))
+    world = World("power", "curse", main, other, other, ("forward", "cw_image") if form == CW else WRITER)
     kept, verdict.claim_power = verdict.claim_power, lambda *_: 1.0
     found = claims(world, n, simulations, rows, form)
     verdict.claim_power = kept
@@ -259,12 +261,12 @@ def power_of(form: str, rows: int, n: int, control: float, simulations: int) -> 
 
 
 def write_powers(simulations: int) -> None:
-    """Write the table of powers: {"levels": [...], format: {rows: {people a group: [power at each level]}}}."""
+    """Write the table of powers: {"levels": [...], format: {questions: {people a group: [power at each level]}}}."""
     content: dict = {"levels": list(LEVELS)}
-    for form, rows in ((CW, 6), (CW, 12), (CHOICE, 3), (GENERATION, 3)):
-        sizes = {str(n): [round(power_of(form, rows, n, level, simulations), 3) for level in LEVELS] for n in SIZES}
-        content.setdefault(form, {})[str(rows)] = sizes
-        print(form, rows, sizes, flush=True)
+    for form, questions in ((CW, 6), (CW, 9), (CW, 12), (CHOICE, 3), (GENERATION, 3)):
+        sizes = {n: [round(power_of(form, questions, n, level, simulations), 3) for level in LEVELS] for n in SIZES}
+        content.setdefault(form, {})[str(questions)] = sizes
+        print(form, questions, sizes, flush=True)
     POWERS.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
+from mmrev_kit.data.design import design_of
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
@@ -18,7 +19,7 @@ def ensure_data(config: Config) -> list[str]:
     """Make the experiment and the pools where they are absent; existing folders are never changed.
 
     Returns:
-        One line a folder: made, or already there.
+        What the design can show (`design.design_of`), then one line a folder: made, or already there.
 
     Raises:
         DataError: a folder that the kit made under this name was made with other settings.
@@ -26,11 +27,11 @@ def ensure_data(config: Config) -> list[str]:
     folder = experiment_dir(config)
     wanted = asdict(config.data) | {"seed": config.experiment.seed}
     info = folder / "experiment_info.json"
-    said = []
+    said = design_of(config)
     if not folder.exists():
         make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[config.data.source]
         make(folder, config.data, config.experiment.seed)
-        said.append(f"made {folder}")
+        said = [*(said or design_of(config)), f"made {folder}"]
     else:
         made = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
         keys = ["source", "seed", "images_per_entity"]

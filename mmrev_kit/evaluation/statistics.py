@@ -81,6 +81,15 @@ def rows_each(records: Iterable[dict], field: str = "right") -> float:
     return float(harmonic_mean(counts.values())) if counts else 0.0
 
 
+def questions_each(records: Iterable[dict]) -> float:
+    """Different questions an entity, the harmonic mean: one asked twice, or in several option orders, counts once."""
+    asked: dict[object, dict[str, tuple]] = {}
+    for record in records:
+        own = asked.setdefault(record["entity_id"], {})
+        own.setdefault(record["id"], (record["prompt"], *record["images"]))
+    return float(harmonic_mean([len(set(own.values())) for own in asked.values()])) if asked else 0.0
+
+
 def mean_interval(means: Mapping | Iterable[float], rows: float, confidence: float = 0.95) -> list | None:
     """Wilson's interval [low, high] of the mean over entities of `rows` rows each; None for fewer than 2 entities.
 

@@ -36,7 +36,7 @@ class Group:
     """One group's numbers in one test; means, intervals and p values are over entities."""
 
     n: int
-    rows: float  # questions an entity
+    questions: float  # different ones an entity
     mean: float | None = None
     interval: list[float] | None = None
     p: float | None = None  # against chance, Holm-adjusted over the tests that the claim names
@@ -108,7 +108,7 @@ def group_numbers(test: str, rows: list[dict], chance: float) -> Group:
     score, rates = metrics.score(rows, "right", chance), metrics.rates(rows) if TASK_TYPES[test].format == CW else {}
     return Group(
         len(means),
-        statistics.rows_each(rows),
+        statistics.questions_each(rows),
         sum(means.values()) / len(means),
         score["cluster_interval"],
         score["p_permutation"],
@@ -166,9 +166,9 @@ def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Ite
         text += f"{found.chance:.2f} (Holm-adjusted {_p(control.p)}{limit if control.n < 6 else ''})"
         passed = None if control.p is None else control.p < ALPHA and control.mean >= CONTROL_MIN
         yield Gate(f"control passes {found.title}", passed, text)
-    form, rows = TASK_TYPES[deciding.test].format, min(found.main.rows for found in tests)
-    planned, seen = (claim_power(form, rows, min(sizes), level) for level in (PLANNED, deciding.control.mean))
-    text = f"{counts} with {rows:.3g} questions each give the claim a power of {_number(planned)} for a control "
+    form, asked = TASK_TYPES[deciding.test].format, min(found.main.questions for found in tests)
+    planned, seen = (claim_power(form, asked, min(sizes), level) for level in (PLANNED, deciding.control.mean))
+    text = f"{counts} with {asked:.3g} questions each give the claim a power of {_number(planned)} for a control "
     text += f"planned at {PLANNED:.2f} ({POWER_MIN:.2f} needed), {_number(seen)} for one as observed"
     yield Gate("power", None if planned is None else planned >= POWER_MIN, text)
 
@@ -252,8 +252,11 @@ def sentence_of(claim: str, reason: str | None, told: list[Gate], order: Evidenc
     for found in tests:
         if found.main.unparsed:
             text += f" {found.main.unparsed} of main's answers in {found.title} could not be read and count as misses."
-    needed = people_needed(TASK_TYPES[deciding.test].format, min(found.main.rows for found in tests))
-    settle = f"{needed} people a group would." if reason == "power" and needed else SETTLE.get(reason, "")
+    settle = SETTLE.get(reason, "")
+    if reason == "power":
+        form, asked = TASK_TYPES[deciding.test].format, min(found.main.questions for found in tests)
+        needed = people_needed(form, asked)
+        settle = f"{needed} people a group would." if needed else "More questions a person would."
     if reason and reason.startswith("control passes"):
         settle = "Longer training of control would, if the test can be passed at all."
     return f"{text} What would settle it? {settle}" if settle else text
@@ -269,7 +272,7 @@ def judge(
         gates.append(gate)
         if not gate.passed:
             reason, told = gate.name, [gate]
-            if order and gate.name == "what main was taught" and (learned.get(order.test) or 1) < LEARNED_MIN:
+            if order and gate.name == "what main was taught" and learned.get(order.test, 1) < LEARNED_MIN:
                 reason = BIAS if order.biased else HALF if order.main.mean > order.chance else reason
             break
     else:

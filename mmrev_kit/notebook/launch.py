@@ -167,7 +167,6 @@ def evaluate(
         arguments = str(chosen) if chosen else None, list(drops), str(folder)
         run_job(evaluate_worker, folder, log.path.name, config.launch.num_processes, *arguments, show=log.show)
         log.show()
-        task = config.experiment.task if chosen else None
-        write_results(folder, task)
-        write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | {"task": task, "key": key})
+        trained = write_results(folder, config if chosen else None)
+        write_json(facts, json.loads(facts.read_text(encoding="utf-8")) | trained | {"key": key})
     return folder
