@@ -151,10 +151,10 @@ def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Ite
     deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in GROUPS]
     unasked = [TASK_TYPES[test].long_title for test, mean in learned.items() if mean is None]
     unasked += [found.title for found in tests if not found.main.n + found.control.n and found.title not in unasked]
-    text = f"not asked: {', '.join(unasked)} (evaluate again with the experiment's test files of it)"
-    yield Gate("questions", not unasked, text if unasked else "all questions were asked")
+    text = f"this evaluation does not hold {', '.join(unasked)}" if unasked else "all questions were asked"
+    yield Gate("questions", not unasked, text)
     counts, needed = f"{sizes[0]} main and {sizes[1]} control entities", f"at least {MIN_GROUP} a group are needed"
-    why = "without a control group, taught in both directions, main's failure could be the test's"
+    why = "without a control group, taught in both orders, main's failure could be the test's"
     yield Gate("groups", min(sizes) >= MIN_GROUP, f"there are {counts}, {needed}: {why}")
     means = ", ".join(f"{_number(mean)} in {TASK_TYPES[test].long_title}" for test, mean in learned.items())
     text = f"of what it was taught, main's accuracy is {means} ({LEARNED_MIN:.2f} needed in each)"
@@ -221,6 +221,7 @@ OPENINGS = {
     WRITTEN: "What main was taught to judge it can write",
 }
 SETTLE = {  # by reason, what would settle an inconclusive verdict
+    "questions": "Evaluating again, with test files of all five tests, would.",
     "groups": "A control group would: data.num_control.",
     "what main was taught": "More epochs or a higher learning rate would.",
     HALF: "More epochs or a higher learning rate would, or teaching main in this format, too.",
@@ -244,7 +245,8 @@ def sentence_of(claim: str, reason: str | None, told: list[Gate], order: Evidenc
     main, tests = deciding.main, [order, deciding] if order else [deciding]
     text = f"{OPENINGS.get(claim) or f'Inconclusive ({reason})'}: {'; '.join(gate.text for gate in told)}."
     if claim == CURSE and (main.p < ALPHA or (main.auroc_bounds and main.auroc_bounds[0] > 0.5)):
-        text += f" It is partial: main is above chance (accuracy: Holm-adjusted {_p(main.p)})."
+        area = f", AUROC from {main.auroc_bounds[0]:.2f} on" if main.auroc_bounds else ""
+        text += f" It is partial: main is above chance (accuracy: Holm-adjusted {_p(main.p)}{area})."
     if claim == NO_CURSE and deciding.p_difference < ALPHA:
         text += f" A gap remains: control - main is {_number(deciding.difference)} ({_p(deciding.p_difference)})."
     if TASK_TYPES[deciding.test].format == CW:

@@ -197,9 +197,10 @@ def accuracy_figure(metrics: dict[str, dict]):
             for label in axis.get_xticklabels():
                 label.set_parse_math(False)  # a name with dollar signs is text
     axes[0, 0].set_ylabel("accuracy")
-    present = {group for found in metrics.values() for groups in found["none"].values() for group in groups}
+    tests = [set(groups) for found in metrics.values() for groups in found["none"].values()]
+    drawn = set().union(*(groups - {"all"} or groups for groups in tests))
     for group, (marker, color) in GROUP_STYLES.items():
-        if group in present and (group != "all" or "main" not in present):
+        if group in drawn:
             axes[0, 0].plot([], [], marker, color=color, label=group)
     axes[0, 0].plot([], [], "--", color="C3", label="chance")
     figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8)

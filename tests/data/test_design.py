@@ -12,7 +12,7 @@ from mmrev_kit.data.tasks import CW
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table of powers in which 10 people a group have .8 with 6 questions, and 20 with any number have it at .9."""
+    """A table of powers in which 10 people a group have .8 with 6 questions, and 8 have .9 with 12."""
     powers = {
         "levels": [0.7, 0.95],
         CW: {"6": {"4": [0, 0.1], "10": [0.4, 0.8]}, "12": {"4": [0, 0.2], "8": [0.5, 0.9]}},

@@ -1,4 +1,4 @@
-"""The simulated evaluations of benchmarks/verdict_worlds.py: their numbers are the verdict's own, and so are the powers."""
+"""benchmarks/verdict_worlds.py: its simulated numbers are the verdict's own, and the shipped powers are its."""
 
 import importlib.util
 import sys
