@@ -78,7 +78,7 @@ def entity_means(records: Iterable[dict], field: str = "right") -> dict[object, 
 def rows_each(records: Iterable[dict], field: str = "right") -> float:
     """Rows an entity whose `field` is not None: the harmonic mean, which is what the spread of entity means knows."""
     counts = Counter(record["entity_id"] for record in records if record[field] is not None)
-    return float(harmonic_mean(counts.values())) if counts else 0.0
+    return float(harmonic_mean(list(counts.values()))) if counts else 0.0
 
 
 def questions_each(records: Iterable[dict]) -> float:

@@ -41,14 +41,14 @@ def test_the_lines_name_the_setting_that_would_do(table):
 
 
 def test_a_configuration_says_it_before_its_data_are_made(tmp_path, small_data):
-    words = f"data.dir={tmp_path} experiment.name=none data.num_main=4 data.num_control=0 retention.retention_ratio=0"
+    words = f"data.dir={tmp_path} experiment.name=lone data.num_main=4 data.num_control=0 retention.retention_ratio=0"
     config = load_config("configs/tiny_cpu.yaml", f"{words} data.image_size=32")
     needed = people_needed(CW, 9)
     (line,) = design_of(config)
     assert f"data.num_main={needed} data.num_control={needed} would" in line
-    assert ensure_data(config) == [line, f"made {tmp_path}/none"]
+    assert ensure_data(config) == [line, f"made {tmp_path}/lone"]
     again = ensure_data(config)  # now of the people and questions that are there
-    assert again[0].startswith("This design can reach no claim") and again[1] == f"found {tmp_path}/none"
+    assert again[0].startswith("This design can reach no claim") and again[1] == f"found {tmp_path}/lone"
     config.data.source = "shapes"
     assert design_of(config) == []
 
