@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config
+from mmrev_kit.data.design import design_of
 from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
@@ -24,7 +25,7 @@ def ensure_data(config: Config) -> list[str]:
     A pool may serve runs of other seeds than the one that it was made with, which is said then.
 
     Returns:
-        One line a folder: made, or already there.
+        What the design can show (`design.design_of`), then one line a folder: made, or already there.
 
     Raises:
         DataError: a folder that the kit made under this name was made with other settings.
@@ -37,10 +38,12 @@ def ensure_data(config: Config) -> list[str]:
         wanted["entities_file_sha256"] = sha256(resolve(data.entities_file).read_bytes()).hexdigest()
     make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[data.source]
     folder = experiment_dir(config)
-    said = [_ensure(folder, wanted, "data.folder or experiment.name", partial(make, folder, data, seed))]
-    if said[0].startswith("made") and any(0 < wanted.get(f"num_{group}", 0) < FAIR_GROUP for group in GROUPS):
+    design = design_of(config)
+    made = _ensure(folder, wanted, "data.folder or experiment.name", partial(make, folder, data, seed))
+    if made.startswith("made") and any(0 < wanted.get(f"num_{group}", 0) < FAIR_GROUP for group in GROUPS):
         rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
-        said[0] += f"; its I2D and D2I cannot be read: {rule}"
+        made += f"; its I2D and D2I cannot be read: {rule}"
+    said = [*(design or design_of(config)), made]  # your own people are counted once they are read
     for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
         wanted = {"kind": kind, "image_size": data.image_size}
         if kind == "face":

@@ -1,6 +1,5 @@
 """Counts and accuracies over the records of an evaluation."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -8,8 +7,10 @@ from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES
 from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.statistics import entity_means, permutation_above_chance
 
+AUROC_CONFIDENCE = 0.9  # of a two-sided interval, each end of which is a one-sided 95 % bound
 
-def _share(hits: int, n: int) -> float | None:
+
+def _share(hits: float, n: int) -> float | None:
     return hits / n if n else None
 
 
@@ -21,24 +22,22 @@ def _counts(records: list[dict], names: Iterable[str]) -> dict[str, int]:
 def rates(records: list[dict]) -> dict:
     """CW rows: accuracy, TPR and FPR of the answer Correct, separation TPR - FPR, AUROC, and the answers' counts.
 
-    An unparsed answer is neither Correct nor Wrong, and stays in every denominator. AUROC ranks logp(Correct) -
-    logp(Wrong) of the rows that have both. Rows whose label lost its meaning (right is None) are only counted.
+    An unparsed answer is neither Correct nor Wrong, and stays in every denominator. `auroc` is the mean over entities
+    (`statistics.entity_aurocs`), `auroc_bounds` its one-sided 95 % bounds. Rows whose label lost its meaning (right is
+    None) are only counted.
     """
     scored = [record for record in records if record["right"] is not None]
     sides = {side: [row for row in scored if row["expected"] == side] for side in ("Correct", "Wrong")}
     said = {side: sum(row["read_as"] == "Correct" for row in rows) for side, rows in sides.items()}
     tpr, fpr = (_share(said[side], len(sides[side])) for side in sides)
-    margins = {}
-    for side, rows in sides.items():
-        pairs = [(row["options"].get("Correct"), row["options"].get("Wrong")) for row in rows]
-        margins[side] = [yes - no for yes, no in pairs if None not in (yes, no) and math.isfinite(yes - no)]
+    aurocs, worth = statistics.entity_aurocs(scored)
     return {
         "accuracy": _share(sum(row["right"] for row in scored), len(scored)),
         "tpr": tpr,
         "fpr": fpr,
         "separation": None if tpr is None or fpr is None else tpr - fpr,
-        "auroc": statistics.auroc(margins["Correct"], margins["Wrong"]),
-        "n_auroc": sum(map(len, margins.values())),
+        "auroc": _share(sum(aurocs.values()), len(aurocs)),
+        "auroc_bounds": statistics.mean_interval(aurocs, worth, AUROC_CONFIDENCE),
         "counts": _counts(records, ("Correct", "Wrong")),
         "confusion": {side: _counts(rows, sides) for side, rows in sides.items()},
     }
@@ -83,7 +82,7 @@ def score(records: list[dict], field: str, chance: float) -> dict:
         "correct": correct if rows else None,
         "accuracy": _share(correct, len(rows)),
         "wilson": statistics.wilson(correct, len(rows)) if single else None,
-        "cluster_interval": statistics.bootstrap_interval(means),
+        "cluster_interval": statistics.mean_interval(means, statistics.rows_each(rows, field)),
         "chance": chance if rows else None,
         "p_exact": statistics.exact_test(correct, len(rows), chance) if single and tested else None,
         "p_permutation": permutation_above_chance(means, chance) if tested else None,

@@ -1,4 +1,4 @@
-"""Evaluations as files and tables: what one found, runs side by side, and the result files of the original scripts."""
+"""Evaluations as files: what one found, runs side by side, and the results of the original scripts."""
 
 import hashlib
 import json
@@ -8,11 +8,12 @@ from pathlib import Path
 from mmrev_kit import files
 from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import TASKS, Config, ConfigError
-from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.tasks import CW, TASK_TYPES
 from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.evaluation.metrics import adjust, metrics
-from mmrev_kit.evaluation.verdict import verdict
+from mmrev_kit.evaluation.verdict import Verdict, verdict
 
 UNKNOWN = (  # numbers of `metrics.metrics` that a file of the original scripts cannot tell
     "n_entities", "unparsed", "cluster_interval", "p_permutation_holm", "rates", "options", "agreement", "likeliest",
@@ -29,6 +30,11 @@ class Evaluation:
     records: list[dict]
     facts: dict
     task: str | None  # what the adapter was trained on; None for a base model
+    taught: str | None = None  # as in `config.sections.ExperimentConfig`
+
+    def verdict(self) -> Verdict:
+        """The verdict on a trained run, made anew from its records."""
+        return verdict(self.records, self.task, self.taught)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -54,28 +60,29 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-def write_results(folder: Path, task: str | None) -> None:
-    """Write metrics.json, and of a trained run verdict.json, beside predictions.jsonl.
+def complete(folder: Path, facts: dict) -> None:
+    """Write what follows from predictions.jsonl: metrics.json, of a trained run verdict.json, and facts.json last, so
+    that a broken evaluation has none.
 
     Args:
-        task: what the adapter was trained on; None for a base model, on which there is no verdict.
+        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`.
     """
     records = read_records(folder / "predictions.jsonl")
     files.write_json(folder / "metrics.json", metrics(records))
-    if task:
-        files.write_json(folder / "verdict.json", asdict(verdict(records, task)))
+    if facts["task"]:
+        files.write_json(folder / "verdict.json", asdict(verdict(records, facts["task"], _taught(facts))))
+    files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
+
+
+def _taught(facts: dict) -> str | None:
+    """What main was taught; the first version, which did not say so, taught by generation."""
+    return facts.get("taught", "generation" if facts.get("task") == "forward" else None)
 
 
 def counted(folder: Path) -> dict:
     """How many predictions an evaluation has, and their SHA-256: what facts.json keeps of them."""
     content = (folder / "predictions.jsonl").read_bytes()
     return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def complete(folder: Path, facts: dict) -> None:
-    """`write_results`, and then facts.json with `counted`: it is written last, so that a broken evaluation has none."""
-    write_results(folder, facts["task"])
-    files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
 
 
 def read_facts(folder: Path) -> dict:
@@ -124,14 +131,15 @@ def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
         return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
     records = read_records(path / "predictions.jsonl")
     facts = read_facts(path)
-    return Evaluation(name or path.parent.parent.name, path, metrics(records), records, facts, facts.get("task"))
+    name = name or path.parent.parent.name
+    return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
 
 
 def read_original(path: Path) -> dict:
     """The original scripts' results as metrics with what such a file can tell: {"none": {test: {"all": numbers}}}.
 
-    Such a file holds `accuracy`, `correct`, `total` and `examples` for each test. Intervals are Wilson's: which rows
-    belong to one entity is not said.
+    Such a file holds `accuracy`, `correct`, `total` and `examples` for each test. What it calls reverse was asked with
+    the image first, and is read as `cw_image`. Intervals are Wilson's: which rows belong to one entity is not said.
 
     Raises:
         ConfigError: not such a file, or counts that contradict each other.
@@ -144,17 +152,34 @@ def read_original(path: Path) -> dict:
         raise ConfigError(f"{path}: no results file of the original scripts ({error!r}).") from None
     if not counts:
         raise ConfigError(f"{path}: none of {', '.join(TASK_TYPES)} in it.")
-    found = {}
     for test, (correct, total) in counts.items():
         stated = tests[test].get("accuracy")
         if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
             raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
+    return {"none": _counted({{"reverse": "cw_image"}.get(test, test): pair for test, pair in counts.items()})}
+
+
+def _counted(counts: dict[str, tuple[int, int]], rates: dict | None = None) -> dict:
+    """Metrics of one drop from (right, asked) by test, and TPR and FPR of the CW test where they are known."""
+    found = {}
+    for test, (correct, total) in counts.items():
         chance = TASK_TYPES[test].chance
         numbers = dict.fromkeys(UNKNOWN) | {"n": total, "correct": correct, "chance": chance}
         numbers |= {"accuracy": correct / total if total else None, "wilson": statistics.wilson(correct, total)}
-        found[test] = {"all": numbers | {"p_exact": statistics.exact_test(correct, total, chance) if chance else None}}
+        numbers["p_exact"] = statistics.exact_test(correct, total, chance) if chance else None
+        found[test] = {"all": numbers | ({"rates": rates} if rates and TASK_TYPES[test].format == CW else {})}
     adjust({test: groups["all"] for test, groups in found.items()}, "p_exact")
-    return {"none": found}
+    return found
+
+
+def published() -> dict[str, Evaluation]:
+    """The published results of the original scripts, by run; `facts` holds what they can and cannot show."""
+    asset, found = read_asset("published"), {}
+    for run in asset["runs"]:
+        rates = {"none": run.get("rates")}  # known of whole prompts
+        numbers = {drop: _counted(counts, rates.get(drop)) for drop, counts in run["drops"].items()}
+        found[run["name"]] = Evaluation(run["name"], Path("published"), numbers, [], {"note": asset["note"]}, None)
+    return found
 
 
 def _same_share(stated: float, share: float) -> bool:
@@ -167,7 +192,8 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
 
     Args:
         base: the base model's evaluation, if there is one.
-        others: evaluation folders or eval_results*.json files, separated by spaces, relative to the project root.
+        others: evaluation folders or eval_results*.json files, separated by spaces, relative to the project root; the
+            word `published` stands for `published`.
 
     Raises:
         ConfigError: a named path holds no evaluation.
@@ -180,6 +206,7 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
             found[name] = read_evaluation(folder, name)
     if base:
         found["base"] = read_evaluation(base, "base")
-    for path in map(resolve, (others or "").split()):
-        found[path.stem] = read_evaluation(path, path.stem)
+    for word in (others or "").split():
+        path = resolve(word)
+        found |= published() if word == "published" else {path.stem: read_evaluation(path, path.stem)}
     return found

@@ -1,13 +1,15 @@
 """Intervals and tests over the records of an evaluation.
 
 The unit of every claim is the entity: rows about one entity share its face and its description, so they are averaged
-first (`entity_means`) and entities are resampled or permuted. Wilson intervals and exact tests treat rows as
+first (`entity_means`); intervals and permutations are over entities. `wilson` and the exact tests treat rows as
 independent; they describe one evaluation, are comparable with published tables, and no verdict rests on them.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from statistics import harmonic_mean
 
 import numpy as np
 
@@ -15,11 +17,12 @@ from mmrev_kit.config.seeds import seed_for
 
 EXACT_LIMIT = 2**16  # up to so many sign flips or assignments all are gone through; beyond, some are drawn
 DRAWS = 20_000  # sign flips or assignments drawn then
+MIN_CORRELATION = 0.1  # of the rows of one entity, whatever a few entities seem to show
 TOLERANCE = 1e-9  # equal sums added in another order may differ by rounding; they count as equal
 
 
 def _array(values: Mapping | Iterable[float]) -> np.ndarray:
-    return np.array(list(values.values() if isinstance(values, Mapping) else values), dtype=float)
+    return np.array(list(values.values()) if isinstance(values, Mapping) else list(values), dtype=float)
 
 
 def _rng(purpose: str, seed: int = 0) -> np.random.Generator:
@@ -72,21 +75,48 @@ def entity_means(records: Iterable[dict], field: str = "right") -> dict[object, 
     return {entity: sum(values) / len(values) for entity, values in found.items()}
 
 
-def bootstrap_interval(
-    means: Mapping | Iterable[float], confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> list[float] | None:
-    """Percentile bootstrap interval [low, high] of the mean over entities (Efron 1979), entities drawn whole.
+def rows_each(records: Iterable[dict], field: str = "right") -> float:
+    """Rows an entity whose `field` is not None: the harmonic mean, which is what the spread of entity means knows."""
+    counts = Counter(record["entity_id"] for record in records if record[field] is not None)
+    return float(harmonic_mean(list(counts.values()))) if counts else 0.0
 
-    Two things to know with few entities: the interval is somewhat too narrow (about 90 % instead of 95 % at 8), and
-    where all means are equal it is a point, which says that nothing varied and not that nothing is unknown. None for
-    fewer than 2 entities, which show no variation at all.
+
+def questions_each(records: Iterable[dict]) -> float:
+    """Different questions an entity, the harmonic mean: one asked twice, or in several option orders, counts once."""
+    asked: dict[object, dict[str, tuple]] = {}
+    for record in records:
+        own = asked.setdefault(record["entity_id"], {})
+        own.setdefault(record["id"], (record["prompt"], *record["images"]))
+    return float(harmonic_mean([len(set(own.values())) for own in asked.values()])) if asked else 0.0
+
+
+def mean_interval(means: Mapping | Iterable[float], rows: float, confidence: float = 0.95) -> list | None:
+    """Wilson's interval [low, high] of the mean over entities of `rows` rows each; None for fewer than 2 entities.
+
+    Rows of one entity tell less than as many of different ones. The design effect 1 + (rows - 1) x correlation (Kish
+    1965) is estimated from the spread of the entity means, with a correlation of at least `MIN_CORRELATION`; so many
+    times fewer rows enter Wilson's formula, with Student's t of the entities in place of z. One more entity, half
+    right, takes part in the estimate of the spread: near 0 and 1 a few entities show too little of it.
+
+    Args:
+        means: of shape (..., entities): an array with leading axes gives arrays of intervals.
     """
+    from scipy.stats import t
+
     values = _array(means)
-    if len(values) < 2:
+    count = values.shape[-1]
+    if count < 2:
         return None
-    picks = _rng("bootstrap", seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return [float(low), float(high)]
+    more = np.concatenate([values, np.full((*values.shape[:-1], 1), 0.5)], axis=-1)
+    centre = more.mean(axis=-1)
+    effect = rows * more.var(axis=-1, ddof=1) / (centre * (1 - centre))
+    n = count * rows / np.clip(effect, 1 + MIN_CORRELATION * (rows - 1), rows)
+    share, q = values.mean(axis=-1), t.ppf((1 + confidence) / 2, count - 1)
+    middle = (share + q * q / (2 * n)) / (1 + q * q / n)
+    half = q / (1 + q * q / n) * np.sqrt(share * (1 - share) / n + q * q / (4 * n * n))
+    # Wilson's ends lie within [0, 1] and touch them at shares of 0 and 1; rounding may not.
+    low, high = np.where(share == 0, 0, middle - half), np.where(share == 1, 1, middle + half)
+    return [low, high] if values.ndim > 1 else [float(low), float(high)]
 
 
 def permutation_above_chance(means: Mapping | Iterable[float], chance: float) -> float | None:
@@ -138,3 +168,23 @@ def auroc(positive: Iterable[float], negative: Iterable[float]) -> float | None:
     if not len(first) or not len(second):
         return None
     return float(mannwhitneyu(first, second, method="asymptotic").statistic / (len(first) * len(second)))
+
+
+def entity_aurocs(records: Iterable[dict]) -> tuple[dict[object, float], float]:
+    """({entity_id: AUROC of logit(Correct) - logit(Wrong) within its CW rows}, how many rows each is worth).
+
+    Within an entity, so that an entity of whom everything is called wrong does not hide what is known of the others.
+    Left out are rows without both logits, or with an infinite difference, and entities without both kinds of rows. An
+    AUROC of a Correct and b Wrong rows varies, without knowledge, by (a + b + 1) / 12ab (Mann and Whitney 1947), as
+    the share of 3ab / (a + b + 1) independent rows does: the `rows` of `mean_interval`.
+    """
+    margins: dict[object, dict[str, list[float]]] = {}
+    for record in records:
+        yes, no = record["options"].get("Correct"), record["options"].get("Wrong")
+        if record["right"] is not None and None not in (yes, no) and math.isfinite(yes - no):
+            sides = margins.setdefault(record["entity_id"], {"Correct": [], "Wrong": []})
+            sides[record["expected"]].append(yes - no)
+    whole = {entity: sides for entity, sides in margins.items() if all(sides.values())}
+    sizes = [(len(sides["Correct"]), len(sides["Wrong"])) for sides in whole.values()]
+    worth = float(harmonic_mean([3 * a * b / (a + b + 1) for a, b in sizes])) if sizes else 0.0
+    return {entity: auroc(sides["Correct"], sides["Wrong"]) for entity, sides in whole.items()}, worth

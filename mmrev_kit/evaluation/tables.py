@@ -1,6 +1,6 @@
 """Evaluations as tables."""
 
-from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, IMAGE_TO_TEXT, TASK_TYPES, TEXT_TO_IMAGE
 from mmrev_kit.evaluation.metrics import compare
 from mmrev_kit.evaluation.results import Evaluation
 from mmrev_kit.evaluation.verdict import Verdict
@@ -18,6 +18,40 @@ def _table(rows: list[dict]):
         return pandas.DataFrame()
     rows = [row | {"test": TASK_TYPES[row["test"]].title} for row in rows]
     return pandas.DataFrame(rows).set_index(["test", "group"]).round(3).astype(object).fillna("")
+
+
+def _cell(groups: dict[str, dict]) -> str:
+    """Each group's accuracy and interval in one test, in CW with TPR, FPR and AUROC as far as they are known."""
+    parts = []
+    for group, numbers in groups.items():
+        if numbers["accuracy"] is None or (group == "all" and len(groups) > 1):
+            continue
+        rates = {name: (numbers["rates"] or {}).get(name.lower()) for name in ("TPR", "FPR", "AUROC")}
+        more = "".join(f", {name} {value:.2f}" for name, value in rates.items() if value is not None)
+        interval = _interval(numbers["cluster_interval"] or numbers["wilson"])
+        parts.append(f"{group if group != 'all' else ''} {numbers['accuracy']:.2f} ({interval}){more}".strip())
+    return "; ".join(parts)
+
+
+def direction_table(evaluations: dict[str, Evaluation]):
+    """A pandas DataFrame of whole prompts, a row an evaluation and direction, a column a format; see `_cell`."""
+    import pandas
+
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for name, found in evaluations.items():
+        for direction in (IMAGE_TO_TEXT, TEXT_TO_IMAGE):
+            cells[name, direction] = dict.fromkeys((GENERATION, CW, CHOICE), "")
+        for test, groups in found.metrics["none"].items():
+            task = TASK_TYPES[test]
+            cells[name, task.direction][task.format] = _cell(groups)
+    table = pandas.DataFrame.from_dict(cells, orient="index")
+    table.index = pandas.MultiIndex.from_tuples(cells, names=["evaluation", "direction"])
+    return table
+
+
+def notes(evaluations: dict[str, Evaluation]) -> list[str]:
+    """What is to be known about evaluations that were made elsewhere."""
+    return list(dict.fromkeys(one.facts["note"] for one in evaluations.values() if "note" in one.facts))
 
 
 def accuracy_table(metrics: dict):
@@ -55,25 +89,9 @@ def rates_table(metrics: dict):
         for group, rates in ((group, numbers["rates"]) for group, numbers in groups.items() if numbers["rates"]):
             row = {"test": test, "group": group, "TPR": rates["tpr"], "FPR": rates["fpr"]}
             row |= {"separation": rates["separation"], "AUROC": rates["auroc"]}
+            row["AUROC, one-sided bounds"] = _interval(rates["auroc_bounds"])
             rows.append(row | {f"said {answer}": count for answer, count in rates["counts"].items()})
     return _table(rows)
-
-
-def side_by_side(evaluations: dict[str, Evaluation]):
-    """A pandas DataFrame, a row a test and group, a column an evaluation: accuracy and its interval over entities."""
-    import pandas
-
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for name, found in evaluations.items():
-        for test, groups in found.metrics["none"].items():
-            title = f"{TASK_TYPES[test].title}: {TASK_TYPES[test].direction}"
-            for group, numbers in groups.items():
-                if numbers["accuracy"] is not None:
-                    interval = _interval(numbers["cluster_interval"] or numbers["wilson"])
-                    cells.setdefault((title, group), {})[name] = f"{numbers['accuracy']:.2f} ({interval})"
-    table = pandas.DataFrame.from_dict(cells, orient="index").reindex(columns=list(evaluations))
-    table.index = pandas.MultiIndex.from_tuples(cells, names=["test", "group"])
-    return table.fillna("")
 
 
 def drop_table(metrics: dict):
@@ -129,7 +147,6 @@ def gate_table(judged: Verdict):
 
 
 def verdict_lines(judged: Verdict) -> list[str]:
-    """The verdict, then the same test in the other format, then the format itself: a line each."""
-    parts = {"VERDICT": judged, "Beside it": judged.beside}
-    lines = [f"{head} ({TASK_TYPES[v.test].title}): {v.claim}. {v.sentence}" for head, v in parts.items() if v]
-    return [*lines, judged.format_sentence]
+    """The verdict, then those on other formats: a line each."""
+    parts = [("VERDICT", judged), *(("Beside it", other) for other in judged.beside)]
+    return [f"{head} ({TASK_TYPES[one.test].title}): {one.claim}. {one.sentence}" for head, one in parts]

@@ -1,43 +1,25 @@
 """The verdict on the reversal curse: a claim, the gates it had to pass, and a sentence with the numbers.
 
-A claim rests on what was found and never on the absence of a finding. That main entities fail a test may have many
-reasons; only control entities, taught in both directions and asked the same questions, show that the test can be
-passed. Without them, or with too few entities to find a difference, the verdict is inconclusive.
+A claim about direction compares two tests of one format: CW in the order that was taught, and in the other one, which
+decides. Main must pass the first and fail the second; control, taught in both orders, must pass both, or main's failure
+could be the test's. To fail is to lie below the midpoint of chance and control in accuracy and in AUROC: who tells
+right from wrong and always says Wrong knows. A claim rests on what was found, never on the absence of a finding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
+from mmrev_kit.config.sections import TASKS, ExperimentConfig
+from mmrev_kit.data.design import DECIDING, PLANNED, POWER_MIN, claim_power, people_needed
+from mmrev_kit.data.tasks import CW, GROUPS, MIN_GROUP, TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
-CURSE, NO_CURSE, INCONCLUSIVE = "reversal curse", "no reversal curse", "inconclusive"
-# What each claim needs: every gate of its row. A gate that could not be computed (None) is not passed.
-COMMON = ("groups", "taught direction", "control above chance", "power")
-NEEDS = {
-    CURSE: (*COMMON, "control above main", "main below midpoint"),
-    NO_CURSE: (*COMMON, "main above chance", "main above midpoint"),
-}
-ALPHA, TAUGHT_MIN, POWER_MIN, MIN_ENTITIES = 0.05, 0.8, 0.8, 4
-CONFIDENCE = 0.95  # of the interval of main's mean
-
-
-@dataclass(frozen=True)
-class Tests:
-    """What the four tests are for a trained task: the direction taught and, of the other one, what decides."""
-
-    taught: str
-    deciding: str
-    beside: str  # the untaught direction as multiple choice: the same rule, but it does not decide
-    format: str  # the taught direction as multiple choice
-
-
-TESTS = {
-    "forward": Tests(taught="forward", deciding="reverse", beside="mcq_d2i", format="mcq_i2d"),
-    "reverse": Tests(taught="reverse", deciding="forward", beside="mcq_i2d", format="mcq_d2i"),
-}
+CURSE, NO_CURSE, BOUND, INCONCLUSIVE = "reversal curse", "no reversal curse", "bound to its format", "inconclusive"
+UNWRITTEN, WRITTEN = "cannot be written", "can be written"  # of generation: claims of their own, not of direction
+BIAS, HALF, BETWEEN = "tells them apart, answers with a bias", "half learned", "between the midpoints"
+ALPHA, LEARNED_MIN, CONTROL_MIN = 0.05, 0.8, 0.7
+TAUGHT_ORDER = {"reverse": "cw_image", "cw_image": "reverse", "mcq_d2i": "mcq_i2d", "mcq_i2d": "mcq_d2i"}
+CHOICES = {"forward": "mcq_d2i", "reverse": "mcq_i2d"}  # by trained task: the untaught direction as multiple choice
 
 
 @dataclass(frozen=True)
@@ -50,105 +32,64 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Group:
+    """One group's numbers in one test; means, intervals and p values are over entities."""
+
+    n: int
+    questions: float  # different ones an entity
+    mean: float | None = None
+    interval: list[float] | None = None
+    p: float | None = None  # against chance, Holm-adjusted over the tests that the claim names
+    auroc: float | None = None  # in CW
+    auroc_bounds: list[float] | None = None  # one-sided, 95 % each
+    tpr: float | None = None
+    fpr: float | None = None
+    unparsed: int = 0
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """The numbers of one test. Means, intervals and p values are over entities; p_* of a group are Holm-adjusted."""
+    """Both groups' numbers in one test. A midpoint lies between a guess and control: of accuracy, and of AUROC."""
 
     test: str
     chance: float
-    n_main: int
-    n_control: int
-    main: float | None
-    control: float | None
-    main_likeliest: float | None  # by the likeliest option in place of the written answer
-    control_likeliest: float | None
-    main_interval: list[float] | None
-    p_main: float | None
-    p_control: float | None
+    main: Group
+    control: Group
+    midpoint: float | None
+    auroc_midpoint: float | None
     difference: float | None  # control - main
     p_difference: float | None
-    midpoint: float | None  # between chance and control's mean
-    rows: int  # questions an entity
-    power: float | None  # of the test of the difference, were main at chance and control as seen
-    entities_needed: int | None  # a group, for a power of .8; None: more than 64, or control not above chance
-    main_unparsed: int
-    main_answers: int
+
+    @property
+    def title(self) -> str:
+        return TASK_TYPES[self.test].long_title
+
+    @property
+    def biased(self) -> bool:
+        """Whether main tells right from wrong although it answers as if it could not."""
+        return None not in (self.main.auroc, self.auroc_midpoint) and (
+            self.main.auroc >= self.auroc_midpoint and self.main.mean < self.midpoint
+        )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim (`CURSE`, `NO_CURSE` or `INCONCLUSIVE`) on one test; `dataclasses.asdict` makes strict JSON of it."""
+    """A claim on one test; `dataclasses.asdict` makes strict JSON of it.
+
+    `reason` names what an inconclusive verdict failed on: a gate, `BIAS`, `HALF` or `BETWEEN`. `gates` are those up to
+    the first that failed, or all with those of the nearer claim.
+    """
 
     task: str
+    taught: tuple[str, ...]  # the tests of what main was taught
     test: str
     claim: str
+    reason: str | None
     sentence: str
     gates: tuple[Gate, ...]
     evidence: Evidence
-    beside: "Verdict | None" = None  # the untaught direction as multiple choice, by the same rule
-    format_sentence: str = ""  # the taught direction in the multiple-choice format
-
-
-def power(
-    n_main: int, n_control: int, chance: float, control_mean: float, rows: int, *, correlation: float = 0.2,
-    simulations: int = 1000, seed: int = 0,
-) -> float:  # fmt: skip
-    """The chance that `permutation_difference` gives p < `ALPHA` when main is at chance and control at `control_mean`.
-
-    By simulation: an entity's rows are `rows` draws from its own probability, which is beta-distributed about the
-    group's mean such that two rows of one entity correlate by `correlation` (0: independent rows, which would be
-    optimistic). Each test uses 999 drawn assignments. The standard error is at most .016.
-    """
-    if not n_main or not n_control:
-        return 0.0
-    rng = np.random.default_rng(seed_for(seed, "verdict", "power"))
-    spread = (1 - correlation) / correlation if correlation else None
-
-    def group(n: int, mean: float) -> np.ndarray:
-        shape = (simulations, n)
-        own = rng.beta(mean * spread, (1 - mean) * spread, shape) if spread and 0 < mean < 1 else mean
-        return rng.binomial(rows, own, shape) / rows
-
-    control, main = group(n_control, control_mean), group(n_main, chance)
-    order = rng.permuted(np.tile(np.arange(n_control + n_main), (999, 1)), axis=1)
-    sums = np.concatenate([control, main], axis=1) @ (order < n_control).T.astype(float)
-    p = (1 + (sums >= control.sum(axis=1, keepdims=True) - statistics.TOLERANCE).sum(axis=1)) / 1000
-    return float((p < ALPHA).mean())
-
-
-def entities_needed(chance: float, control_mean: float, rows: int) -> int | None:
-    """The smallest number of entities a group for which `power` reaches `POWER_MIN`; None above 64.
-
-    It starts at 6: with fewer, the sign-flip test cannot show control above chance after Holm over three tests
-    (3 / 2^6 = .047). Above 20 it goes in fours.
-    """
-    sizes = (*range(6, 21), *range(24, 65, 4)) if control_mean > chance else ()
-    return next((n for n in sizes if power(n, n, chance, control_mean, rows, simulations=500) >= POWER_MIN), None)
-
-
-def decide(passed: dict[str, bool | None]) -> str:
-    """The claim whose gates (see `NEEDS`) have all passed; inconclusive where there is none.
-
-    The two claims exclude each other: main's interval cannot lie below the midpoint and above it.
-    """
-    return next((claim for claim, names in NEEDS.items() if all(passed[name] for name in names)), INCONCLUSIVE)
-
-
-def missing(passed: dict[str, bool | None]) -> list[str]:
-    """The gates to name when nothing can be claimed: the common ones that failed, else those of the nearer claim.
-
-    Without the groups, or with control not above chance, it goes without saying that the others cannot hold.
-    """
-    failed = [name for name in COMMON if not passed[name]]
-    for cause, followers in (("groups", ("control above chance", "power")), ("control above chance", ("power",))):
-        if cause in failed:
-            failed = [name for name in failed if name not in followers]
-    if failed:
-        return failed
-    if passed["main below midpoint"]:
-        return [name for name in NEEDS[CURSE] if not passed[name]]
-    if passed["main above midpoint"]:
-        return [name for name in NEEDS[NO_CURSE] if not passed[name]]
-    return ["main below midpoint"]
+    order: Evidence | None  # the same format in the taught order; None for generation
+    beside: "tuple[Verdict, ...]" = ()  # other formats, by the same rules
 
 
 def _number(value: float | None) -> str:
@@ -159,162 +100,214 @@ def _p(value: float | None) -> str:
     return "p unknown" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def _mean(means: dict[object, float]) -> float | None:
-    return sum(means.values()) / len(means) if means else None
-
-
-def evidence(test: str, rows: dict[str, list[dict]], chance: float, p: dict[str, float | None]) -> Evidence:
-    """The numbers of one test from its rows of each group; `p` holds each group's adjusted p against chance."""
-    main, control = (statistics.entity_means(rows[group]) for group in GROUPS)
-    main_likeliest, control_likeliest = (statistics.entity_means(rows[group], "likeliest_right") for group in GROUPS)
-    level, sizes, asked = _mean(control), (len(main), len(control)), rows["main"] + rows["control"]
-    difference, p_difference = statistics.permutation_difference(control, main)
-    count = round(len({row["id"] for row in asked}) / sum(sizes)) if sum(sizes) else 0
-    return Evidence(
-        test=test,
-        chance=chance,
-        n_main=len(main),
-        n_control=len(control),
-        main=_mean(main),
-        control=level,
-        main_likeliest=_mean(main_likeliest),
-        control_likeliest=_mean(control_likeliest),
-        main_interval=statistics.bootstrap_interval(main, CONFIDENCE),
-        p_main=p["main"],
-        p_control=p["control"],
-        difference=difference,
-        p_difference=p_difference,
-        midpoint=None if level is None else (chance + level) / 2,
-        rows=count,
-        power=power(*sizes, chance, level, count) if all(sizes) else None,
-        entities_needed=entities_needed(chance, level, count) if all(sizes) else None,
-        main_unparsed=sum(row["read_as"] is None for row in rows["main"]),
-        main_answers=len(rows["main"]),
+def group_numbers(test: str, rows: list[dict], chance: float) -> Group:
+    """A group's numbers from its rows of one test; p is not adjusted yet."""
+    means = statistics.entity_means(rows)
+    if not means:
+        return Group(0, 0.0)
+    score, rates = metrics.score(rows, "right", chance), metrics.rates(rows) if TASK_TYPES[test].format == CW else {}
+    return Group(
+        len(means),
+        statistics.questions_each(rows),
+        sum(means.values()) / len(means),
+        score["cluster_interval"],
+        score["p_permutation"],
+        *(rates.get(name) for name in ("auroc", "auroc_bounds", "tpr", "fpr")),
+        unparsed=sum(row["read_as"] is None for row in rows),
     )
 
 
-def gather(records: list[dict], tests: tuple[str, ...]) -> list[Evidence]:
-    """The evidence of each test; the p values against chance are Holm-adjusted over these tests within a group."""
-    rows = {test: {group: [] for group in GROUPS} for test in tests}
-    for record in records:
-        if record["drop"] == "none" and record["group"] in rows.get(record["test"], ()):
-            rows[record["test"]][record["group"]].append(record)
-    chances = {test: metrics.chance_of(test, rows[test]["main"] + rows[test]["control"]) for test in tests}
-    p = {}
-    for group in GROUPS:
-        means = {test: statistics.entity_means(rows[test][group]) for test in tests}
-        raw = {test: statistics.permutation_above_chance(means[test], chances[test]) for test in tests}
-        p[group] = statistics.holm(raw)
-    return [evidence(test, rows[test], chances[test], {group: p[group][test] for group in GROUPS}) for test in tests]
+def compare_groups(test: str, chance: float, main: Group, control: Group, difference: tuple) -> Evidence:
+    """The evidence of one test; `difference` is (control - main, its p)."""
+    sides = ((chance, control.mean), (0.5, control.auroc))
+    middles = [None if level is None else (low + level) / 2 for low, level in sides]
+    return Evidence(test, chance, main, control, *middles, *difference)
 
 
-def gates_of(shown: Evidence, taught: str, taught_accuracy: float | None) -> tuple[Gate, ...]:
-    """Every gate of `NEEDS`, from the numbers."""
-    name, low_high, middle = TASK_TYPES[shown.test].long_title, shown.main_interval, shown.midpoint
-    counts = f"{shown.n_main} main and {shown.n_control} control entities"
-    interval = f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "unknown"
-    position = f"main's {100 * CONFIDENCE:g} % interval is {interval}, chance and control's midpoint {_number(middle)}"
-    wanted = f"{POWER_MIN:.2f} needed"
-    if shown.entities_needed and shown.power < POWER_MIN:
-        wanted += f"; {shown.entities_needed} entities a group would have it"
-
-    def against_chance(group: str, n: int, mean: float | None, p: float | None) -> Gate:
-        limit = f"; {n} entities cannot show more than p = {2.0**-n:.3f} before Holm" if 0 < n < 6 else ""
-        text = f"{group}'s mean in {name} is {_number(mean)}, chance {shown.chance:.2f} (Holm-adjusted {_p(p)}{limit})"
-        return Gate(f"{group} above chance", None if p is None else p < ALPHA, text)
-
-    def side(word: str, holds) -> Gate:
-        known = low_high is not None and middle is not None
-        return Gate(f"main {word} midpoint", holds(low_high, middle) if known else None, position)
-
-    return (
-        Gate(
-            "groups",
-            min(shown.n_main, shown.n_control) >= MIN_ENTITIES,
-            f"there are {counts}, at least {MIN_ENTITIES} a group are needed: without a control group, taught in both "
-            "directions, main's failure could be the test's",
-        ),
-        Gate(
-            "taught direction",
-            None if taught_accuracy is None else taught_accuracy >= TAUGHT_MIN,
-            f"main's accuracy in the taught direction, {TASK_TYPES[taught].long_title}, is {_number(taught_accuracy)} "
-            f"({TAUGHT_MIN:.2f} needed)",
-        ),
-        against_chance("control", shown.n_control, shown.control, shown.p_control),
-        Gate(
-            "power",
-            None if shown.power is None else shown.power >= POWER_MIN,
-            f"{counts} with {shown.rows} questions each give a power of {_number(shown.power)} for a main at chance "
-            f"({wanted})",
-        ),
-        Gate(
-            "control above main",
-            None if shown.p_difference is None else shown.p_difference < ALPHA,
-            f"main's mean is {_number(shown.main)}, control - main {_number(shown.difference)} (permutation of "
-            f"entities, {_p(shown.p_difference)})",
-        ),
-        side("below", lambda interval, midpoint: interval[1] < midpoint),
-        against_chance("main", shown.n_main, shown.main, shown.p_main),
-        side("above", lambda interval, midpoint: interval[0] > midpoint),
-    )
+def adjust(tests: list[Evidence]) -> list[Evidence]:
+    """The tests that a claim names, their p values against chance Holm-adjusted over them within each group."""
+    main, control = (statistics.holm({one.test: getattr(one, group).p for one in tests}) for group in GROUPS)
+    return [
+        replace(one, main=replace(one.main, p=main[one.test]), control=replace(one.control, p=control[one.test]))
+        for one in tests
+    ]
 
 
-def sentence_of(claim: str, gates: tuple[Gate, ...], shown: Evidence) -> str:
-    """The claim and why, for a reader who sees nothing else."""
-    texts, passed = {gate.name: gate.text for gate in gates}, {gate.name: gate.passed for gate in gates}
-    name = TASK_TYPES[shown.test].long_title
-    if claim == INCONCLUSIVE:
-        text = f"Inconclusive in {name}: {'; '.join(dict.fromkeys(texts[gate] for gate in missing(passed)))}."
+def gather(records: list[dict], tests: list[str]) -> list[Evidence]:
+    """The evidence of the tests that a claim names."""
+    found = []
+    for test in tests:
+        mine = [record for record in records if record["drop"] == "none" and record["test"] == test]
+        chance, rows = metrics.chance_of(test, mine), {g: [r for r in mine if r["group"] == g] for g in GROUPS}
+        numbers = [group_numbers(test, rows[group], chance) for group in GROUPS]
+        means = [statistics.entity_means(rows[group]) for group in ("control", "main")]
+        found.append(compare_groups(test, chance, *numbers, statistics.permutation_difference(*means)))
+    return adjust(found)
+
+
+def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Iterator[Gate]:
+    """The gates before any claim, in their order: those of `tests` (the taught order, if there is one, then the
+    deciding test) and of what main was taught (`learned`: main's mean by test)."""
+    deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in GROUPS]
+    unasked = [TASK_TYPES[test].long_title for test, mean in learned.items() if mean is None]
+    unasked += [found.title for found in tests if not found.main.n + found.control.n and found.title not in unasked]
+    text = f"this evaluation does not hold {', '.join(unasked)}" if unasked else "all questions were asked"
+    yield Gate("questions", not unasked, text)
+    counts, needed = f"{sizes[0]} main and {sizes[1]} control entities", f"at least {MIN_GROUP} a group are needed"
+    why = "without a control group, taught in both orders, main's failure could be the test's"
+    yield Gate("groups", min(sizes) >= MIN_GROUP, f"there are {counts}, {needed}: {why}")
+    means = ", ".join(f"{_number(mean)} in {TASK_TYPES[test].long_title}" for test, mean in learned.items())
+    text = f"of what it was taught, main's accuracy is {means} ({LEARNED_MIN:.2f} needed in each)"
+    yield Gate("what main was taught", all(mean >= LEARNED_MIN for mean in learned.values()), text)
+    for found in tests:
+        control = found.control
+        limit = f"; {control.n} entities cannot show more than p = {2.0**-control.n:.3f} before Holm"
+        text = f"control's mean in {found.title} is {_number(control.mean)} ({CONTROL_MIN:.2f} needed), chance "
+        text += f"{found.chance:.2f} (Holm-adjusted {_p(control.p)}{limit if control.n < 6 else ''})"
+        passed = None if control.p is None else control.p < ALPHA and control.mean >= CONTROL_MIN
+        yield Gate(f"control passes {found.title}", passed, text)
+    form, asked = TASK_TYPES[deciding.test].format, min(found.main.questions for found in tests)
+    planned, seen = (claim_power(form, asked, min(sizes), level) for level in (PLANNED, deciding.control.mean))
+    text = f"{counts} with {asked:.3g} questions each give the claim a power of {_number(planned)} for a control "
+    text += f"planned at {PLANNED:.2f} ({POWER_MIN:.2f} needed), {_number(seen)} for one as observed"
+    yield Gate("power", None if planned is None else planned >= POWER_MIN, text)
+
+
+def order_gate(order: Evidence) -> Gate:
+    """Whether main can use the taught order in this format."""
+    text = f"main's mean in {order.title}, the taught order, is {order.main.mean:.2f} ({LEARNED_MIN:.2f} needed)"
+    return Gate(f"main in {order.title}", order.main.mean >= LEARNED_MIN, text)
+
+
+def side_gates(found: Evidence, below: bool) -> list[Gate]:
+    """Whether main fails a test (`below`), or lies above its midpoints: the gates of both."""
+
+    def side(name: str, ends: list[float] | None, middle: float | None, bounds: str) -> Gate:
+        known = ends is not None and middle is not None
+        text = f"main's {name} in {found.title} lies from {_number(ends and ends[0])} to {_number(ends and ends[1])} "
+        text += f"({bounds}), the midpoint of chance and control at {_number(middle)}"
+        held = (ends[1] < middle if below else ends[0] > middle) if known else None
+        return Gate(f"{name} {'below' if below else 'above'} its midpoint", held, text)
+
+    gates = [side("accuracy", found.main.interval, found.midpoint, "95 % interval")]
+    if TASK_TYPES[found.test].format == CW:
+        gates.append(side("AUROC", found.main.auroc_bounds, found.auroc_midpoint, "one-sided 95 % bounds"))
+    if below:
+        text = f"control - main is {_number(found.difference)} (permutation of entities, {_p(found.p_difference)})"
+        gates.append(Gate("control above main", found.p_difference < ALPHA, text))
+    return gates
+
+
+def nearer_claim(order: Evidence | None, deciding: Evidence) -> tuple[str, list[Gate], str]:
+    """(the nearer claim, its gates, what it is called when one of them fails).
+
+    Where main was taught in this format, its use of the taught order is one of the common gates. No two claims can
+    hold: below and above a midpoint exclude each other, and so do main's failing in the taught order (below a midpoint
+    of at most .75) and its passing there (at least `LEARNED_MIN`).
+    """
+    if order and order.main.mean < LEARNED_MIN:
+        odd = BIAS if order.biased else HALF if order.main.mean > order.chance else BETWEEN
+        return BOUND, side_gates(order, below=True), odd
+    odd, below = BIAS if deciding.biased else BETWEEN, deciding.main.mean < deciding.midpoint
+    claim = (CURSE if below else NO_CURSE) if order else (UNWRITTEN if below else WRITTEN)
+    return claim, [*([order_gate(order)] if order else []), *side_gates(deciding, below)], odd
+
+
+OPENINGS = {
+    CURSE: "A reversal curse is found",
+    NO_CURSE: "No reversal curse is found",
+    BOUND: "What main was taught is bound to its format, and nothing follows about direction",
+    UNWRITTEN: "What main was taught to judge it cannot write",
+    WRITTEN: "What main was taught to judge it can write",
+}
+SETTLE = {  # by reason, what would settle an inconclusive verdict
+    "questions": "Evaluating again, with test files of all five tests, would.",
+    "groups": "A control group would: data.num_control.",
+    "what main was taught": "More epochs or a higher learning rate would.",
+    HALF: "More epochs or a higher learning rate would, or teaching main in this format, too.",
+    BIAS: "Not more people: main knows and does not say so. Retention rows in this format may take the bias away.",
+    BETWEEN: "More people a group would.",
+}
+
+
+def rates_text(found: Evidence) -> str:
+    """TPR, FPR and AUROC of both groups in a CW test."""
+    parts = [
+        f"{group} TPR {_number(part.tpr)}, FPR {_number(part.fpr)}, AUROC {_number(part.auroc)}"
+        for group, part in (("main", found.main), ("control", found.control))
+        if part.n
+    ]
+    return f" {found.title}: {'; '.join(parts)}." if parts else ""
+
+
+def sentence_of(claim: str, reason: str | None, told: list[Gate], order: Evidence | None, deciding: Evidence) -> str:
+    """The claim and why, for a reader who sees nothing else; `told` are the gates to tell."""
+    main, tests = deciding.main, [order, deciding] if order else [deciding]
+    text = f"{OPENINGS.get(claim) or f'Inconclusive ({reason})'}: {'; '.join(gate.text for gate in told)}."
+    if claim == CURSE and (main.p < ALPHA or (main.auroc_bounds and main.auroc_bounds[0] > 0.5)):
+        area = f", AUROC from {main.auroc_bounds[0]:.2f} on" if main.auroc_bounds else ""
+        text += f" It is partial: main is above chance (accuracy: Holm-adjusted {_p(main.p)}{area})."
+    if claim == NO_CURSE and deciding.p_difference < ALPHA:
+        text += f" A gap remains: control - main is {_number(deciding.difference)} ({_p(deciding.p_difference)})."
+    if TASK_TYPES[deciding.test].format == CW:
+        text += "".join(map(rates_text, tests))
+    for found in tests:
+        if found.main.unparsed:
+            text += f" {found.main.unparsed} of main's answers in {found.title} could not be read and count as misses."
+    settle = SETTLE.get(reason, "")
+    if reason == "power":
+        form, asked = TASK_TYPES[deciding.test].format, min(found.main.questions for found in tests)
+        needed = people_needed(form, asked)
+        settle = f"{needed} people a group would." if needed else "More questions a person would."
+    if reason and reason.startswith("control passes"):
+        settle = "Longer training of control would, if the test can be passed at all."
+    return f"{text} What would settle it? {settle}" if settle else text
+
+
+def judge(
+    task: str, taught: tuple[str, ...], learned: dict[str, float | None], order: Evidence | None, deciding: Evidence
+) -> Verdict:
+    """The verdict from the evidence of a format: the first gate that fails, else the nearer claim or why not."""
+    gates, tests = [], [order, deciding] if order else [deciding]
+    claim, reason, told = INCONCLUSIVE, None, []
+    for gate in common_gates(learned, tests):
+        gates.append(gate)
+        if not gate.passed:
+            reason, told = gate.name, [gate]
+            if order and gate.name == "what main was taught" and learned.get(order.test, 1) < LEARNED_MIN:
+                reason = BIAS if order.biased else HALF if order.main.mean > order.chance else reason
+            break
     else:
-        opening = {CURSE: "A reversal curse is found", NO_CURSE: "No reversal curse is found"}[claim]
-        text = f"{opening} in {name}: {'; '.join(texts[gate] for gate in NEEDS[claim] if gate != 'groups')}."
-    if claim == CURSE and passed["main above chance"]:
-        text += f" It is partial: main is above chance (Holm-adjusted {_p(shown.p_main)})."
-    if claim == NO_CURSE and passed["control above main"]:
-        text += f" A gap remains: {texts['control above main']}."
-    if None not in (shown.main_likeliest, shown.control_likeliest):
-        text += f" By the likeliest option: main {shown.main_likeliest:.2f}, control {shown.control_likeliest:.2f}."
-    if shown.main_unparsed:
-        text += f" {shown.main_unparsed} of main's {shown.main_answers} answers could not be read and count as misses."
-    return text
+        nearer, own, odd = nearer_claim(order, deciding)
+        told = [gate for gate in own if not gate.passed]
+        claim, reason = (INCONCLUSIVE, odd) if told else (nearer, None)
+        told, gates = told or [*gates[2:], *own], [*gates, *own]
+    sentence = sentence_of(claim, reason, told, order, deciding)
+    return Verdict(task, taught, deciding.test, claim, reason, sentence, tuple(gates), deciding, order)
 
 
-def format_sentence(shown: Evidence) -> str:
-    """Whether main entities can use the taught direction in the multiple-choice format."""
-    if shown.main is None:
-        return f"The taught direction was not asked as multiple choice ({TASK_TYPES[shown.test].long_title})."
-    level = f"{shown.main:.2f} against a chance of {shown.chance:.2f} (Holm-adjusted {_p(shown.p_main)})"
-    start = f"In {TASK_TYPES[shown.test].long_title}, the taught direction as multiple choice, main is"
-    if shown.p_main < ALPHA:
-        return f"{start} above chance, {level}: the format is not in the way."
-    return (
-        f"{start} not shown to be above chance, {level}: a multiple-choice null may come from the format, not the "
-        "direction."
-    )
-
-
-def verdict(records: list[dict], task: str) -> Verdict:
+def verdict(records: list[dict], task: str, taught: str | None = None) -> Verdict:
     """The verdict on one evaluation, from the answers to whole prompts.
 
     Args:
         records: as `predict.predict` writes them.
-        task: the trained task, `forward` or `reverse`.
+        task, taught: what was trained, as in `config.sections.ExperimentConfig`.
 
     Raises:
         ValueError: an unknown task, or two answers to one question.
     """
-    if task not in TESTS:
-        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(TESTS)}.")
+    if task not in TASKS:
+        raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(TASKS)}.")
     metrics.check_unique(records)
-    chosen = TESTS[task]
-    taught = statistics.entity_means(
-        row for row in records if (row["drop"], row["group"], row["test"]) == ("none", "main", chosen.taught)
-    )
+    kinds = ExperimentConfig(task=task, taught=taught).main_is_taught
+    main = [record for record in records if (record["drop"], record["group"]) == ("none", "main")]
+    by_kind = {kind: statistics.entity_means(row for row in main if row["test"] == kind) for kind in kinds}
+    learned = {kind: sum(means.values()) / len(means) if means else None for kind, means in by_kind.items()}
 
-    def judge(shown: Evidence, **more) -> Verdict:
-        gates = gates_of(shown, chosen.taught, _mean(taught))
-        claim = decide({gate.name: gate.passed for gate in gates})
-        return Verdict(task, shown.test, claim, sentence_of(claim, gates, shown), gates, shown, **more)
+    def on(deciding: str) -> Verdict:
+        order = TAUGHT_ORDER.get(deciding)
+        found = gather(records, [order, deciding] if order else [deciding])
+        return judge(task, kinds, learned, found[0] if order else None, found[-1])
 
-    deciding, beside, form = gather(records, (chosen.deciding, chosen.beside, chosen.format))
-    return judge(deciding, beside=judge(beside), format_sentence=format_sentence(form))
+    beside = [CHOICES[task], *(["forward"] if task == "reverse" else [])]
+    return replace(on(DECIDING[task]), beside=tuple(map(on, beside)))

@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
-from mmrev_kit.config.reading import to_yaml
+from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import DROPS, MEASURED, evaluate_worker, evaluation_key, read_questions
@@ -177,8 +177,12 @@ def evaluate(
         log.show()
         write_text(folder / "config.yaml", to_yaml(config))
         measured = folder / MEASURED
-        facts = json.loads(measured.read_text(encoding="utf-8"))
-        complete(folder, facts | {"task": config.experiment.task if chosen else None, "key": key})
+        facts = json.loads(measured.read_text(encoding="utf-8")) | {"task": None, "key": key}
+        if chosen:
+            run = run_dir(config) / "config.yaml"  # says what main was taught, whatever is configured now
+            trained = (load_config(run) if run.is_file() else config).experiment
+            facts |= {"task": trained.task, "taught": trained.taught}
+        complete(folder, facts)
         measured.unlink()
     return folder
 

@@ -168,40 +168,58 @@ GROUP_STYLES = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35"
 
 
 def accuracy_figure(metrics: dict[str, dict]):
-    """Accuracy in whole prompts by test and group, with the interval over entities and the line of chance; a row a run.
+    """Accuracy in whole prompts as a table of figures: a row a direction, a column a format.
+
+    Each evaluation stands at its own place with its groups, the intervals over entities and the line of chance.
 
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
-    figure, axes = subplots(len(metrics), 8, 0.5 + 2.3 * len(metrics))
-    for axis, (name, found) in zip(axes, metrics.items(), strict=True):
-        tests = found["none"]
-        for x, test in enumerate(TASK_TYPES):
-            groups = {group: n for group, n in tests.get(test, {}).items() if n["accuracy"] is not None}
-            if len(groups) > 1:
-                groups.pop("all", None)  # it is the two groups together
-            for number, group in enumerate(sorted(groups, reverse=True)):
-                _draw_accuracy(axis, x + 0.24 * (number - (len(groups) - 1) / 2), group, groups[group])
-            for numbers in list(groups.values())[:1]:
-                axis.hlines(numbers["chance"], x - 0.4, x + 0.4, color="C3", linestyle="--", linewidth=1)
-        axis.set_xticks(range(len(TASK_TYPES)), [task.title for task in TASK_TYPES.values()])
-        axis.set(xlim=(-0.5, len(TASK_TYPES) - 0.5), ylim=(-0.04, 1.04), ylabel="accuracy")
-        axis.set_title(name, loc="left", fontsize=9, parse_math=False)
-    present = {group for found in metrics.values() for groups in found["none"].values() for group in groups}
+    from matplotlib import pyplot
+
+    cells = {(task.direction, task.format): task for task in TASK_TYPES.values()}
+    directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
+    size = (3 + (1.6 + 0.5 * len(metrics)) * len(formats), 5.5)
+    figure, axes = pyplot.subplots(len(directions), len(formats), figsize=size, squeeze=False, layout="constrained")
+    pyplot.close(figure)
+    for line, direction in zip(axes, directions, strict=True):
+        for axis, form in zip(line, formats, strict=True):
+            if (direction, form) not in cells:
+                axis.axis("off")
+                continue
+            task = cells[direction, form]
+            for x, found in enumerate(metrics.values()):
+                _draw_groups(axis, x, found["none"].get(task.name, {}))
+            axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.04, 1.04), title=f"{task.title}: {direction}")
+            axis.set_xticks(range(len(metrics)), list(metrics), rotation=20 * (len(metrics) > 1), fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", alpha=0.25)
+            for label in axis.get_xticklabels():
+                label.set_parse_math(False)  # a name with dollar signs is text
+    axes[0, 0].set_ylabel("accuracy")
+    tests = [set(groups) for found in metrics.values() for groups in found["none"].values()]
+    drawn = set().union(*(groups - {"all"} or groups for groups in tests))
     for group, (marker, color) in GROUP_STYLES.items():
-        if group in present and (group != "all" or "main" not in present):
-            axes[0].plot([], [], marker, color=color, label=group)
-    axes[0].plot([], [], "--", color="C3", label="chance")
-    axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        if group in drawn:
+            axes[0, 0].plot([], [], marker, color=color, label=group)
+    axes[0, 0].plot([], [], "--", color="C3", label="chance")
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def _draw_accuracy(axis, x: float, group: str, numbers: dict) -> None:
-    marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
-    low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
-    axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
-    axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
-    axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), xytext=(6, -2), **SMALL)
+def _draw_groups(axis, place: int, groups: dict[str, dict]) -> None:
+    """The groups of one test of one evaluation beside each other."""
+    shown = {group: numbers for group, numbers in groups.items() if numbers["accuracy"] is not None}
+    if len(shown) > 1:
+        shown.pop("all", None)  # it is the two groups together
+    for number, (group, numbers) in enumerate(sorted(shown.items(), reverse=True)):
+        x = place + 0.3 * (number - (len(shown) - 1) / 2)
+        marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
+        low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
+        axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
+        axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
+        axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), xytext=(6, -2), **SMALL)
+        axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
 
 
 def answers_figure(tests: dict):

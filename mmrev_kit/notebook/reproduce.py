@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import TASKS, Config, ConfigError
+from mmrev_kit.data.design import DECIDING
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation import metrics
 from mmrev_kit.evaluation.results import Evaluation, read_evaluation
-from mmrev_kit.evaluation.verdict import TESTS, Verdict, verdict
+from mmrev_kit.evaluation.verdict import Verdict, verdict
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.history import read_history
 
@@ -62,7 +63,7 @@ def pooled_metrics(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, d
 
 def pooled_verdicts(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, Verdict]:
     """{task: verdict over the people of all seeds}."""
-    return {task: verdict(pool(seeds), task) for task, seeds in evaluations.items()}
+    return {task: verdict(pool(seeds), task, next(iter(seeds.values())).taught) for task, seeds in evaluations.items()}
 
 
 def seed_table(config: Config, evaluations: dict[str, dict[int, Evaluation]]):
@@ -76,8 +77,7 @@ def seed_table(config: Config, evaluations: dict[str, dict[int, Evaluation]]):
             for test, groups in one.metrics["none"].items():
                 title = TASK_TYPES[test].title
                 row |= {f"{title} {group}": groups[group]["accuracy"] for group in GROUPS if group in groups}
-            judged = verdict(one.records, task)
-            row[f"claim ({TASK_TYPES[TESTS[task].deciding].long_title})"] = judged.claim
+            row[f"claim ({TASK_TYPES[DECIDING[task]].long_title})"] = one.verdict().claim
             history = read_history(run_dir(seed_config(config, task, seed)) / "training_history.json")
             row["training (s)"] = round(sum(record["seconds"] for record in history["epochs"]))
             rows.append(row)

@@ -12,6 +12,7 @@ import torch
 
 from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.design import design_of
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
 
@@ -183,7 +184,7 @@ def free_bytes(config: Config) -> int:
 
 
 def preflight(config: Config) -> Preflight:
-    """Cards, kernels, driver, memory, disk and versions, without touching CUDA."""
+    """Cards, kernels, driver, memory, disk, versions and the power of the design, without touching CUDA."""
     report, cards = Preflight(), read_cards()
     for index, card in enumerate(cards):
         report.facts.append(f"GPU {index}: {card}")
@@ -198,6 +199,7 @@ def preflight(config: Config) -> Preflight:
     report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
     report.problems += disk_problems(config, free)
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    report.facts += [f"design: {line}" for line in design_of(config)]
     return report
 
 

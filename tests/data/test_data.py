@@ -249,7 +249,7 @@ def test_retention_joins_only_the_tasks_named(small_config):
 
 def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_config, small_data):
     before = {path: path.read_bytes() for path in (small_data / "small").rglob("*") if path.is_file()}
-    assert ensure_data(small_config())[0].startswith("found ")
+    assert ensure_data(small_config())[1].startswith("found ")
     with pytest.raises(DataError, match="num_main is 4, not 5"):
         ensure_data(small_config("data.num_main=5"))
     assert {path: path.read_bytes() for path in (small_data / "small").rglob("*") if path.is_file()} == before

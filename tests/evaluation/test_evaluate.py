@@ -1,4 +1,4 @@
-"""The four tests: answers and log-probabilities against one plain forward pass a row, on one process and on two."""
+"""The five tests: answers and log-probabilities against one plain forward pass a row, on one process and on two."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def ask(config, drop="none"):
     return encoder, read_questions(config)
 
 
-@pytest.mark.parametrize("task", ["forward", "reverse", "mcq_i2d", "mcq_d2i"])
+@pytest.mark.parametrize("task", ["forward", "reverse", "cw_image", "mcq_i2d", "mcq_d2i"])
 def test_option_scores_equal_a_plain_forward_pass_of_each_option_alone(model, small_config, task):
     encoder, questions = ask(small_config())
     chosen = [question for question in questions if question.row.task == task][::5][:3]
@@ -100,10 +100,11 @@ def test_all_option_orders_keep_the_right_option_right(small_config):
 
 
 CW = ", correct or wrong? Only answer Correct or Wrong."
-WHOLE = {"forward": "[image] is", "reverse": f"the d is [image]{CW}"}
+WHOLE = {"forward": "[image] is", "reverse": f"the d is [image]{CW}", "cw_image": f"[image] is the d{CW}"}
 TEXTLESS = {
     "forward": "[image]",
     "reverse": f"[image]{CW}",
+    "cw_image": f"[image]{CW}",
     "mcq_i2d": "[image] A. p B. q C. r D. s Only answer A, B, C, or D.",
     "mcq_d2i": "A. [image] B. [image] C. [image] D. [image] Only answer A, B, C, or D.",
 }
@@ -143,7 +144,7 @@ def few(small_config, small_data, tmp_path):
         folder = tmp_path / f"rows{rows}"
         if not folder.exists():
             shutil.copytree(small_data / "small", folder / "small")
-            for name in ("forward_test", "reverse_test", "mcq_i2d_test"):
+            for name in ("forward_test", "reverse_test", "cw_image_test", "mcq_i2d_test"):
                 (folder / "small" / f"{name}.jsonl").unlink()
             lines = (folder / "small" / "mcq_d2i_test.jsonl").read_text().splitlines(keepends=True)
             (folder / "small" / "mcq_d2i_test.jsonl").write_text("".join(lines[:rows]))
@@ -194,7 +195,7 @@ def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(sm
     folder = evaluate(config, drops=("none", "both"))
     records = read_records(folder / "predictions.jsonl")
     found = json.loads((folder / "metrics.json").read_text())
-    for test, rows in {"forward": 24, "reverse": 48, "mcq_i2d": 24, "mcq_d2i": 24}.items():
+    for test, rows in {"forward": 24, "reverse": 48, "cw_image": 48, "mcq_i2d": 24, "mcq_d2i": 24}.items():
         mine = [record for record in records if (record["test"], record["drop"]) == (test, "none")]
         assert len(mine) == rows == found["none"][test]["all"]["n"]
         assert found["none"][test]["all"]["accuracy"] == sum(record["right"] for record in mine) / rows

@@ -11,26 +11,27 @@ from mmrev_kit.evaluation.results import (
     complete,
     find_evaluations,
     judge_anew,
+    published,
     read_evaluation,
     read_original,
     read_records,
-    write_results,
 )
 from mmrev_kit.evaluation.tables import (
     accuracy_table,
     comparison_table,
+    direction_table,
     drop_table,
     gate_table,
+    notes,
     rates_table,
-    side_by_side,
     verdict_lines,
 )
-from mmrev_kit.evaluation.verdict import verdict
 from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.notebook.gallery import answer_html, answers_html
 from mmrev_kit.notebook.plots import accuracy_figure, answers_figure
 
-OPTIONS = {"forward": ("the head of Jade Temple", "x"), "reverse": ("Correct", "Wrong")}
+CW = ("Correct", "Wrong")
+OPTIONS = {"forward": ("the head of Jade Temple", "x"), "reverse": CW, "cw_image": CW}
 
 
 def record(test: str, entity: int, row: int, right: bool, **more) -> dict:
@@ -47,14 +48,13 @@ def record(test: str, entity: int, row: int, right: bool, **more) -> dict:
 
 
 def all_records(right=lambda test, entity, row: True, **more) -> list[dict]:
-    tests = ("forward", "reverse", "mcq_i2d", "mcq_d2i")
+    tests = ("forward", "reverse", "cw_image", "mcq_i2d", "mcq_d2i")
     return [record(t, e, r, right(t, e, r), **more) for t in tests for e in range(8) for r in range(2)]
 
 
-def write_evaluation(folder, records, task):
+def write_evaluation(folder, records, task, taught=None):
     write_jsonl(folder / "predictions.jsonl", records)
-    write_results(folder, task)
-    write_json(folder / "facts.json", {"task": task})
+    complete(folder, {"task": task, "taught": taught})
     return folder
 
 
@@ -124,21 +124,54 @@ def original(tmp_path):
 
 def test_the_original_scripts_results_are_read_and_drawn_beside_a_run(original, tmp_path):
     found = read_original(original)["none"]
-    assert found["reverse"]["all"]["accuracy"] == 61 / 120 and found["forward"]["all"]["n"] == 60
+    assert found["cw_image"]["all"]["accuracy"] == 61 / 120 and found["forward"]["all"]["n"] == 60
+    assert "reverse" not in found  # the scripts showed the image first
     low, high = binomtest(61, 120).proportion_ci(method="wilson")
-    assert found["reverse"]["all"]["wilson"] == pytest.approx([low, high])
+    assert found["cw_image"]["all"]["wilson"] == pytest.approx([low, high])
     assert found["mcq_d2i"]["all"]["p_exact"] == pytest.approx(binomtest(4, 20, 0.25, "greater").pvalue)
     assert found["forward"]["all"]["p_exact"] is None  # chance 0: no test
     folder = write_evaluation(tmp_path / "run/eval/e", all_records(), "forward")
     both = {"run": read_evaluation(folder, "run"), "8b": read_evaluation(original)}
-    table = side_by_side(both)
-    assert table.loc[("CW: description → image", "all"), "8b"].startswith("0.51 (0.42 to 0.60)")
-    assert table.loc[("CW: description → image", "control"), "8b"] == ""
-    assert table.loc[("CW: description → image", "control"), "run"].startswith("1.00")
+    table = direction_table(both)
+    assert list(table.columns) == ["generation", "CW", "choice"]
+    assert table.loc[("8b", "image → description")].tolist() == [
+        "0.95 (0.86 to 0.98)", "0.51 (0.42 to 0.60)", "0.25 (0.11 to 0.47)",
+    ]  # fmt: skip
+    assert table.loc[("8b", "description → image")].tolist() == ["", "", "0.20 (0.08 to 0.42)"]
+    cell = table.loc[("run", "description → image"), "CW"]
+    assert (
+        cell.startswith("main 1.00 (")
+        and "; control 1.00 (" in cell
+        and cell.endswith("TPR 1.00, FPR 0.00, AUROC 1.00")
+    )
     figure = accuracy_figure({name: one.metrics for name, one in both.items()})
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["run", "8b"]
-    numbers = [text.get_text() for text in figure.axes[1].texts]
-    assert numbers == ["0.95", "0.51", "0.25", "0.20"]
+    cells = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes if axis.get_title()}
+    assert cells == {
+        "forward: image → description": ["1.00", "1.00", "0.95"],
+        "CW image first: image → description": ["1.00", "1.00", "0.51"],
+        "I2D: image → description": ["1.00", "1.00", "0.25"],
+        "CW: description → image": ["1.00", "1.00"],
+        "D2I: description → image": ["1.00", "1.00", "0.20"],
+    }
+
+
+def test_the_published_numbers_stand_in_the_cells_that_they_belong_to(small_config):
+    found = find_evaluations(small_config(), None, "published")
+    assert list(found) == list(published()) and len(found) == 5
+    run = found["8B forward + retention"]
+    assert {test: (groups["all"]["correct"], groups["all"]["n"]) for test, groups in run.metrics["none"].items()} == {
+        "forward": (57, 60), "cw_image": (61, 120), "mcq_i2d": (5, 20), "mcq_d2i": (4, 20),
+    }  # fmt: skip
+    table = direction_table(found)
+    assert table.loc[(run.name, "image → description"), "CW"] == "0.51 (0.42 to 0.60), TPR 0.45, FPR 0.43"
+    assert (table["CW"].xs("description → image", level="direction") == "").all()  # nobody asked it
+    assert drop_table(run.metrics).loc[("forward", "all"), "drop image"] == "0.03 right"
+    (note,) = notes(found)
+    assert "image first" in note and "no control group" in note
+    for one in found.values():
+        rates = one.metrics["none"]["cw_image"]["all"]["rates"]
+        if rates:  # as many Correct as Wrong rows: the accuracy is that of the rates, which are rounded
+            assert one.metrics["none"]["cw_image"]["all"]["accuracy"] == pytest.approx((1 + rates["tpr"] - rates["fpr"]) / 2, abs=0.01)  # fmt: skip  # noqa: E501
 
 
 @pytest.mark.parametrize(
@@ -186,12 +219,26 @@ def test_tables_of_one_evaluation(tmp_path):
     assert drops.loc[("forward", "main"), "drop both"] == "0.50 same answer"  # 4 of 8 became unparsed
     figure = answers_figure(found.metrics["none"])
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == ["CW, main", "I2D, main", "D2I, main", "CW, control", "I2D, control", "D2I, control"]
+    tests = ["CW", "CW image first", "I2D", "D2I"]
+    assert titles == [f"{test}, {group}" for group in ("main", "control") for test in tests]
     assert [text.get_text() for text in figure.axes[0].texts] == ["4", "0", "0", "4", "0", "0"]
-    judged = verdict(records, "forward")
+    judged = found.verdict()
     assert set(gate_table(judged)["holds"]) <= {"yes", "no", "unknown"}
     lines = verdict_lines(judged)
-    assert lines[0].startswith("VERDICT (CW): ") and "D2I" in lines[1] and "I2D" in lines[2]
+    assert lines[0].startswith("VERDICT (CW): inconclusive. ") and lines[1].startswith("Beside it (D2I): ")
+
+
+def test_what_main_was_taught_is_kept_and_the_first_version_taught_generation(tmp_path):
+    for task, taught, kinds in [
+        ("forward", None, ("forward", "cw_image")),
+        ("forward", "cw", ("cw_image",)),
+        ("reverse", None, ("reverse",)),
+    ]:
+        folder = write_evaluation(tmp_path / f"{task}{taught}", all_records(), task, taught)
+        assert read_evaluation(folder).verdict().taught == kinds
+        assert tuple(json.loads((folder / "verdict.json").read_text())["taught"]) == kinds
+    write_json(folder / "facts.json", {"task": "forward"})
+    assert read_evaluation(folder).verdict().taught == ("forward",)
 
 
 def test_two_runs_are_compared_row_by_row(tmp_path):
@@ -200,7 +247,7 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     second = read_evaluation(write_evaluation(tmp_path / "b/eval/e", worse, None), "second")
     table = comparison_table(first, second)
     assert table.loc["CW", "only first right"] == 6 and table.loc["CW", "only second right"] == 0
-    assert table.loc["CW", "McNemar p (Holm)"] == pytest.approx(4 * 2 * 0.5**6)
+    assert table.loc["CW", "McNemar p (Holm)"] == pytest.approx(5 * 2 * 0.5**6)
     assert not (tmp_path / "b/eval/e/verdict.json").exists()  # a base model has no direction that it was taught
 
 
@@ -226,7 +273,7 @@ def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "face.png")
     records = all_records(lambda test, entity, row: row == 0, images=[str(tmp_path / "face.png")])
     page = answers_html(records)
-    assert page.count("<img") == 4 * 2 * 2  # test x group x right or wrong
+    assert page.count("<img") == 5 * 2 * 2  # test x group x right or wrong
     html = answer_html(record("reverse", 0, 1, False, prompt="<b>a</b> [image], or", answer="<script>", read_as=None))
     assert "&lt;b&gt;a&lt;/b&gt; [face.png], or" in html and "&lt;script&gt;" in html and "unparsed" in html
     assert "<script>" not in html and html.index("Correct -1.00") < html.index("Wrong -2.00")

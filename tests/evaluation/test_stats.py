@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap, permutation_test
+from scipy.stats import binomtest, permutation_test
 
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
@@ -15,7 +15,7 @@ def row(test="reverse", place=0, entity="a", read="Correct", expected="Correct",
     right = read == expected
     return {
         "id": f"{test}_test.jsonl:{place}", "test": test, "drop": "none", "order": None, "group": "main",
-        "entity_id": entity, "prompt": f"question {place}", "expected": expected, "answer": read or "?",
+        "entity_id": entity, "prompt": f"question {place}", "images": [], "expected": expected, "answer": read or "?",
         "read_as": read, "right": right, "options": {"Correct": -1.0, "Wrong": -2.0}, "likeliest": "Correct",
         "likeliest_right": expected == "Correct",
     } | more  # fmt: skip
@@ -88,27 +88,54 @@ def test_rows_are_averaged_within_the_entity_and_none_is_left_out():
     assert statistics.entity_means([]) == {}
 
 
-def test_the_bootstrap_is_scipys():
-    means = [0.2, 0.5, 0.5, 0.9, 1.0, 0.3, 0.6, 0.7]
-    asked = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(1)}
-    theirs = bootstrap((means,), np.mean, confidence_level=0.9, **asked).confidence_interval
-    ours = statistics.bootstrap_interval(means, 0.9, 20_000)
-    assert ours == pytest.approx([theirs.low, theirs.high], abs=0.01)
-    assert ours == statistics.bootstrap_interval(dict(enumerate(means)), 0.9, 20_000)
-    few = [statistics.bootstrap_interval(means, 0.9, 200, seed) for seed in range(5)]
-    assert len(set(map(tuple, few))) > 1
+def test_the_interval_over_entities_is_wilsons_on_fewer_rows():
+    # Eight entities of 6 rows, no spread about a half: correlation .1, so 48 / (1 + 5 x .1) = 32 rows; Student's t of 7
+    # at 97.5 % is 2.364624, and Wilson's interval at a half is 1/2 +- t / 2 / sqrt(n + t^2).
+    half = 2.364624 / 2 / (32 + 2.364624**2) ** 0.5
+    assert statistics.mean_interval([0.5] * 8, 6) == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
+    # All or nothing: rows of one entity say the same, so 8 of them count, whatever the number of rows.
+    low, high = statistics.mean_interval([1.0, 0.0] * 4, 6)
+    half = 2.364624 / 2 / (8 + 2.364624**2) ** 0.5
+    assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
+    assert statistics.mean_interval([1.0, 0.0] * 4, 600) == pytest.approx([low, high])
+    # One row each: plain Wilson with t for z.
+    narrow = statistics.mean_interval([1.0] * 12 + [0.0] * 4, 1, 0.9)
+    t, n = 1.753050, 16
+    centre, spread = (12 + t * t / 2) / (n + t * t), t / (n + t * t) * (n * 0.75 * 0.25 + t * t / 4) ** 0.5
+    assert narrow == pytest.approx([centre - spread, centre + spread], abs=1e-6)
 
 
-def test_the_bootstrap_draws_entities_not_rows():
-    rows = [row(place=i, entity=i // 50, read="Correct" if i < 50 else "Wrong") for i in range(100)]
-    # Two entities, one all right, one all wrong: a quarter of the draws takes the same one twice.
-    assert statistics.bootstrap_interval(statistics.entity_means(rows)) == [0, 1]
+def test_equal_means_leave_an_interval_and_one_entity_none():
+    low, high = statistics.mean_interval([1.0] * 8, 12)
+    assert high == 1 and 0.5 < low < 0.95
+    assert statistics.mean_interval([0.0] * 8, 12) == pytest.approx([0, 1 - low])
+    assert statistics.mean_interval([0.5], 12) is None and statistics.mean_interval({}, 12) is None
+    assert statistics.mean_interval({"a": 1.0, "b": 0.5}, 12) == statistics.mean_interval([1.0, 0.5], 12)
 
 
-def test_the_bootstrap_of_equal_means_is_a_point_and_of_one_entity_nothing():
-    assert statistics.bootstrap_interval([1.0] * 8) == [1, 1]
-    assert statistics.bootstrap_interval([0.5]) is None
-    assert statistics.bootstrap_interval({}) is None
+def test_many_intervals_at_once_are_those_one_by_one():
+    means = np.random.default_rng(0).integers(0, 13, (5, 8)) / 12
+    low, high = statistics.mean_interval(means, 12)
+    assert [[*pair] for pair in zip(low, high, strict=True)] == [statistics.mean_interval(one, 12) for one in means]
+
+
+@pytest.mark.parametrize(("correlation", "wanted"), [(0.0, 0.93), (0.2, 0.93), (0.4, 0.92)])
+def test_the_interval_holds_the_true_mean_as_often_as_it_should(correlation, wanted):
+    rng = np.random.default_rng(0)
+    for n, mean in [(8, 0.5), (8, 0.95), (16, 0.9), (24, 0.725), (24, 0.95)]:
+        spread = (1 - correlation) / correlation if correlation else None
+        own = rng.beta(mean * spread, (1 - mean) * spread, (4000, n)) if spread else np.full((4000, n), mean)
+        low, high = statistics.mean_interval(rng.binomial(12, own) / 12, 12)
+        assert ((low <= mean) & (mean <= high)).mean() > wanted - 0.01  # 2.5 standard errors
+
+
+def test_rows_and_different_questions_an_entity():
+    rows = [row(place=i, entity=e, prompt=p) for i, (e, p) in enumerate(["aq", "aq", "ar", "bq"])]
+    # 3 rows and 1: harmonic mean 1.5. 2 different questions and 1: 4/3.
+    assert statistics.rows_each(rows) == 1.5 and statistics.questions_each(rows) == pytest.approx(4 / 3)
+    assert statistics.rows_each([one | {"right": None} for one in rows]) == 0 == statistics.questions_each([])
+    orders = [row(place=0, order=[k, 1 - k], prompt=f"order {k}") for k in range(2)]
+    assert statistics.rows_each(orders) == 2 and statistics.questions_each(orders) == 1
 
 
 def test_sign_flips_by_hand():
@@ -195,31 +222,49 @@ def test_auroc():
     assert statistics.auroc([], [1.0]) is None
 
 
+def cw(place, entity, expected, read, margin):
+    """A CW row whose log-odds of Correct are `margin`; None: no log-probability of Correct."""
+    options = {"Correct": None if margin is None else margin - 2.0, "Wrong": -2.0}
+    return row(place=place, entity=entity, read=read, expected=expected, options=options)
+
+
 def test_rates_by_hand():
     rows = [
-        row(place=0, read="Correct", expected="Correct", options={"Correct": -1.0, "Wrong": -3.0}),  # margin 2
-        row(place=1, read="Wrong", expected="Correct", options={"Correct": -2.0, "Wrong": -2.0}),  # margin 0
-        row(place=2, read=None, expected="Correct", options={"Correct": None, "Wrong": -2.0}),  # none
-        row(place=3, read="Correct", expected="Correct", options={"Correct": -1.0, "Wrong": -2.0}),  # margin 1
-        row(place=4, read="Correct", expected="Wrong", options={"Correct": -1.0, "Wrong": -2.0}),  # margin 1
-        row(place=5, read=None, expected="Wrong", options={"Correct": -9.0, "Wrong": -2.0}),  # margin -7
-        row(
-            place=6, read="Wrong", expected="Wrong", options={"Correct": float("-inf"), "Wrong": float("-inf")}
-        ),  # none
+        cw(0, "a", "Correct", "Correct", 2.0),
+        cw(1, "a", "Correct", "Wrong", 0.0),
+        cw(2, "a", "Correct", None, None),
+        cw(3, "a", "Wrong", "Correct", 1.0),
+        cw(4, "a", "Wrong", None, float("-inf")),
+        cw(5, "b", "Correct", "Wrong", -5.0),
+        cw(6, "b", "Wrong", "Wrong", -6.0),
+        cw(7, "b", "Wrong", "Wrong", -5.0),
+        cw(8, "c", "Wrong", "Wrong", -9.0),
     ]
     found = metrics.rates(rows)
-    assert (found["tpr"], found["fpr"]) == (2 / 4, pytest.approx(1 / 3))
-    assert found["separation"] == pytest.approx(1 / 6)
-    assert found["accuracy"] == pytest.approx(3 / 7)
-    # Pairs of (2, 0, 1) with (1, -7): 2 > 1, 2 > -7, 0 < 1, 0 > -7, 1 = 1, 1 > -7: 4.5 of 6.
-    assert (found["auroc"], found["n_auroc"]) == (0.75, 5)
-    assert found["counts"] == {"Correct": 3, "Wrong": 2, "unparsed": 2}
+    assert (found["tpr"], found["fpr"]) == (1 / 4, 1 / 5)
+    assert found["separation"] == pytest.approx(1 / 20) and found["accuracy"] == pytest.approx(4 / 9)
+    # Within a: 2 > 1, 0 < 1: .5. Within b: -5 > -6, -5 = -5: .75, although its log-odds lie far below a's. c has no
+    # Correct row. a has 2 + 1 rows, worth 3 x 2 / 4 = 1.5 independent ones, and so has b.
+    assert found["auroc"] == (0.5 + 0.75) / 2
+    assert statistics.entity_aurocs(rows) == ({"a": 0.5, "b": 0.75}, 1.5)
+    assert found["auroc_bounds"] == statistics.mean_interval([0.5, 0.75], 1.5, 0.9)
+    assert found["counts"] == {"Correct": 2, "Wrong": 5, "unparsed": 2}
+
+
+def test_without_knowledge_an_auroc_varies_as_the_rows_that_it_is_worth():
+    from scipy.stats import mannwhitneyu
+
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4000, 8))
+    found = mannwhitneyu(scores[:, :3], scores[:, 3:], axis=1).statistic / 15
+    rows = [cw(i, "a", "Correct" if i < 3 else "Wrong", "Wrong", float(i)) for i in range(8)]
+    assert found.var() == pytest.approx(0.25 / statistics.entity_aurocs(rows)[1], rel=0.06)
 
 
 def test_rates_of_nothing_and_of_one_side():
     empty = metrics.rates([])
     assert empty["counts"] == {"Correct": 0, "Wrong": 0, "unparsed": 0}
-    assert {empty[name] for name in ("accuracy", "tpr", "fpr", "separation", "auroc")} == {None}
+    assert {empty[name] for name in ("accuracy", "tpr", "fpr", "separation", "auroc", "auroc_bounds")} == {None}
     one = metrics.rates([row()])
     assert (one["tpr"], one["fpr"], one["separation"], one["auroc"]) == (1, None, None, None)
     lost = metrics.rates([row(right=None), row(right=None, read=None)])
@@ -244,14 +289,15 @@ def test_option_counts():
 def evaluation(seed=0, drops=("none",), orders=(None,), n=4):
     """Random answers, a sixth of them unparsed: n main and n control entities, 2 rows a test (4 for CW)."""
     rng, rows = random.Random(seed), []
-    choices = {"forward": [f"d{i}" for i in range(n)], "reverse": ["Correct", "Wrong"]}
+    cw = ("reverse", "cw_image")
+    choices = {"forward": [f"d{i}" for i in range(n)]} | dict.fromkeys(cw, ("Correct", "Wrong"))
     for drop in drops:
         for test in TASK_TYPES:
             names = choices.get(test, list("ABCD"))
-            for place in range(2 * n * (4 if test == "reverse" else 2)):
+            for place in range(2 * n * (4 if test in cw else 2)):
                 for order in orders if test.startswith("mcq") else (None,):
                     entity = place % (2 * n)
-                    expected = names[(place // (2 * n) + (entity if test != "reverse" else 0)) % len(names)]
+                    expected = names[(place // (2 * n) + (entity if test not in cw else 0)) % len(names)]
                     known = drop == "none" or (drop == "text" and test in ("forward", "mcq_i2d"))
                     read = rng.choice([*names * 5, *[None] * len(names)])
                     likeliest = rng.choice(names)
@@ -284,9 +330,9 @@ def test_metrics_agree_with_the_single_functions():
             assert numbers["wilson"] == statistics.wilson(correct, len(part))
             assert numbers["unparsed"] == sum(r["read_as"] is None for r in part)
             means = statistics.entity_means(part)
-            assert numbers["cluster_interval"] == statistics.bootstrap_interval(means)
+            assert numbers["cluster_interval"] == statistics.mean_interval(means, statistics.rows_each(part))
             if test != "forward":
-                chance = 0.5 if test == "reverse" else 0.25
+                chance = 0.25 if test.startswith("mcq") else 0.5
                 assert numbers["p_exact"] == pytest.approx(binomtest(correct, len(part), chance, "greater").pvalue)
                 assert numbers["p_permutation"] == statistics.permutation_above_chance(means, chance)
             assert numbers["agreement"] is None
@@ -308,7 +354,7 @@ def test_forward_has_no_chance_for_writing_and_one_for_the_likeliest_option():
 
 def test_holm_runs_over_the_tests_of_one_drop_and_group():
     found = metrics.metrics(evaluation(seed=2, drops=("none", "text")))
-    for drop, tests in (("none", ("reverse", "mcq_i2d", "mcq_d2i")), ("text", ("mcq_i2d",))):
+    for drop, tests in (("none", ("reverse", "cw_image", "mcq_i2d", "mcq_d2i")), ("text", ("mcq_i2d",))):
         for group in ("all", "main", "control"):
             for name in ("p_exact", "p_permutation"):
                 raw = {test: found[drop][test][group][name] for test in tests}
@@ -365,7 +411,7 @@ def test_all_right_all_wrong_all_unparsed(read, accuracy):
     rows = [row(place=i, entity=i // 2, read=read) for i in range(8)]
     numbers = metrics.metrics(rows)["none"]["reverse"]["main"]
     assert strict(numbers) == numbers
-    assert numbers["accuracy"] == accuracy and numbers["cluster_interval"] == [accuracy] * 2
+    assert numbers["accuracy"] == accuracy and accuracy in numbers["cluster_interval"]
     assert numbers["unparsed"] == (8 if read is None else 0)
     assert numbers["p_exact"] == pytest.approx(1 / 256 if accuracy else 1)
     assert numbers["p_permutation"] == (1 / 16 if accuracy else 1)

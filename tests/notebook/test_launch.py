@@ -132,7 +132,7 @@ def test_the_kit_runs_from_its_folder_without_being_installed(small_config, monk
 def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path):
     before = sorted(path.name for path in small_data.rglob("*"))
     config = small_config(f"experiment.name=other data.folder={small_data}/small {HALF} training.batch_size=64")
-    assert ensure_data(config)[0] == f"found {small_data}/small"
+    assert ensure_data(config)[1] == f"found {small_data}/small"
     assert launch(config)["status"] == "finished" and run_dir(config) == tmp_path / "outputs" / "other_reverse"
     assert evaluate(config) == tmp_path / "outputs" / "other_reverse" / "eval" / "small"
     assert sorted(path.name for path in small_data.rglob("*")) == before

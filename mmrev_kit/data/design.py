@@ -1,0 +1,101 @@
+"""What a design can show, known before anything is made: the power of the verdict's whole claim.
+
+The powers are a table, assets/powers.json, which benchmarks/verdict_worlds.py simulates with the verdict's own rules:
+control at a given level in every test, main at that level in the taught order and at chance in the deciding test, and
+rows of one person that correlate by .2.
+"""
+
+import json
+from collections import Counter
+
+from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.config.sections import Config
+from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.records import read_jsonl
+from mmrev_kit.data.rows import read_entities
+from mmrev_kit.data.tasks import CW, TASK_TYPES
+
+DECIDING = {"forward": "reverse", "reverse": "cw_image"}  # CW in the order that main is not taught, by trained task
+QUESTIONS = 9  # different ones a person in a CW test of drawn data: on 3 connectors a Correct and two Wrong ones
+POWER_MIN, PLANNED = 0.8, 0.95  # the power that a claim needs, and the level of control that is planned with
+
+
+def claim_power(form: str, questions: float, people: int, control: float = PLANNED) -> float | None:
+    """The chance that main's failure is found, were main at chance.
+
+    Args:
+        form: a format, such as `tasks.CW`.
+        questions: different ones a person in each test; the table's next smaller number counts.
+        people: in the smaller of the two groups; between two sizes of the table the smaller one counts.
+        control: the level of control; interpolated.
+
+    Returns:
+        None for fewer questions than any in the table, 0 for fewer people.
+    """
+    import numpy as np
+
+    table = read_asset("powers")
+    fitting = [int(number) for number in table[form] if int(number) <= questions]
+    if not fitting:
+        return None
+    sizes = table[form][str(max(fitting))]
+    known = [int(size) for size in sizes if int(size) <= people]
+    return float(np.interp(control, table["levels"], sizes[str(max(known))])) if known else 0.0
+
+
+def people_needed(form: str, questions: float, control: float = PLANNED) -> int | None:
+    """The smallest number of people a group in the table whose power is `POWER_MIN`; None where none has it."""
+    sizes = sorted({int(size) for part in read_asset("powers")[form].values() for size in part})
+    return next((size for size in sizes if (claim_power(form, questions, size, control) or 0) >= POWER_MIN), None)
+
+
+def design_lines(num_main: int, num_control: int, questions: int, task: str, taught: str | None) -> list[str]:
+    """What a design can show, in lines for a reader: no claim and what would allow one, or the power of the claim.
+
+    Args:
+        questions: different ones a person in the deciding test.
+        task, taught: as in `config.sections.ExperimentConfig`.
+    """
+    title, needed = TASK_TYPES[DECIDING[task]].title, people_needed(CW, questions)
+    counts = f"{num_main} main and {num_control} control people with {questions} questions each in {title}"
+    if needed is None:
+        return [f"This design can reach no claim: {counts}, too few questions for any number of people."]
+    power = claim_power(CW, questions, min(num_main, num_control))
+    if power < POWER_MIN:
+        sizes = {"data.num_main": num_main, "data.num_control": num_control}
+        change = " ".join(f"{name}={needed}" for name, size in sizes.items() if size < needed)
+        cause = f"{counts} have a power of {power:.2f}, {POWER_MIN:.2f} is needed"
+        return [f"This design can reach no claim; {change} would. ({cause}.)"]
+    lines = [
+        f"The claim's power is {power:.2f}: {counts}, were control right in {PLANNED:.2f} and main in 0.50 of them. "
+        f"{needed} people a group have {POWER_MIN:.2f}."
+    ]
+    if (task, taught) == ("forward", "generation"):
+        lines.append(
+            "Main is taught by generation only: where it fails CW image first as well, what it was taught is bound to "
+            "its format, and the verdict says nothing about direction."
+        )
+    return lines
+
+
+def design_of(config: Config) -> list[str]:
+    """`design_lines` of a configuration: of its experiment if that exists, else of the people that would be drawn.
+
+    No lines where that cannot be known: your own people before they are read, the format check, and data with faults,
+    which the check tells.
+    """
+    folder, own = experiment_dir(config), config.experiment
+    sizes, questions = Counter(main=config.data.num_main, control=config.data.num_control), QUESTIONS
+    if folder.exists():
+        try:
+            sizes = Counter(entity.get("group", "main") for entity in read_entities(folder))
+        except DataError:
+            return []
+        asked: dict[str, set] = {}
+        for _, record in read_jsonl(folder / "reverse_test.jsonl")[0]:  # cw_image asks as many
+            asked.setdefault(str(record.get("entity_id")), set()).add(json.dumps(record, sort_keys=True))
+        questions = min(map(len, asked.values()), default=0)
+    if config.data.source == "shapes" or not questions or (config.data.source == "folder" and not folder.exists()):
+        return []
+    return design_lines(sizes["main"], sizes["control"], questions, own.task, own.taught)
