@@ -84,8 +84,10 @@ def reorder(row: Row, order: tuple[int, ...]) -> Question:
 
 
 def judge(question: Question, answer: str) -> tuple[str | None, bool]:
-    """What an answer says (None: unparsed), and whether it is right; unparsed is a miss."""
+    """What an answer says (None: unparsed, as an unfinished thought is) and whether it is right; unparsed is a miss."""
     row = question.row
+    _, _, answer = answer.rpartition("</think>")
+    answer = "" if "<think>" in answer else answer
     if row.type.format == GENERATION:
         right = judge_description(answer, row.answer, question.options)
         return (row.answer if right else answer.strip() or None), right

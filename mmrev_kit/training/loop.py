@@ -61,10 +61,10 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     losses = validate(run)
     rate = run.schedule.lr
     task = run.config.experiment.task
-    decisive = losses[task]
-    if not math.isfinite(decisive):
-        raise TrainingError(f"The validation loss of {task} is {decisive}. {explain(run, run.task.val[task])}")
-    decision = run.schedule.observe(decisive)
+    for source, loss in losses.items():
+        if not math.isfinite(loss):
+            raise TrainingError(f"The validation loss of {source} is {loss}. {explain(run, run.task.val[source])}")
+    decision = run.schedule.observe(losses[task])
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
         record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}

@@ -19,6 +19,7 @@ from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.files import DiskFull, write_text
+from mmrev_kit.model.finite import NotFiniteError
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
@@ -88,7 +89,7 @@ def worker_state(folder: Path):
 
 def leave_error(folder: Path, rank: int, error: BaseException) -> None:
     """Write error_rank<r>.txt for the parent: the message of an error that explains itself, a traceback of others."""
-    plain = isinstance(error, TrainingError | ConfigError | DataError | DiskFull)
+    plain = isinstance(error, TrainingError | ConfigError | DataError | DiskFull | NotFiniteError)
     text = f"{type(error).__name__}: {error}\n" if plain else "".join(traceback.format_exception(error))
     with suppress(OSError):  # where the disk is full the log may still have it
         write_text(folder / f"error_rank{rank}.txt", hide_secrets(text))

@@ -4,6 +4,7 @@ fixtures/first_version was written by it: the same small run once to its end, an
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(project):
         assert (
             all(torch.allclose(found[key], wanted[key], atol=1e-3) for key in wanted) and found.keys() == wanted.keys()
         )
-    check_base(WRITTEN / "finished" / "best", base_fingerprint(**base_of(config)), "embedded")
+    check_base(WRITTEN / "finished" / "best", partial(base_fingerprint, **base_of(config)), "embedded")
 
 
 def test_its_finished_run_is_not_trained_again_and_another_one_is_refused(project, capsys):
