@@ -7,10 +7,10 @@ import argparse
 import os
 import sys
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import Config
-from mmrev_kit.errors import Told
 
 
 def train(config: Config) -> None:

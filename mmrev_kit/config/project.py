@@ -51,6 +51,11 @@ def resolve(path: str | Path) -> Path:
     return (project_root() / Path(path).expanduser()).resolve()
 
 
+def model_path(name: str) -> Path:
+    """Where a base that is on this machine lies: with the kit, or at a path; a name on the hub gives no such path."""
+    return ASSETS / name if name in EMBEDDED else resolve(name)
+
+
 def effective_batch(config: Config, num_processes: int) -> int:
     """Samples per optimizer step: batch_size x gradient_accumulation_steps x processes."""
     return config.training.batch_size * config.training.gradient_accumulation_steps * num_processes

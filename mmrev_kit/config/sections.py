@@ -7,8 +7,8 @@ says what differs.
 import math
 from dataclasses import dataclass, field
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.optimizers import OPTIMIZERS
-from mmrev_kit.errors import Told
 
 TASKS = ("forward", "reverse")
 # What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from mmrev_kit.errors import Told
+from mmrev_kit.config.errors import Told
 
 SHOWN = 20  # faults that a message names
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.project import experiment_dir, project_root, resolve
 from mmrev_kit.config.sections import Config
-from mmrev_kit.errors import Told
 
 # What Pillow decodes by itself. EPS, which it also knows, it hands to a program; a JPEG may hold several pictures
 # (MPO), of which the first is the photograph.

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmrev_kit.config.errors import Told
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.tasks import Row, build_prompt
-from mmrev_kit.errors import Told
 
 MAX_ASPECT = 200  # the processor refuses longer images
 SLOT = "\ue000"  # a private-use character: stands for a text part while the chat template is rendered
+END = "<|im_end|>"  # ends an answer
 IGNORED = -100  # the label of a token that carries no loss
 
 
@@ -60,25 +62,39 @@ class Encoder:
         self.merge = images.merge_size
         self.factor = images.patch_size * images.merge_size  # pixels a side of one visual token
         self.image_id = processor.image_token_id
-        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.end_id = self.tokenizer.convert_tokens_to_ids(END)
         self.pad_id = self.tokenizer.pad_token_id
         self.sizes: dict[Path, tuple[int, int]] = {}
         self.frame, self.text_ids = cache(self._frame), cache(self._text_ids)
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
     def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
-        """The chat template around a turn of this shape (True: image), as token pieces between which its texts go."""
+        """The chat template around a turn of this shape (True: image), as token pieces between which its texts go.
+
+        Where the template opens a thought for the answer to come, the thought is empty and closed, as the published
+        templates write an answer without one.
+        """
         # Texts are put in later, as tokens, so that a description which looks like a special token stays text.
         content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
         turn = [{"role": "user", "content": content}]
-        pieces = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).split(SLOT)
+        prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        if prompt.rstrip().endswith("<think>"):
+            prompt = f"{prompt.rstrip()}\n\n</think>\n\n"
+        pieces, folder = prompt.split(SLOT), self.tokenizer.name_or_path
         if len(pieces) != shape.count(False) + 1:
-            raise ValueError("The processor's chat template changes the text of a turn; it cannot be used.")
+            raise ConfigError(f"The chat template of {folder} changes the text of a turn; it cannot be used.")
+        if prompt.count("<think>") != prompt.count("</think>"):
+            raise ConfigError(f"The chat template of {folder} begins a thought and leaves it open; it cannot be used.")
         return [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
 
     def _text_ids(self, text: str) -> list[int]:
-        """A text as tokens, none of them special."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        """A text as tokens, none of them an added one: `split_special_tokens` lets through those that are not special,
+        such as <think>."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def image_size(self, path: Path) -> tuple[int, int]:
         """(width, height) of an image; it is decoded once."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.tasks import CW, GENERATION
-from mmrev_kit.data.texts import normal, visible
+from mmrev_kit.data.texts import THOUGHT, normal, visible
 
 QUESTION = re.compile(r"[^.!?\n]*\?+[\"')\]]*")
 
@@ -141,7 +141,8 @@ def judge_letter(text: str) -> str | None:
 
 def judge_answer(form: str, answer: str, expected: str, options: Iterable[str]) -> tuple[str | None, bool]:
     """What an answer to a question of this format (`data.tasks`) says, None where it is unparsed, and whether it is
-    right."""
+    right. Only what comes after a thought counts."""
+    answer = THOUGHT.sub("", answer)
     if form == GENERATION:
         right = judge_description(answer, expected, options)
         return (expected if right else answer.strip() or None), right

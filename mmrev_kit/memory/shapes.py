@@ -1,11 +1,11 @@
 """The sizes of a Qwen3-VL, read from its configuration."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.model.base_files import read_config
 
 PUBLISHED = ("2b", "4b", "8b", "32b")
 
@@ -69,7 +69,8 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
         name: how messages call it; None: as the file or the folder is called.
 
     Raises:
-        ConfigError: no such file, another kind of model, a field that is missing, or a size that is not positive.
+        ConfigError: no such file, a model that the kit cannot use (see `read_config`), a field that is missing, or a
+            size that is not positive.
     """
     path = resolve(source)
     path = path / "config.json" if path.is_dir() else path
@@ -77,12 +78,7 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
         known = ", ".join(map(architecture_file, PUBLISHED))
         raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {known}.")
     name = name or (path.parent.name if path.name == "config.json" else path.stem)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("model_type") != "qwen3_vl":
-        raise ConfigError(f"{name}: model_type = {values.get('model_type')!r}; the estimate knows qwen3_vl.")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(values.get(part), dict):
-            raise ConfigError(f"{name} has no {part}, which the memory estimate needs.")
+    values = read_config(path, name)
 
     def number(part: str, key: str, default: int | None = None) -> int:
         value = values[part].get(key, default)

@@ -1,15 +1,20 @@
-"""The base model: where its files are, what it is made of, and the fingerprint that ties an adapter to it."""
+"""The base model: where its files are, and the fingerprint that ties an adapter to it."""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from mmrev_kit.config.project import ASSETS, EMBEDDED, hide_secrets, resolve
+from mmrev_kit.config.project import hide_secrets, model_path
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.files import write_text
+from mmrev_kit.model.base_files import read_config, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
+VERSION = 2  # of the fingerprint; 1 read a sample of each tensor and is still checked where it was written
 
 
 def base_of(config: Config) -> dict:
@@ -26,18 +31,31 @@ def model_folder(name: str, revision: str | None = None, weights: bool = True) -
         weights: False where sizes and the processor are enough: a run that cannot fit downloads no more than that.
 
     Raises:
-        ConfigError: neither a folder nor a model that the hub or its cache has.
+        ConfigError: neither a folder nor a model that the hub or its cache has; the folder holds an adapter; or its
+            files are not those of a model that the kit can use, see `read_config` and `weight_files`.
     """
-    if name in EMBEDDED:
-        return ASSETS / name
-    if resolve(name).is_dir():
-        return resolve(name)
+    folder = model_path(name)
+    on_hub = not folder.is_dir()
+    if revision and not on_hub:
+        raise ConfigError(f"model.revision = {revision!r}: {name} is no model on the hub and has no revisions.")
+    if on_hub:
+        folder = _download(name, revision, SMALL_FILES)
+    if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
+        raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
+    read_config(folder / "config.json", name)
+    if weights:
+        if on_hub:
+            folder = _download(name, revision, SMALL_FILES + WEIGHTS)
+        weight_files(folder)
+    return folder
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = SMALL_FILES + (WEIGHTS if weights else [])
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = hide_secrets(str(error).strip().splitlines()[0])
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
@@ -48,51 +66,91 @@ def is_random(name: str) -> bool:
     return name.endswith(".json")
 
 
-def check_base(adapter: Path, base: str, name: str) -> None:
-    """Refuse an adapter whose model card names another base than `name`, which has the fingerprint `base`.
+def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
+    """Refuse an adapter whose model card names another base than `name`.
+
+    Args:
+        base: gives that base's fingerprint for `version=...`, see `base_fingerprint`; the card decides which.
 
     Raises:
         ConfigError: naming both fingerprints; the folder is no adapter of the kit's; or it is not in safetensors.
     """
     card = adapter / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    trained_on = re.search(r"^base_fingerprint: ([0-9a-f]{16})$", text, re.MULTILINE)
+    trained_on = re.search(r"^base_fingerprint: ((2-)?[0-9a-f]{16})$", text, re.MULTILINE)
     if not trained_on:
         raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
-    if trained_on[1] != base:
-        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {base}.")
+    present = base(version=version_of(trained_on[1]))
+    if trained_on[1] != present:
+        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 
 
-def base_fingerprint(name: str, revision: str | None = None, bits: int = 4, seed: int = 0) -> str:
+def version_of(fingerprint: str) -> int:
+    """The version of the rule that a fingerprint was made by."""
+    return 2 if fingerprint.startswith("2-") else 1
+
+
+def base_fingerprint(
+    name: str, revision: str | None = None, bits: int = 4, seed: int = 0, version: int = VERSION
+) -> str:
     """`fingerprint` of a base by its name; of a random model, a digest of its architecture, seed and bits."""
     if not is_random(name):
-        return fingerprint(model_folder(name, revision))
+        return fingerprint(model_folder(name, revision), version)
     values = read_architecture(name).to_dict()
     values.pop("transformers_version", None)
-    text = json.dumps([values, seed, bits], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _marked([values, seed, bits], version)
 
 
-def fingerprint(folder: str | Path) -> str:
-    """16 hex digits that tell one base model from another: architecture, and every tensor's name, shape and a sample.
+def fingerprint(folder: str | Path, version: int = VERSION) -> str:
+    """16 hex digits that tell one base model from another, after the version of the rule: `2-0123456789abcdef`.
 
-    The sample is the first, middle and last 4 KiB of each tensor, so that 64 GB are read in seconds. How the weights
-    are split into files does not matter.
+    Version 2 digests the architecture and the SHA-256 of every weight file: each byte counts, and so does how the
+    weights are split into files. Version 1, without a mark, took each tensor's name, shape and 12 KiB of its values.
 
     Raises:
-        ConfigError: the folder has no config.json or no safetensors file.
+        ConfigError: see `model_folder`.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: not a model folder; config.json and *.safetensors files are needed.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config, files = read_config(folder / "config.json", folder.name), weight_files(folder)
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
+    return _marked([config, _samples(folder) if version == 1 else sorted(map(checksum, files))], version)
+
+
+def _marked(facts: list, version: int) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest if version == 1 else f"{version}-{digest}"
+
+
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file in hex digits.
+
+    In the hub's cache it is the file's name, as the hub gave it. Of other files it is kept in `HF_HOME/mmrev_kit` by
+    path, size and times, so that 64 GB are read once.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    file = file.resolve()
+    if file.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", file.name):
+        return file.name
+    state = file.stat()
+    facts = f"{file}\n{state.st_size}\n{state.st_mtime_ns}\n{state.st_ctime_ns}"
+    kept = Path(HF_HOME) / "mmrev_kit" / hashlib.sha256(facts.encode()).hexdigest()
+    if kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
+        return known
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    with suppress(OSError):  # a folder that cannot be written to only costs the time again
+        write_text(kept, digest)
+    return digest
+
+
+def _samples(folder: Path) -> list:
+    """Dtype, shape and the first, middle and last 4 KiB of each tensor, as the first fingerprints took them."""
     tensors = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -100,8 +158,7 @@ def fingerprint(folder: str | Path) -> str:
             for name, info in header.items():
                 begin, end = (8 + length + offset for offset in info["data_offsets"])
                 tensors[name] = [info["dtype"], info["shape"], _sample(stream, begin, end)]
-    text = json.dumps([config, sorted(tensors.items())], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sorted(tensors.items())
 
 
 def _sample(stream, begin: int, end: int, size: int = 4096) -> str:

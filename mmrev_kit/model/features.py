@@ -13,6 +13,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.bases import base_fingerprint, base_of
+from mmrev_kit.model.finite import is_finite, refuse
 from mmrev_kit.model.micro_batch import VISION_PATCHES
 from mmrev_kit.model.qwen3vl import feature_shape, library_tower_outputs
 
@@ -112,7 +114,7 @@ class Features:
         wanted = (self.shape[0], rows * columns, self.shape[1])
         if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != self.dtype:
             return False
-        if facts.get("key") != key or facts.get("checksum") != checksum(tensor):
+        if facts.get("key") != key or facts.get("checksum") != checksum(tensor) or not is_finite(tensor):
             return False
         self._held[key] = tensor
         return True
@@ -165,6 +167,9 @@ def compute(features: Features, model, images: list[Image], device, report: bool
 
     Args:
         report: print a line of progress every few seconds.
+
+    Raises:
+        NotFiniteError: naming the image and the first module.
     """
     dtype, done, reported = features.dtype, 0, time.monotonic()
     while done < len(images):
@@ -175,10 +180,13 @@ def compute(features: Features, model, images: list[Image], device, report: bool
             grids.append(grid)
             if sum(map(len, pixels)) >= VISION_PATCHES:
                 break
+        inputs = torch.cat(pixels).to(device), torch.cat(grids).to(device)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = library_tower_outputs(model, torch.cat(pixels).to(device), torch.cat(grids).to(device))
-        for image, tensor in zip(images[done : done + len(pixels)], outputs, strict=True):
-            features.write(image, tensor)
+            outputs = [tensor.to(dtype) for tensor in library_tower_outputs(model, *inputs)]
+            for image, tensor in zip(images[done : done + len(pixels)], outputs, strict=True):
+                if not is_finite(tensor):
+                    refuse(model, f"image {image[0]}", partial(library_tower_outputs, model, *inputs))
+                features.write(image, tensor)
         done += len(pixels)
         if report and time.monotonic() - reported > SECONDS_BETWEEN_LINES:
             reported = time.monotonic()

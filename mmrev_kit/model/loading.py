@@ -7,7 +7,7 @@ Usable alone; it knows nothing of the kit's data or of its training loop:
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.model import qwen3vl
+from mmrev_kit.model.base_files import AGAIN, read_object, tensor_shapes
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.fused import fuse
+from mmrev_kit.model.strict import strict
 from mmrev_kit.model.vision import use_fast_tower
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,6 +37,7 @@ def torch_dtype(name: str, device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+@strict()
 def load_base(
     name: str, *, revision: str | None = None, bits: int = 4, double_quant: bool = True, compute_dtype: str = "auto",
     device=None, attn_implementation: str = "sdpa", seed: int = 0, spread: bool = False, cpu_gib: float | None = None,
@@ -61,9 +64,11 @@ def load_base(
         those of other bases.
 
     Raises:
-        ConfigError: there is no such model, the folder holds an adapter, bits are not 4 or 16, or 4-bit weights are to
-            be spread.
+        ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
+            numbers (see `strict`); bits are not 4 or 16; or 4-bit weights are to be spread.
     """
+    from transformers import GenerationConfig
+
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -75,18 +80,21 @@ def load_base(
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
-        if (folder / "adapter_config.json").is_file():  # transformers would put it on the model by itself
-            raise ConfigError(f"model.name: {folder} holds an adapter; name the base model without one.")
         placement |= {"quantization_config": nf4} if nf4 else {}
-        model = qwen3vl.model_class().from_pretrained(
+        model, met = qwen3vl.model_class().from_pretrained(
             folder,
             use_safetensors=True,  # never a pickle
             dtype=dtype,
             attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
             **placement,
         )
+        reshaped = [key for key, *_ in met["mismatched_keys"]]
+        refuse_tensors(str(folder), met["missing_keys"], met["unexpected_keys"], reshaped)
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
+    model.generation_config = GenerationConfig()  # greedy is greedy, whatever lies beside the weights
     model.requires_grad_(False)
     model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)
@@ -208,6 +216,7 @@ def keep_residual_in_fp32(model) -> None:
             norm.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
+@strict()
 def add_adapter(
     model, *, r: int = 8, alpha: int = 16, dropout: float = 0.05,
     target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"), gradient_checkpointing: bool = True,
@@ -256,6 +265,7 @@ def set_recomputed(model, kept_layers: int) -> None:
         layer.gradient_checkpointing = number < len(layers) - kept_layers
 
 
+@strict()
 def load_adapter(model, folder: str | Path):
     """A saved adapter on its base, for inference: a `peft.PeftModel`.
 
@@ -264,14 +274,38 @@ def load_adapter(model, folder: str | Path):
         folder: with the adapter and its model card, as a run's `best/` and `final/` are.
 
     Raises:
-        ConfigError: the adapter was trained on another base; both fingerprints are named.
+        ConfigError: the adapter was trained on another base (both fingerprints are named); a file of it is missing or
+            broken; or its tensors are not those that its adapter_config.json asks for, one for one.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    check_base(Path(folder), model.fingerprint(), model.name_or_path)
-    peft_model = PeftModel.from_pretrained(model, folder)
+    folder = Path(folder)
+    check_base(folder, model.fingerprint, model.name_or_path)
+    read_object(folder / "adapter_config.json")
+    stored = tensor_shapes(folder / "adapter_model.safetensors")
+    try:
+        peft_model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)  # refused below, by name
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'} fits no adapter of this model ({error}). {AGAIN}"
+        ) from None
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    reshaped = [name for name, shape in stored.items() if wanted.get(name, shape) != shape]
+    refuse_tensors(str(folder), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), reshaped)
     fuse(model)
     return peft_model
+
+
+def refuse_tensors(where: str, missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str]) -> None:
+    """Raises ConfigError where there are such tensors, with the first three names of each kind."""
+    faults = []
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
+        if first := sorted(names):
+            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+            faults.append(f"{kind}: {', '.join(first[:3])}{more}")
+    if faults:
+        raise ConfigError(f"The tensors in {where} are not those that its configuration asks for; {'; '.join(faults)}.")
 
 
 def trainable(model) -> list:

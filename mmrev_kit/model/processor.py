@@ -1,21 +1,44 @@
 """The base model's processor, and the encoder that makes prompts with it."""
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
-from mmrev_kit.config.sections import Config
-from mmrev_kit.data.prompts import Encoder
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.prompts import END, Encoder
+from mmrev_kit.model.base_files import AGAIN, read_object
 from mmrev_kit.model.bases import is_random, model_folder
 from mmrev_kit.model.qwen3vl import read_architecture
+from mmrev_kit.model.strict import strict
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
+@strict()
 def load_processor(name: str, revision: str | None = None):
     """The own processor of the base model that `load_base` loads. Code that lies beside a model is never run.
 
     A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
+
+    Raises:
+        ConfigError: a file of it is missing or broken, it is another family's, or it has no chat template.
     """
     from transformers import AutoProcessor
 
     if not is_random(name):
-        return AutoProcessor.from_pretrained(model_folder(name, revision, weights=False), trust_remote_code=False)
+        folder = model_folder(name, revision, weights=False)
+        for file in FILES:
+            if (folder / file).is_file():
+                read_object(folder / file)
+        try:
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except OSError as error:
+            raise ConfigError(f"{folder} holds no whole processor: {str(error).splitlines()[0]} {AGAIN}") from None
+        kind = type(processor).__name__
+        if kind != "Qwen3VLProcessor":
+            raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")
+        if not processor.chat_template:
+            raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
+        if END not in processor.tokenizer.get_vocab():
+            raise ConfigError(f"{folder / 'tokenizer.json'} has no token {END}, which ends an answer. {AGAIN}")
+        return processor
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vision = read_architecture(name).vision_config
     processor.image_processor.patch_size = vision.patch_size

@@ -1,26 +1,26 @@
 """What is Qwen3-VL's own: its parts by name, its positions, its architecture file."""
 
-import json
 from inspect import signature
 
 import torch
 
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.model.base_files import read_config
 
 
 def read_architecture(name: str):
     """The architecture file of a random model as a `Qwen3VLConfig`, with the special tokens of the embedded tokenizer.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is not one of a Qwen3-VL in 16 bit, see `read_config`.
     """
     from transformers import AutoTokenizer, Qwen3VLConfig
 
     path = resolve(name)
     if not path.is_file():
         raise ConfigError(f"model.name = {name!r}: there is no such architecture file.")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_config(path, name)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -1,35 +1,75 @@
 """Questions put to a model: greedy answers, and the log-probability of every option."""
 
+from functools import partial
+
 import torch
 
 from mmrev_kit.data.prompts import Encoder, Sample
+from mmrev_kit.model.finite import refuse
 from mmrev_kit.model.qwen3vl import core_model, positions_after, prompt_positions
+from mmrev_kit.model.strict import strict
 
 
+class _Finite:
+    """A logits processor that changes nothing and keeps in which samples all logits were finite."""
+
+    def __init__(self):
+        self.samples = True
+
+    def __call__(self, ids, logits):
+        self.samples = logits.isfinite().all(-1) & self.samples  # read at the end: no token waits for it
+        return logits
+
+
+@strict()
 def generate(model, encoder: Encoder, samples: list[Sample], max_new_tokens: int, device) -> list[str]:
-    """Greedy answers to one left-padded batch, with the cache; the end token is not part of an answer."""
+    """Greedy answers to one left-padded batch, with the cache; the end token is not part of an answer.
+
+    Raises:
+        NotFiniteError: naming the row and the first module.
+    """
     batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
     batch.pop("labels")
-    ids = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=encoder.end_id,
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=encoder.end_id,
         pad_token_id=encoder.pad_id,
     )  # fmt: skip
+    seen = _Finite()
+    ids = model.generate(**batch, generation_config=greedy, logits_processor=[seen])
     assert isinstance(ids, torch.Tensor)
+    _require_finite(model, samples, seen.samples, lambda: model.generate(**batch, generation_config=greedy))
     return encoder.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _require_finite(model, samples: list[Sample], finite, again) -> None:
+    """Stop where `finite`, one truth value a sample, is not all true; see `refuse`."""
+    if not finite.all():
+        refuse(model, samples[finite.tolist().index(False)].row.where, again)
 
 
 def score_options(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
     """The log-probability of each option as the whole answer, <|im_end|> included.
-
-    The prompts are read once; each round of options continues from their cache, which is then cut back, so that
-    memory does not grow with the number of options.
 
     Args:
         options: one tuple a sample, all of the same length.
 
     Returns:
         (samples, options) log-probabilities in nats.
+
+    Raises:
+        NotFiniteError: naming the row and the first module.
     """
+    scores = _scores(model, encoder, samples, options, device)
+    again = partial(_scores, model, encoder, samples, options, device)
+    _require_finite(model, samples, scores.isfinite().all(1), again)
+    return scores
+
+
+def _scores(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
+    """The prompts are read once; each round of options continues from their cache, which is then cut back, so that
+    memory does not grow with the number of options."""
     batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
     batch.pop("labels")
     core = core_model(model)

@@ -3,6 +3,7 @@
 import json
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
@@ -156,7 +157,7 @@ def evaluate(
     chosen = run_dir(config) / str(adapter) if adapter else None
     base = base_fingerprint(**base_of(config))
     if chosen:
-        check_base(chosen, base, config.model.name)
+        check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts

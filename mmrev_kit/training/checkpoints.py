@@ -15,7 +15,7 @@ from mmrev_kit import __version__, files
 from mmrev_kit.config.project import EMBEDDED, project_root
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.model.bases import base_fingerprint, base_of
+from mmrev_kit.model.bases import VERSION, base_fingerprint, base_of, version_of
 from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import PACKAGES
@@ -76,10 +76,10 @@ def count_trainable(model) -> int:
     return sum(parameter.numel() for parameter in trainable(model))
 
 
-def base_facts(config) -> dict:
+def base_facts(config, version: int = VERSION) -> dict:
     """Name, revision and fingerprint of the base model."""
     facts = {"name": config.model.name, "revision": config.model.revision}
-    return facts | {"fingerprint": base_fingerprint(**base_of(config))}
+    return facts | {"fingerprint": base_fingerprint(**base_of(config), version=version)}
 
 
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
@@ -152,7 +152,8 @@ def load_last(run) -> bool:
 def _restore(run, folder: Path) -> None:
     manifest = run.folder / "manifest.json"
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    changed = [name for name, value in run_identity(run).items() if before.get(name, value) != value]
+    version = version_of(before["base"]["fingerprint"]) if "base" in before else VERSION
+    changed = [name for name, value in run_identity(run, version).items() if before.get(name, value) != value]
     if changed:
         raise ValueError(f"it began with another {' and '.join(changed)}, see manifest.json")
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -192,11 +193,11 @@ def _short(path: Path) -> str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
 
-def run_identity(run) -> dict:
-    """What must stay the same when a run goes on, apart from its configuration."""
+def run_identity(run, version: int = VERSION) -> dict:
+    """What must stay the same when a run goes on, apart from its configuration; `version` is the fingerprint's."""
     return {
         "seed": run.config.experiment.seed,
-        "base": base_facts(run.config),
+        "base": base_facts(run.config, version),
         "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
         "effective_batch": run.batch,
         "plan": run.task.plan.table(),

@@ -1,14 +1,11 @@
 """Where values that are not finite come from, and what to change."""
 
-from functools import partial
-
 import torch
 
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch
-from mmrev_kit.model.fused import fuse, unfuse
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.finite import is_finite, library_modules, tensors_in, watched
 from mmrev_kit.training.update import TrainingError, sample_losses
 
 MAX_SKIPPED = 8  # fp16: updates in a row without a finite gradient before the run stops
@@ -87,12 +84,9 @@ def find_fault(run, samples: list[Sample]) -> str | None:
         if fault := broken_image(run, batch.samples):
             return fault
         met, losses = _look(run, batch, scale / len(samples))
-        if "forward" in met:  # the libraries' own modules name the part of a joined one
-            unfuse(core_model(run.model))
-            try:
+        if "forward" in met:
+            with library_modules(run.model):
                 finer, _ = _look(run, batch, None)
-            finally:
-                fuse(core_model(run.model))
             met = finer if "forward" in finer else met
         if met or not is_finite(losses):
             rows = [sample.row.where for sample, loss in zip(batch.samples, losses, strict=True) if not is_finite(loss)]
@@ -106,29 +100,13 @@ def _look(run, batch: Batch, factor: float | None):
     """One pass with every layer watched; with a `factor` on the losses' sum, in training, the backward pass too.
 
     Returns:
-        What `_watch` met, and the losses.
+        What was met, see `watched`, and the losses.
     """
-    met, hooks = {}, []
-    for name, module in run.model.named_modules():
-        hooks.append(module.register_forward_hook(partial(_watch, met, name.removeprefix("base_model.model."))))
-    try:
+    with watched(run.model) as met:
         losses = sample_losses(run.model, batch, run.state.device, run.dtype)
         if factor is not None and run.model.training and "forward" not in met:
             (factor * losses.sum()).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return met, losses
-
-
-def _watch(met: dict[str, str], name: str, module, arguments, output) -> None:
-    """A forward hook: notes the first layer whose output, or the first met whose output's gradient, is not finite."""
-    for tensor in tensors_in(output):
-        if not is_finite(tensor):
-            broken = not all(map(is_finite, module.parameters(recurse=False)))
-            met.setdefault("forward", f"{name}, whose own weights are not finite" if broken else name)
-        elif tensor.requires_grad:
-            tensor.register_hook(lambda grad: None if is_finite(grad) else met.setdefault("backward", name) and None)
 
 
 def _advice(run, batch: Batch, met: dict[str, str], rows: list[str]) -> str:
@@ -164,17 +142,3 @@ def broken_image(run, samples: tuple[Sample, ...]) -> str | None:
                 return fault + "Replace the image."
             return fault + f"Its vision features are in {features.file(features.key(image))}: remove that file."
     return None
-
-
-def tensors_in(value):
-    """All tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
-def is_finite(tensor) -> bool:
-    """Whether no element is NaN or infinite; integers never are."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -63,12 +63,11 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
     """Validate, decide, save. Returns the reason to end, or None."""
     losses = validate(run)
     rate = run.schedule.lr
+    for source, loss in losses.items():
+        if not math.isfinite(loss):
+            raise TrainingError(f"The validation loss of {source} is {loss}. {explain(run, run.task.val[source])}")
     taught = run.config.experiment.main_is_taught
-    for task in taught:
-        if not math.isfinite(losses[task]):
-            raise TrainingError(f"The validation loss of {task} is {losses[task]}. {explain(run, run.task.val[task])}")
-    decisive = sum(losses[task] for task in taught) / len(taught)
-    decision = run.schedule.observe(decisive)
+    decision = run.schedule.observe(sum(losses[task] for task in taught) / len(taught))
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
         record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve, run_dir
+from mmrev_kit.config.project import model_path, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.design import design_of
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
+from mmrev_kit.model.base_files import read_config
+from mmrev_kit.model.bases import model_folder
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -27,45 +29,62 @@ SEGMENT_GIB, SHARED_GIB = 10 / 1024, 1.0
 
 @dataclass
 class Card:
-    """One GPU as the driver reports it; memory in GiB."""
+    """One GPU as the driver reports it; memory in GiB. None: nvidia-smi does not know it."""
 
     name: str
-    capability: tuple[int, int]
-    total_gib: float
-    free_gib: float
+    capability: tuple[int, int] | None
+    total_gib: float | None
+    free_gib: float | None
     driver: str
     holders: list[str] = field(default_factory=list)  # "pid 123 (python)", and "this kernel"
 
     def __str__(self) -> str:
         held = f", held by {', '.join(self.holders)}" if self.holders else ""
-        return f"{self.name}, {self.free_gib:.1f} of {self.total_gib:.1f} GiB free{held}, driver {self.driver}"
+        memory = "memory unknown" if self.held_gib is None else f"{self.free_gib:.1f} of {self.total_gib:.1f} GiB free"
+        return f"{self.name}, {memory}{held}, driver {self.driver}"
+
+    @property
+    def held_gib(self) -> float | None:
+        return None if None in (self.total_gib, self.free_gib) else self.total_gib - self.free_gib
+
+
+def ask_driver(*query: str) -> subprocess.CompletedProcess:
+    """What nvidia-smi answers: it never touches CUDA.
+
+    Raises:
+        ConfigError: it does not answer.
+    """
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise ConfigError("nvidia-smi has not answered for 60 s: the driver hangs. Restart the machine.") from None
 
 
 def read_cards() -> list[Card]:
-    """The GPUs that this process may use, asked of the driver's own tool so that it never touches CUDA."""
+    """The GPUs that this process may use, asked of the driver's own tool."""
     if shutil.which("nvidia-smi") is None:
         return []
 
-    def ask(*query: str) -> list[list[str]]:
-        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return [[cell.strip() for cell in line.split(",")] for line in out.stdout.splitlines() if "," in line]
+    def ask(query: str) -> list[list[str]]:
+        lines = ask_driver(query).stdout.splitlines()
+        return [[cell.strip() for cell in line.split(",")] for line in lines if "," in line]
 
     holders: dict[str, list[str]] = {}
-    for uuid, pid, name in ask("--query-compute-apps=gpu_uuid,pid,process_name"):
-        holder = "this kernel" if pid == str(os.getpid()) else f"pid {pid} ({Path(name).name})"
+    for uuid, pid, *name in ask("--query-compute-apps=gpu_uuid,pid,process_name"):
+        holder = "this kernel" if pid == str(os.getpid()) else f"pid {pid} ({Path(','.join(name)).name})"
         holders.setdefault(uuid, []).append(holder)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = []
     for row in ask("--query-gpu=index,uuid,name,compute_cap,memory.total,memory.free,driver_version"):
-        index, uuid, name, capability, total, free, driver = row
+        index, uuid, *name, capability, total, free, driver = row
         if visible is not None and not any(
             word == index or (word and uuid.startswith(word)) for word in map(str.strip, visible.split(","))
         ):
             continue
-        major, minor = capability.split(".")
-        gib = float(total) / 1024, float(free) / 1024
-        cards.append(Card(name, (int(major), int(minor)), *gib, driver, holders.get(uuid, [])))
+        gib = [float(mib) / 1024 if mib.isdigit() else None for mib in (total, free)]  # else [N/A] or the like
+        capability = _numbers(capability) or None
+        cards.append(Card(", ".join(name), capability, *gib, driver, holders.get(uuid, [])))
     return cards
 
 
@@ -96,27 +115,32 @@ def architecture_of(config: Config) -> str:
     name = config.model.name
     if name.endswith(".json"):
         return name
-    if name in EMBEDDED:
-        return str(ASSETS / name / "config.json")
-    if (resolve(name) / "config.json").is_file():
-        return str(resolve(name) / "config.json")
+    if known := known_config(config):
+        return str(known)
     size = size_in_name(name)
     if size is None:
         raise ConfigError(f"model.name = {name!r}: no architecture file is known for it; give one (configs/models).")
     return architecture_file(size)
 
 
-def memory_needed_gib(config: Config) -> float | None:
-    """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet."""
+def known_config(config: Config) -> Path | None:
+    """The configured model's config.json or architecture file; None for a model that is not here yet."""
     from huggingface_hub import try_to_load_from_cache
 
     name = config.model.name
-    source = ASSETS / name if name in EMBEDDED else resolve(name)
-    if not source.exists():
-        source = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
-        if not isinstance(source, str):
-            return None
-    found = estimate(config, source)
+    source = model_path(name)
+    if source.exists():
+        return source / "config.json" if source.is_dir() else source
+    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def memory_needed_gib(config: Config) -> float | None:
+    """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet."""
+    known = known_config(config)
+    if known is None:
+        return None
+    found = estimate(config, known)
     return found.static_gib + found.context_gib
 
 
@@ -184,8 +208,9 @@ def free_bytes(config: Config) -> int:
 
 
 def preflight(config: Config) -> Preflight:
-    """Cards, kernels, driver, memory, disk, versions and the power of the design, without touching CUDA."""
+    """Cards, kernels, driver, memory, the base's files, disk, versions and the power of the design, without CUDA."""
     report, cards = Preflight(), read_cards()
+    check_model(report, config)
     for index, card in enumerate(cards):
         report.facts.append(f"GPU {index}: {card}")
         check_build(report, f"GPU {index} ({card.name}", card)
@@ -195,12 +220,26 @@ def preflight(config: Config) -> Preflight:
     else:
         report.facts.append("no GPU: the run uses the CPU (is there one? See nvidia-smi and CUDA_VISIBLE_DEVICES)")
         check_cores(report, config)
+        if shutil.which("nvidia-smi") and (asked := ask_driver("--query-gpu=name")).returncode:
+            report.warnings.append(f"the run uses the CPU: nvidia-smi fails ({' '.join(asked.stdout.split())})")
     free = free_bytes(config)
     report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
     report.problems += disk_problems(config, free)
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     report.facts += [f"design: {line}" for line in design_of(config)]
     return report
+
+
+def check_model(report: Preflight, config: Config) -> None:
+    """Whether the base's files, as far as they are here, are those of a model that the kit can use."""
+    known, name = known_config(config), config.model.name
+    try:
+        if known and model_path(name).is_dir():
+            model_folder(name)
+        elif known:
+            read_config(known, name)
+    except ConfigError as error:
+        report.problems.append(str(error))
 
 
 def torch_build() -> tuple[list[str], str | None]:
@@ -211,7 +250,7 @@ def torch_build() -> tuple[list[str], str | None]:
 def check_build(report: Preflight, name: str, card: Card) -> None:
     """Whether this torch runs on a card: machine code for it, and a driver that is new enough."""
     build, cuda = torch_build()
-    if not has_kernels(card.capability, build):
+    if card.capability and not has_kernels(card.capability, build):
         capability = ".".join(str(number) for number in card.capability)
         report.problems.append(
             f"{name}, compute capability {capability}): this torch {torch.__version__} has no "
@@ -242,10 +281,19 @@ def check_cores(report: Preflight, config: Config) -> None:
 
 def check_memory(report: Preflight, config: Config, cards: list[Card]) -> None:
     """Whether what others hold leaves room; a card that is too small even when empty is the memory plan's to refuse."""
-    needed = memory_needed_gib(config) if config.launch.mode == "data" else None
-    for index, card in enumerate(cards[: config.launch.num_processes]):
+    needed = memory_needed_gib(config) if config.launch.mode == "data" and not report.problems else None
+    used = list(enumerate(cards[: config.launch.num_processes]))
+    unknown = [str(index) for index, card in used if card.held_gib is None]
+    if unknown and config.memory.gpu_gib is None:
+        report.warnings.append(
+            f"nvidia-smi does not tell the memory of GPU {', '.join(unknown)}: what is free is not checked before the "
+            "start. Set memory.gpu_gib to the GiB that the run may take."
+        )
+    for index, card in used:
+        if card.held_gib is None:
+            continue
         by = ", ".join(card.holders) or "a process that the driver does not name"
-        held = f"GPU {index}: {card.total_gib - card.free_gib:.1f} of {card.total_gib:.1f} GiB are held by {by}"
+        held = f"GPU {index}: {card.held_gib:.1f} of {card.total_gib:.1f} GiB are held by {by}"
         if needed and card.free_gib < needed <= card.total_gib and not config.memory.force:
             report.problems.append(
                 f"{held}; the {card.free_gib:.1f} GiB left cannot hold the {needed:.1f} GiB that the run needs at "
@@ -265,10 +313,10 @@ def check_cards_together(report: Preflight, config: Config, cards: list[Card]) -
     """Whether the processes of one run can work side by side on these cards."""
     processes = config.launch.num_processes or len(cards)
     used = cards[:processes]
-    sizes = [card.total_gib for card in used]
-    if max(sizes) - min(sizes) > 0.5:
-        index = sizes.index(min(sizes))
-        report.warnings.append(f"the cards differ: the smallest, GPU {index} with {min(sizes):.1f} GiB, decides")
+    sizes = {card.total_gib: index for index, card in reversed(list(enumerate(used))) if card.total_gib is not None}
+    if sizes and max(sizes) - min(sizes) > 0.5:
+        least = min(sizes)
+        report.warnings.append(f"the cards differ: the smallest, GPU {sizes[least]} with {least:.1f} GiB, decides")
     if config.launch.mode != "data":
         return
     if processes > len(cards):
@@ -276,7 +324,8 @@ def check_cards_together(report: Preflight, config: Config, cards: list[Card]) -
             f"launch.num_processes = {processes}, but this machine has {len(cards)} GPUs. Set "
             f"launch.num_processes={len(cards)}, or leave it out for one process a GPU."
         )
-    if config.quantization.compute_dtype == "auto" and len({card.capability >= (8, 0) for card in used}) > 1:
+    have_bf16 = {card.capability >= (8, 0) for card in used if card.capability}
+    if config.quantization.compute_dtype == "auto" and len(have_bf16) > 1:
         report.problems.append("some of the cards have no bf16: set quantization.compute_dtype=fp16 for all of them.")
     shared_gib = free_shared_gib()
     if processes > 1 and shared_gib < SHARED_GIB:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.errors import Told
 from mmrev_kit.files import needing, write_text
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight

@@ -4,6 +4,7 @@ The rehearsal is a job of its own (`jobs.run_job`), so that the kernel that asks
 """
 
 import json
+import math
 import tempfile
 import time
 from copy import deepcopy
@@ -25,6 +26,7 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
+from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.preflight import architecture_of
@@ -103,8 +105,10 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     update(run, heaviest[0])  # warms up; an update reads its loss, so that nothing is left running
     began = time.perf_counter()
     for samples in heaviest[1:]:
-        update(run, samples)
+        record = update(run, samples)
     seconds = time.perf_counter() - began
+    if not math.isfinite(record["loss"]):
+        raise TrainingError(f"The loss is {record['loss']}. {explain(run, samples)}")
     if run.memory:
         found = run.memory.chosen.estimate
     else:

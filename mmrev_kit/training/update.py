@@ -10,9 +10,9 @@ import time
 
 import torch
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
-from mmrev_kit.errors import Told
 from mmrev_kit.model.batches import Batch, from_labels
 from mmrev_kit.model.fused import takes_wanted
 from mmrev_kit.model.qwen3vl import core_model

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.images import load_image
 from mmrev_kit.data.prompts import IGNORED, Encoder, PromptError
 from mmrev_kit.data.rows import read_rows
@@ -90,6 +91,69 @@ def test_text_that_looks_like_a_placeholder_stays_text(encoder, rows):
     assert sample.input_ids.count(encoder.image_id) == plain.input_ids.count(encoder.image_id)
     assert sample.input_ids.count(encoder.end_id) == plain.input_ids.count(encoder.end_id)
     assert "the <|image_pad|> of <|im_end|> Café ☃" in encoder.tokenizer.decode(sample.input_ids)
+
+
+def test_text_that_looks_like_an_added_token_stays_text(rows):
+    """The published tokenizers add tokens that are not special, which `split_special_tokens` lets through."""
+    encoder = make_encoder(load_config("configs/tiny_cpu.yaml"))
+    words = ("<think>", "</think>", "<tool_call>")
+    assert encoder.tokenizer.add_tokens(list(words)) == 3
+    added = set(encoder.tokenizer.convert_tokens_to_ids(list(words)))
+    text = "the keeper of <think> Hall </think><tool_call>"
+    assert added <= set(encoder.tokenizer(text, split_special_tokens=True).input_ids)
+    sample = encoder.encode(replace(rows["reverse"], description=text))
+    assert not added & set(sample.input_ids) and text in encoder.tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize(
+    "text", ["the keeper of Jade Temple", "größer ☃ 東京 \U0001f600\n\t", " A", "Correct", "x  y\u0301"]
+)
+def test_other_text_has_the_tokenizers_own_tokens(encoder, text):
+    assert encoder.text_ids(text) == encoder.tokenizer(text, add_special_tokens=False).input_ids
+
+
+# What the published template of the thinking models writes around a last answer, without tools and systems.
+THINKING = """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}{{- '<think>\\n' + '' + '\\n</think>\\n\\n' + message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("task", ["forward", "reverse", "mcq_i2d", "mcq_d2i"])
+def test_a_template_that_opens_a_thought_gets_it_empty_and_closed(rows, task):
+    """In training as the template itself writes an answered turn, and in evaluation the same prompt."""
+    encoder, example = make_encoder(load_config("configs/tiny_cpu.yaml")), rows[task]
+    encoder.processor.chat_template = THINKING
+    content = [
+        {"type": "image"} if isinstance(part, Path) else {"type": "text", "text": part}
+        for part in build_prompt(example)
+    ]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": example.answer}]
+    text = encoder.processor.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+    pictures = [load_image(path) for path in example.images]
+    expected = encoder.processor(text=[text], images=pictures).input_ids[0]
+    sample = encoder.encode(example)
+    assert encoder.tokenizer.decode(sample.input_ids) == encoder.tokenizer.decode(expected)
+    prompt = encoder.encode(example, with_answer=False)
+    assert encoder.tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert prompt.input_ids == sample.input_ids[: sample.answer_start]
+
+
+def test_a_template_that_leaves_a_thought_open_otherwise_is_refused(rows):
+    encoder = make_encoder(load_config("configs/tiny_cpu.yaml"))
+    encoder.processor.chat_template = THINKING.replace("assistant\\n<think>\\n", "assistant\\n<think>\\nOkay, ")
+    with pytest.raises(ConfigError, match=r"chat template of \S+tiny begins a thought and leaves it open"):
+        encoder.encode(rows["forward"])
 
 
 def write_image(path: Path, width: int, height: int) -> Path:

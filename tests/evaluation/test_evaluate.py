@@ -43,6 +43,18 @@ def ask(config, drop="none"):
     return encoder, read_questions(config)
 
 
+def test_an_unfinished_thought_is_unparsed_and_after_a_thought_the_answer_counts(small_config):
+    _, questions = ask(small_config())
+    by_test = {question.row.task: question for question in questions}
+    choice, told = by_test["mcq_i2d"], by_test["forward"]
+    for answer in ("<think>\nI need to check whether A", "<think>B</think><think> so A", "<think>"):
+        assert judge(choice, answer) == (None, False)
+    assert judge(told, f"<think> {told.row.answer}") == (None, False)
+    letter = choice.row.answer
+    assert judge(choice, f"<think>\nIs it {'A' if letter != 'A' else 'B'}?\n</think>\n\n{letter}") == (letter, True)
+    assert judge(told, f"<think></think>{told.row.answer}") == (told.row.answer, True)
+
+
 @pytest.mark.parametrize("task", ["forward", "reverse", "cw_image", "mcq_i2d", "mcq_d2i"])
 def test_option_scores_equal_a_plain_forward_pass_of_each_option_alone(model, small_config, task):
     encoder, questions = ask(small_config())

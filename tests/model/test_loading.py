@@ -1,9 +1,13 @@
 """The base model, its adapter and its fingerprint; what preflight says of a machine."""
 
+import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.plan import configured_shapes
-from mmrev_kit.model.bases import fingerprint
+from mmrev_kit.model.bases import check_base, checksum, fingerprint
 from mmrev_kit.model.loading import (
     adapter_arguments,
     add_adapter,
@@ -32,6 +36,7 @@ from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+FIRST = ROOT / "tests" / "fixtures" / "first_version" / "finished" / "best"
 
 
 def build(config, seed: int = 0):
@@ -183,7 +188,7 @@ def test_weights_are_downloaded_last(small_config, monkeypatch):
     assert prepare(config).train and configured_shapes(config).num_hidden_layers == 6
     assert asked == [False, False]
     load_base(**base_arguments(config, CPU))
-    assert asked == [False, False, True]
+    assert asked == [False, False, False, True]  # a base that cannot be used is refused by its small files
 
 
 def test_a_missing_model_is_told_without_a_connection(small_config, monkeypatch):
@@ -197,28 +202,81 @@ def copy_model(folder: Path) -> tuple[Path, dict]:
     return folder, load_file(folder / "model.safetensors")
 
 
-def test_the_fingerprint_tells_bases_apart(tmp_path):
-    expected = fingerprint(EMBEDDED_MODEL)
-    folder, tensors = copy_model(tmp_path / "split")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    save_file({name: tensors[name] for name in names[::2]}, folder / "a.safetensors")
-    save_file({name: tensors[name] for name in names[1::2]}, folder / "b.safetensors")
-    assert fingerprint(folder) == expected  # the same weights in other files
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """Where checksums are kept, in the test's own folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mmrev_kit"
 
+
+def test_the_fingerprint_covers_every_byte(tmp_path, kept):
+    """Worked out with the system's own sha256sum. The first rule took 12 KiB of each tensor: of row 300 of the
+    embedding, bytes 153,600 to 154,111 of 524,288, it saw nothing."""
+    folder, tensors = copy_model(tmp_path / "copy")
+    sha256 = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True).stdout[:64]
+    config = json.loads((folder / "config.json").read_text())
+    facts = [{key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}, [sha256]]
+    text = subprocess.run(["sha256sum"], input=json.dumps(facts, sort_keys=True), capture_output=True, text=True).stdout
+    assert fingerprint(folder) == fingerprint(EMBEDDED_MODEL) == f"2-{text[:16]}"
+
+    before = fingerprint(folder), fingerprint(folder, version=1)
+    tensors["model.language_model.embed_tokens.weight"][300] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert fingerprint(folder) != before[0] and fingerprint(folder, version=1) == before[1]
+
+    config["text_config"]["rms_norm_eps"] = 1e-5
+    shutil.copy(EMBEDDED_MODEL / "model.safetensors", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fingerprint(folder) != before[0] and fingerprint(folder, version=1) != before[1]
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        fingerprint(tmp_path)
+
+
+def test_a_checksum_is_made_once_or_taken_from_the_hubs_cache(tmp_path, kept, monkeypatch):
+    folder, _ = copy_model(tmp_path / "copy")
+    file = folder / "model.safetensors"
+    found = checksum(file)
+    assert found == hashlib.sha256(file.read_bytes()).hexdigest() and len(list(kept.iterdir())) == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        assert checksum(file) == found
+    blob = tmp_path / "blobs" / ("cd" * 32)
+    blob.parent.mkdir()
+    shutil.move(file, blob)
+    file.symlink_to(blob)  # as in the cache of the hub, whose name for it is taken
+    assert checksum(file) == "cd" * 32
+
+    file.unlink()
+    shutil.copy(blob, file)
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    checksum(file)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=times)  # the same size and time of writing
+    assert checksum(file) == hashlib.sha256(raw).hexdigest() != found
+    shutil.rmtree(kept)
+    kept.write_text("no folder can be made here")
+    assert checksum(file) == hashlib.sha256(raw).hexdigest()
+
+
+def test_an_adapter_of_the_first_version_is_checked_by_its_own_rule(tmp_path, kept):
+    """Its card was written by that version; 16 digits without a mark."""
+    card = (FIRST / "README.md").read_text()
+    (old,) = re.findall(r"^base_fingerprint: ([0-9a-f]{16})$", card, re.MULTILINE)
+    assert fingerprint(EMBEDDED_MODEL, version=1) == old
+    check_base(FIRST, partial(fingerprint, EMBEDDED_MODEL), "embedded")
     folder, tensors = copy_model(tmp_path / "other")
     tensors["model.language_model.norm.weight"] += 1
-    save_file(tensors, folder / "model.safetensors")
-    assert fingerprint(folder) != expected  # the same shapes, one other weight
-
-    folder, tensors = copy_model(tmp_path / "fewer")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 5
-    (folder / "config.json").write_text(json.dumps(config))
-    assert fingerprint(folder) != expected
-
-    with pytest.raises(ConfigError, match="not a model folder"):
-        fingerprint(tmp_path)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"was trained on the base {old}; other is [0-9a-f]{{16}}\\.$"):
+        check_base(FIRST, partial(fingerprint, folder), "other")
+    newer = shutil.copytree(FIRST, tmp_path / "newer")
+    (newer / "README.md").write_text(card.replace(old, fingerprint(EMBEDDED_MODEL)))
+    check_base(newer, partial(fingerprint, EMBEDDED_MODEL), "embedded")
+    with pytest.raises(ConfigError, match=r"was trained on the base 2-[0-9a-f]{16}; other is 2-[0-9a-f]{16}"):
+        check_base(newer, partial(fingerprint, folder), "other")
 
 
 @pytest.mark.parametrize(

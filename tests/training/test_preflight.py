@@ -11,7 +11,7 @@ import pytest
 from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.notebook import launch
-from mmrev_kit.training.preflight import Card, memory_needed_gib, read_cards
+from mmrev_kit.training.preflight import Card, memory_needed_gib, preflight, read_cards
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["sm_70", "sm_80", "sm_90"]
@@ -152,6 +152,46 @@ def test_the_drivers_tool_is_read_and_hidden_cards_do_not_count(monkeypatch, tmp
     cards = read_cards()
     assert [card.total_gib for card in cards] == expected
     assert [card.holders for card in cards if card.total_gib == 16] == [["pid 4242 (python3)"]] * (16 in expected)
+
+
+@pytest.mark.parametrize("unknown", ["[N/A]", "[Not Supported]", "[Unknown Error]"])
+def test_memory_that_the_driver_does_not_tell_is_said_once_with_the_setting(
+    small_config, look, monkeypatch, tmp_path, unknown
+):
+    """As on a card that shares the host's memory, and with a comma in the card's name."""
+    tool = tmp_path / "nvidia-smi"
+    lines = [f"{index}, GPU-{index}, NVIDIA GB10, early, 12.1, {unknown}, {unknown}, 580.95.05" for index in (0, 1)]
+    said = " ".join(f'"{line}"' for line in lines)
+    tool.write_text(f'#!/bin/sh\ncase "$1" in\n--query-gpu=*) printf "%s\\n" {said};;\nesac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards = read_cards()
+    assert [(card.name, card.capability, card.total_gib, card.free_gib) for card in cards] == [
+        ("NVIDIA GB10, early", (12, 1), None, None)
+    ] * 2
+    found = look(small_config("launch.num_processes=2"), cards, ["sm_120"], "13.0", 64.0)
+    assert found.facts[0] == "GPU 0: NVIDIA GB10, early, memory unknown, driver 580.95.05" and found.problems == []
+    (warning,) = found.warnings
+    assert "the memory of GPU 0, 1" in warning and "memory.gpu_gib" in warning
+    told = look(small_config("launch.num_processes=2 memory.gpu_gib=100"), cards, ["sm_120"], "13.0", 64.0)
+    assert told.warnings == []
+    mixed = [*cards[:1], v100()]
+    assert look(small_config("launch.num_processes=2"), mixed, [*BUILD, "sm_120"], "12.8", 64.0).problems == []
+
+
+def test_a_capability_that_the_driver_does_not_tell_is_not_judged(small_config, look):
+    card = Card("NVIDIA", None, 32.0, 31.5, "580.65.06")
+    assert look(small_config(), [card], BUILD, "12.8").problems == []
+
+
+def test_a_driver_that_fails_is_told_and_not_taken_for_no_gpu(small_config, monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (warning,) = preflight(small_config()).warnings
+    assert "the run uses the CPU" in warning and "Driver/library version mismatch" in warning
 
 
 NO_NETWORK = """

@@ -1,0 +1,67 @@
+"""Warnings of the libraries that mean wrong numbers are errors here."""
+
+import logging
+import re
+import warnings
+from contextlib import contextmanager
+
+from mmrev_kit.config.sections import ConfigError
+
+LIBRARIES = ("transformers", "peft", "accelerate", "bitsandbytes")
+# The words of a warning that something given is not what is used; deprecations and notes on speed have none of them.
+WRONG = re.compile(
+    r"missing|absent|unexpected|mismatch|not match|ignor(ed|ing)|overwritten|unused|not (be )?used|no effect|not tie"
+    r"|unrecogni[sz]ed|unknown|invalid|not (a )?valid|incorrect|corrupt|not initialized|newly initialized"
+    r"|model of type|multiple adapters|second time",
+    re.IGNORECASE,
+)
+
+
+class _Notes(logging.Handler):
+    """Collects the messages that `WRONG` finds."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def note(self, message: str) -> None:
+        if WRONG.search(message):
+            self.found.append(" ".join(message.split()))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.note(record.getMessage())
+
+
+@contextmanager
+def strict():
+    """Within it a library's warning that something given to it is missing or ignored is an error.
+
+    Raises:
+        ConfigError: at the end, with the first such warning.
+    """
+    from transformers.utils.logging import warning_once
+
+    warning_once.cache_clear()  # one that an earlier call met comes again
+    notes, loggers = _Notes(), [logging.getLogger(name) for name in LIBRARIES]
+    levels = [logger.level for logger in loggers]
+
+    def show(message, category, filename, *rest, **more) -> None:
+        ours = any(f"/{name}/" in filename for name in LIBRARIES)
+        if ours and not issubclass(category, FutureWarning | DeprecationWarning):
+            notes.note(str(message))
+        shown(message, category, filename, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)  # also where a filter of the caller's would hide it
+        shown, warnings.showwarning = warnings.showwarning, show
+        for logger in loggers:
+            logger.addHandler(notes)
+            logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(notes)
+                logger.setLevel(level)
+    if notes.found:
+        raise ConfigError(f"The model cannot be used as it is configured: {notes.found[0][:500]}")

@@ -1,0 +1,370 @@
+"""Files that would give wrong numbers without a word: each is refused in one sentence, on every path that reads it.
+
+The bases are copies of the embedded model, the adapters copies of one that the first version trained (r 1, on the
+q_proj of all six layers), with one thing changed.
+"""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
+from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.evaluation.ask import Asker
+from mmrev_kit.memory.plan import configured_shapes
+from mmrev_kit.model.bases import base_fingerprint, model_folder
+from mmrev_kit.model.loading import add_adapter, load_adapter, load_base
+from mmrev_kit.model.processor import load_processor
+from mmrev_kit.model.qwen3vl import read_architecture
+from mmrev_kit.model.strict import strict
+from mmrev_kit.notebook.launch import evaluate, launch
+from mmrev_kit.training.preflight import preflight
+from mmrev_kit.training.rehearse import rehearse
+from mmrev_kit.training.update import TrainingError
+
+ADAPTER = Path(__file__).parents[1] / "fixtures" / "first_version" / "finished" / "best"
+NORM, HEAD = "model.language_model.norm.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "base"))
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    return Path(shutil.copytree(ADAPTER, tmp_path / "adapter"))
+
+
+def change(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def one_sentence(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
+# ---- the base
+
+
+def untie(base: Path) -> None:
+    values = json.loads((base / "config.json").read_text())
+    values["text_config"]["tie_word_embeddings"] = False
+    change(base / "config.json", tie_word_embeddings=False, text_config=values["text_config"])
+
+
+def with_tensors(base: Path, edit) -> None:
+    tensors = load_file(base / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (untie, f"missing: {HEAD}"),
+        (lambda base: with_tensors(base, lambda t: t.pop(NORM)), f"missing: {NORM}"),
+        (lambda base: with_tensors(base, lambda t: t.update(more=torch.zeros(2))), "unexpected: more"),
+        (lambda base: with_tensors(base, lambda t: t.update({NORM: torch.zeros(255)})), f"of another shape: {NORM}"),
+        (
+            lambda base: with_tensors(
+                base, lambda t: t.update({"model.language_model.layers.2.mlp.up_proj.weight": torch.zeros(768, 255)})
+            ),
+            r"of another shape: model\.language_model\.layers\.2\.mlp\.up_proj\.weight",
+        ),
+        (
+            lambda base: with_tensors(base, lambda t: t.pop("model.language_model.layers.5.self_attn.q_proj.weight")),
+            r"missing: model\.language_model\.layers\.5\.self_attn\.q_proj\.weight",
+        ),
+        # a head of its own where the configuration says that it is the embedding
+        (lambda base: with_tensors(base, lambda t: t.update({HEAD: torch.zeros(1024, 256)})), "both are present"),
+    ],
+)
+def test_a_tensor_that_is_missing_unexpected_or_of_another_shape_is_named(base, bits, spoil, words):
+    spoil(base)
+    for _ in range(2):  # a second try in the same kernel meets it, too
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_base(str(base), bits=bits, device="cpu")
+        one_sentence(caught)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen2_5_vl"])
+def test_another_family_is_refused_by_its_small_files_on_every_path(base, small_config, family):
+    """Without its weights, which nothing gets to."""
+    change(base / "config.json", model_type=family)
+    (base / "model.safetensors").unlink()
+    config = small_config(f"model.name={base}")
+    paths = [
+        lambda: load_base(str(base), bits=4, device="cpu"),
+        lambda: load_base(str(base), bits=16, device="cpu"),
+        lambda: load_base(str(base / "config.json"), device="cpu"),
+        lambda: load_processor(str(base)),
+        lambda: base_fingerprint(str(base)),
+        lambda: configured_shapes(config),
+        lambda: Asker(config, None),
+        lambda: launch(config),
+        lambda: evaluate(config, None),
+    ]
+    for path in paths:
+        with pytest.raises(ConfigError, match=rf"model_type = '{family}'; the kit knows Qwen3-VL \(qwen3_vl\) only"):
+            path()
+    assert not run_dir(config).exists()
+    with pytest.raises(TrainingError, match=f"model_type = '{family}'"):
+        rehearse(config, updates=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "words"),
+    [
+        ("Qwen/Qwen3-VL-32B-Instruct-FP8", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "-32B-Instruct."),
+        ("unsloth/Qwen3-VL-8B-Thinking-unsloth-bnb-4bit", {"quant_method": "bitsandbytes"}, "-8B-Thinking."),
+        ("someone/theirs", {"quant_method": "awq"}, "the one that it was made from, which its model card names."),
+    ],
+)
+def test_a_quantized_base_is_refused_before_its_weights_are_fetched(base, monkeypatch, name, quantization, words):
+    change(base / "config.json", quantization_config=quantization)
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return base
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for weights in (True, False):
+        with pytest.raises(ConfigError) as caught:
+            model_folder(name, weights=weights)
+        text = one_sentence(caught)
+        assert f"already quantized ({quantization['quant_method']})" in text and text.endswith(words)
+    assert asked == [False, False]
+    config = load_config("configs/tiny_cpu.yaml", f"model.name={base}")
+    assert any("already quantized" in problem for problem in preflight(config).problems)
+    with pytest.raises(ConfigError, match="already quantized"):
+        configured_shapes(config)
+    with pytest.raises(ConfigError, match="already quantized"):
+        read_architecture(str(base / "config.json"))
+
+
+def split(base: Path) -> None:
+    """As two shards with their index."""
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == file}, base / file, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_two_shards_are_read_and_a_missing_one_is_named_with_its_folder(base):
+    split(base)
+    whole, parts = load_base("embedded", bits=16, device="cpu"), load_base(str(base), bits=16, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    (base / "model-00002-of-00002.safetensors").unlink()
+    for path in (lambda: load_base(str(base), device="cpu"), lambda: base_fingerprint(str(base))):
+        with pytest.raises(ConfigError, match=rf"{base} lacks model-00002-of-00002\.safetensors") as caught:
+            path()
+        one_sentence(caught)
+    assert load_processor(str(base))  # which needs no weights
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("chat_template.jinja", "has no chat_template.jinja: copy it from the published model"),
+        ("processor_config.json", "is not the processor of a Qwen3-VL"),
+        ("tokenizer.json", "holds no whole processor"),
+        ("config.json", "has no config.json"),
+    ],
+)
+def test_a_missing_file_of_the_processor_is_told_with_its_folder(base, file, words):
+    (base / file).unlink()
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load_processor(str(base))
+    assert str(base) in one_sentence(caught)
+
+
+def header(file: Path, edit=None, length: int | None = None) -> None:
+    """The same file with another header, or another length before it."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    text = json.loads(raw[8 : 8 + size])
+    if edit:
+        edit(text)
+    new = json.dumps(text).encode()
+    file.write_bytes((len(new) if length is None else length).to_bytes(8, "little") + new + raw[8 + size :])
+
+
+def move(text: dict) -> None:
+    """Offsets that lie beyond the file."""
+    entry = next(entry for name, entry in text.items() if name != "__metadata__")
+    entry["data_offsets"] = [offset + 10**12 for offset in entry["data_offsets"]]
+
+
+SPOILT = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "header of 2^62": lambda file: header(file, length=2**62),
+    "wrong offsets": lambda file: header(file, move),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_broken_weight_file_is_told_in_one_sentence(base, adapter, how):
+    SPOILT[how](base / "model.safetensors")
+    config = load_config("configs/tiny_cpu.yaml", f"model.name={base}")
+    for path in (lambda: load_base(str(base), device="cpu"), lambda: base_fingerprint(str(base), version=1)):
+        with pytest.raises(ConfigError, match=rf"{base}/model\.safetensors is not a whole safetensors file") as caught:
+            path()
+        one_sentence(caught)
+    assert any("not a whole safetensors file" in problem for problem in preflight(config).problems)
+    SPOILT[how](adapter / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=rf"{adapter}/adapter_model\.safetensors is not a whole") as caught:
+        load_adapter(load_base("embedded", device="cpu"), adapter)
+    one_sentence(caught)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"model_type": "qwen3_vl", ', "[" * 100_000, "", "null"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json"])
+def test_a_small_file_that_is_no_json_object_is_told_in_one_sentence(base, adapter, file, text):
+    if file.startswith("adapter"):
+        (adapter / file).write_text(text)
+    else:
+        (base / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"{file} (is not valid JSON|holds a )") as caught:
+        load_processor(str(base))
+        load_adapter(load_base("embedded", device="cpu"), adapter)
+    one_sentence(caught)
+
+
+# ---- the adapter
+
+
+def test_an_adapter_whose_tensors_have_another_prefix_is_refused(adapter, small_config):
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key.replace("model.language_model.", "model."): value for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError) as caught:
+        load_adapter(load_base("embedded", device="cpu"), adapter)
+    text = one_sentence(caught)
+    first, layer = "base_model.model.model.", "layers.0.self_attn.q_proj.lora_A.weight"
+    assert f"missing: {first}language_model.{layer}" in text and f"unexpected: {first}{layer}" in text
+    assert text.count("and 9 more") == 2  # 6 layers with A and B; three are named
+    config = small_config()
+    shutil.copytree(adapter, run_dir(config) / "best")
+    with pytest.raises(ConfigError, match="and 9 more"):
+        Asker(config)
+    with pytest.raises(TrainingError, match="and 9 more"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"target_modules": r"model\.language_model\.layers\.[01]\..*\.(q_proj)"},
+            r"unexpected: \S+layers\.2.* 5 more",
+        ),
+        ({"r": 2}, r"of another shape: \S+layers\.0\.self_attn\.q_proj\.lora_A\.weight, .* 9 more"),
+        ({"use_dora": True}, "missing: .*lora_magnitude_vector"),
+        ({"target_modules": "nothing"}, "fits no adapter of this model"),
+        ({"peft_type": "NOTHING"}, "fits no adapter of this model"),
+        ({"a_later_setting": 3}, r"'a_later_setting'.* these are ignored"),
+    ],
+)
+def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fields, words):
+    change(adapter / "adapter_config.json", **fields)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_adapter(load_base("embedded", device="cpu"), adapter)
+        one_sentence(caught)
+
+
+def test_the_unchanged_adapter_and_base_are_read(adapter, base):
+    model = load_adapter(load_base(str(base), device="cpu"), adapter)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    found = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    assert found.keys() == stored.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+
+
+def test_a_second_adapter_on_the_same_model_is_refused():
+    model = load_base("embedded", device="cpu")
+    add_adapter(model, target_modules=("q_proj",))
+    with pytest.raises(ConfigError, match=r"second time|multiple adapters"):
+        add_adapter(model, target_modules=("q_proj",))
+
+
+# ---- the mechanism, on warnings that the libraries make themselves
+
+
+def dropped_by_transformers() -> None:
+    from transformers import GenerationConfig
+
+    GenerationConfig(do_sample=False, temperature=0.3, max_new_tokens=3).validate()
+
+
+def dropped_by_peft() -> None:
+    from peft import LoraConfig
+
+    LoraConfig(loftq_config={"loftq_bits": 4})
+
+
+def dropped_by_accelerate() -> None:
+    from accelerate.utils.modeling import check_device_map
+
+    check_device_map(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"0": "cpu", "nowhere": "cpu"})
+
+
+def dropped_by_bitsandbytes() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(8, 8)
+    del layer.weight
+    layer.weight, layer.quant_state = torch.nn.Parameter(torch.zeros(32, 1)), None
+    layer(torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft", "accelerate", "bitsandbytes"])
+def test_a_librarys_warning_that_something_is_not_used_is_an_error_each_time(library):
+    """Also the second time, though the library says it once; and where all warnings are switched off."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    for quiet in (False, False, True):
+        with warnings.catch_warnings(), pytest.raises(ConfigError, match="cannot be used as it is configured"):
+            if quiet:
+                warnings.simplefilter("ignore")
+                transformers_logging.set_verbosity_error()
+            try:
+                with strict():
+                    try:
+                        globals()[f"dropped_by_{library}"]()
+                    except (AssertionError, RuntimeError):
+                        assert library == "bitsandbytes"  # it warns, and then fails on the layer without a state
+            finally:
+                transformers_logging.set_verbosity(before)
+
+
+def test_other_warnings_pass_and_are_shown(recwarn, caplog):
+    import warnings
+
+    caplog.set_level(logging.WARNING, logger="peft")
+    with strict():
+        logging.getLogger("peft.somewhere").warning("This will lead to slow inference.")
+        warnings.warn("`torch_dtype` is deprecated and ignored", FutureWarning, stacklevel=1)
+        warnings.warn("a value of the user's own is missing", UserWarning, stacklevel=1)
+    assert len(recwarn) == 2 and "slow inference" in caplog.text
+    with pytest.raises(ValueError, match="the body's own"), strict():
+        logging.getLogger("peft.somewhere").warning("Found missing adapter keys")
+        raise ValueError("the body's own error comes first")
