@@ -93,6 +93,9 @@ TASK_TYPES = {
     for task in (
         TaskType("forward", "forward", IMAGE_TO_TEXT, GENERATION, "{image} {connector}"),
         TaskType("reverse", "CW", TEXT_TO_IMAGE, CW, "{description} {connector} {image}" + CORRECT_QUESTION, "cw"),
+        TaskType(
+            "cw_image", "CW image first", IMAGE_TO_TEXT, CW, "{image} {connector} {description}" + CORRECT_QUESTION
+        ),
         TaskType("mcq_i2d", "I2D", IMAGE_TO_TEXT, CHOICE, "{image} {connector}? " + LETTER_QUESTION, "mcq_i2d"),
         TaskType("mcq_d2i", "D2I", TEXT_TO_IMAGE, CHOICE, "{description} {connector}? " + LETTER_QUESTION, "mcq_d2i"),
     )
