@@ -1,5 +1,7 @@
 """What a step computes: its batch, the answers' logits, the loss, the optimizers and the rate."""
 
+from collections import Counter
+
 import numpy
 import torch
 from torch.nn.functional import cross_entropy, interpolate
@@ -10,7 +12,7 @@ from mmrev_kit.data.tasks import Row
 from mmrev_kit.model.packing import arrange, attention_mask, make_groups, pack
 from mmrev_kit.model.vision import equal_sized
 from mmrev_kit.pretraining.pictures import SIZE, is_face
-from mmrev_kit.pretraining.questions import loss_weights, step_rows
+from mmrev_kit.pretraining.questions import mix_of, step_rows
 from mmrev_kit.pretraining.recipe import Recipe
 
 OTHER_SIZES = ((32, 32), (48, 48), (96, 96), (128, 128), (64, 96), (96, 64))  # width, height
@@ -20,20 +22,21 @@ MULTIPLE = 8  # packed sequences are filled up to a multiple of this, for attent
 STOP_WEIGHT = 0.1  # of the end token after a letter or a verdict, which is learnt at once
 
 
-def make_batch(rows: list[Row], weights: list[float], size: tuple[int, int], encoder: Encoder) -> dict:
+def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], encoder: Encoder) -> dict:
     """Rows packed into sequences, see `model.packing`, as small numpy arrays.
 
     Args:
-        weights: each row's part of the loss; within a row all answer tokens count alike, but see `STOP_WEIGHT`.
+        parts: each kind's part of the loss, by the rows' source. The rows of a kind count alike, and so do the answer
+            tokens of a row, but see `STOP_WEIGHT`.
         size: width and height, in pixels, at which the pictures are shown.
 
     Returns:
         input_ids, group, segment, wanted (sequences, length), positions (3, sequences, length), predictor, target,
-        owner, weight (answer tokens,): as in `packing.Packed`; kinds (rows,): the sources in the order of `owner`;
-        pictures (different pictures,): their numbers; slots (images,): which of them each image is; size.
+        owner (answer tokens,): as in `packing.Packed`; weight (answer tokens,): they add up to 1; kinds (rows,): the
+        sources in the order of `owner`; pictures (different pictures,): their numbers; slots (images,): which of them
+        each image is; size.
     """
     encoder.sizes = dict.fromkeys((path for row in rows for path in row.images), size)
-    weight_of = {id(row): weight for row, weight in zip(rows, weights, strict=True)}
     groups = make_groups([encoder.encode(row) for row in rows], "shared_prefix", encoder.image_id)
     packed = pack(arrange(groups, SCALE, MULTIPLE), encoder, MULTIPLE)
     shown = numpy.array([int(path.stem) for path, _ in packed.images], dtype=numpy.int64)
@@ -41,7 +44,9 @@ def make_batch(rows: list[Row], weights: list[float], size: tuple[int, int], enc
     owner = packed.owner
     ends = numpy.append(owner[1:] != owner[:-1], True)
     share = numpy.where(ends & (numpy.bincount(owner)[owner] == 2), STOP_WEIGHT, 1.0)
-    of_rows = numpy.array([weight_of[id(sample.row)] for sample in packed.samples])
+    kinds = [sample.row.source for sample in packed.samples]
+    counts = Counter(kinds)
+    share *= numpy.array([parts[kind] / counts[kind] for kind in kinds])[owner] / numpy.bincount(owner, share)[owner]
     return {
         "input_ids": packed.input_ids.astype(numpy.int16),
         "positions": packed.positions.astype(numpy.int16),
@@ -51,8 +56,8 @@ def make_batch(rows: list[Row], weights: list[float], size: tuple[int, int], enc
         "predictor": packed.predictor,
         "target": packed.target,
         "owner": owner,
-        "weight": (share * (of_rows / numpy.bincount(owner, share))[owner]).astype(numpy.float32),
-        "kinds": [sample.row.source for sample in packed.samples],
+        "weight": (share / share.sum()).astype(numpy.float32),
+        "kinds": kinds,
         "pictures": pictures,
         "slots": slots,
         "size": size,
@@ -71,9 +76,6 @@ class Lessons:
         self.faces = [subject for subject in subjects if is_face(subject)]
         self.icons = [subject for subject in subjects if not is_face(subject)]
 
-    def __len__(self) -> int:
-        return self.recipe.steps
-
     def rows(self, step: int) -> tuple[list[Row], tuple[int, int]]:
         """The rows of a step, and the size at which it shows its pictures."""
         turn, rest = divmod(step + 1, OTHER_EVERY)
@@ -83,7 +85,8 @@ class Lessons:
 
     def __getitem__(self, step: int) -> dict:
         rows, size = self.rows(step)
-        return make_batch(rows, loss_weights(rows, self.recipe.orders), size, self.encoder)
+        parts = {kind: part for kind, (_, part) in mix_of(self.recipe.orders).items()}
+        return make_batch(rows, parts, size, self.encoder)
 
 
 def to_patches(pixels, size: tuple[int, int], patch: int, merge: int):

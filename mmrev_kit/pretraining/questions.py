@@ -1,26 +1,16 @@
 """What pretraining asks: rows of the kit's own tasks about drawn pictures, and exercises in text alone."""
 
 import random
-from collections import Counter
 from pathlib import Path
 
 from mmrev_kit.config.seeds import rng_for
+from mmrev_kit.data import tasks
 from mmrev_kit.data.faces import VALUES, describe
 from mmrev_kit.data.objects import FAMILIES, ObjectSampler
 from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import MAX_NAMED, FaceSampler, Sampler, Subject, task_rows
 from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.data.tasks import (
-    CONNECTORS,
-    CORRECT_QUESTION,
-    GENERATION,
-    LETTER_QUESTION,
-    LETTERS,
-    OWN,
-    TASK_TYPES,
-    Row,
-    TaskType,
-)  # fmt: skip
+from mmrev_kit.data.tasks import LETTERS, Row, TaskType
 from mmrev_kit.pretraining.pictures import is_face, names_combination
 from mmrev_kit.pretraining.recipe import ORDERS, Recipe
 
@@ -81,33 +71,27 @@ def number_weights(step: int, easy_steps: int) -> list[float]:
 def mix_of(orders: str) -> dict[str, tuple[int, float]]:
     """`MIX` with the CW questions in one order, or half of them in each."""
     count, part = MIX["reverse"]
-    tasks = ORDERS[orders]
-    return MIX | {task: (count // len(tasks), part / len(tasks)) for task in tasks}
-
-
-def full_description(subject: Subject) -> str:
-    """All seven attributes of a face, or the name of a thing."""
-    return describe(subject.attributes, VALUES) if is_face(subject) else subject.attributes["name"]
+    return MIX | {task: (count // len(ORDERS[orders]), part / len(ORDERS[orders])) for task in ORDERS[orders]}
 
 
 def ask(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[Row]:
-    """`count` rows of one task about subjects in random order; what is right and wrong is as in the kit's pools."""
+    """`count` rows of one task about subjects in random order; what is right and wrong is as in the kit's pools.
+
+    In `forward` the answer is all seven attributes of a face, or the name of a thing.
+    """
     order = rng.sample(subjects, len(subjects))
-    if task.format == GENERATION:
-        records = [
-            {"image_path": subject.image_path, "description": full_description(subject)}
-            | {"connector": rng.choice(CONNECTORS[task.connectors]), "entity_id": subject.id}
-            for subject in (order[number % len(order)] for number in range(count))
-        ]
-    else:
-        records = task_rows(task, order, sampler, count, rng)
-    return [_to_row(task, record) for record in records]
+    if task.format != tasks.GENERATION:
+        return [_to_row(task, record) for record in task_rows(task, order, sampler, count, rng)]
+    rows = []
+    for subject in (order[number % len(order)] for number in range(count)):
+        text = describe(subject.attributes, VALUES) if is_face(subject) else subject.attributes["name"]
+        record = {"entity_id": subject.id, "image_path": subject.image_path, "description": text, "label": text}
+        rows.append(_to_row(task, record | {"connector": rng.choice(tasks.CONNECTORS[task.connectors])}))
+    return rows
 
 
 def _to_row(task: TaskType, record: dict) -> Row:
-    answer = record.get("label") or record["description"]
-    if task.options:
-        answer = LETTERS[record["correct_index"]]
+    answer = LETTERS[record["correct_index"]] if task.options else record["label"]
     shown = record["image_choices"] if task.options == "image_choices" else [record["image_path"]]
     return Row(
         task.name, task.name, "", record["entity_id"], None, tuple(map(Path, shown)), record["description"],
@@ -134,7 +118,7 @@ def ask_in_text(count: int, rng: random.Random) -> list[Row]:
     """
     rows = []
     for number in range(count):
-        connector = rng.choice(CONNECTORS["reverse"])
+        connector = rng.choice(tasks.CONNECTORS["reverse"])
         kind, turn = number % 3, number // 3
         if kind == 0:
             answer = rng.choice(FACTS) if turn % 2 else _written(rng)
@@ -142,13 +126,13 @@ def ask_in_text(count: int, rng: random.Random) -> list[Row]:
         elif kind == 1:
             said, other = rng.sample(FACTS, 2)
             answer = ("Correct", "Wrong")[turn % 2]
-            prompt = f"{said} {connector} {said if answer == 'Correct' else other}{CORRECT_QUESTION}"
+            prompt = f"{said} {connector} {said if answer == 'Correct' else other}{tasks.CORRECT_QUESTION}"
         else:
             options = rng.sample(NAMES if turn % 2 else FACTS, len(LETTERS))
             answer = rng.choice(LETTERS)
-            choices = LETTER_QUESTION.format_map(dict(zip(LETTERS, options, strict=True)))
+            choices = tasks.LETTER_QUESTION.format_map(dict(zip(LETTERS, options, strict=True)))
             prompt = f"{options[LETTERS.index(answer)]} {connector}? {choices}"
-        rows.append(Row(OWN, TEXT, "", "", None, (), None, prompt, (), answer))
+        rows.append(Row(tasks.OWN, TEXT, "", "", None, (), None, prompt, (), answer))
     return rows
 
 
@@ -169,13 +153,6 @@ def step_rows(recipe: Recipe, faces: list[Subject], icons: list[Subject], step: 
             rows += ask_in_text(count, rng)
         else:
             of_icons = round(ICON_SHARE * count)
-            rows += ask(TASK_TYPES[kind], faces, about_faces, count - of_icons, rng)
-            rows += ask(TASK_TYPES[kind], icons, about_icons, of_icons, rng)
+            rows += ask(tasks.TASK_TYPES[kind], faces, about_faces, count - of_icons, rng)
+            rows += ask(tasks.TASK_TYPES[kind], icons, about_icons, of_icons, rng)
     return rows
-
-
-def loss_weights(rows: list[Row], orders: str) -> list[float]:
-    """Each row's part of the loss: that of its kind in `mix_of`, shared equally; they add up to 1."""
-    parts, counts = mix_of(orders), Counter(row.source for row in rows)
-    total = sum(parts[kind][1] for kind in counts)
-    return [parts[row.source][1] / counts[row.source] / total for row in rows]

@@ -23,14 +23,11 @@ def preview(recipe: Recipe, number: int = 8):
     from PIL import Image
 
     subjects = make_subjects("train", recipe.seed, recipe.num_faces, recipe.looks)
-    encoder = make_encoder(EMBEDDED_MODEL)
-    rows, _ = Lessons(recipe, subjects, encoder).rows(recipe.easy_steps)
-    entries = []
+    lessons, entries = Lessons(recipe, subjects, make_encoder(EMBEDDED_MODEL)), []
     for kind, (_, part) in mix_of(recipe.orders).items():
-        first = next(row for row in rows if row.source == kind)
-        prompt = "".join(text if isinstance(text, str) else "[image]" for text in encoder.parts(first))
-        count = sum(row.source == kind for row in rows)
-        entries.append((kind, count, part, prompt, first.answer))
+        rows = [row for row in lessons.rows(recipe.easy_steps)[0] if row.source == kind]
+        prompt = "".join(text if isinstance(text, str) else "[image]" for text in lessons.encoder.parts(rows[0]))
+        entries.append((kind, len(rows), part, prompt, rows[0].answer))
     strip = numpy.concatenate([draw_subject(subject) for subject in subjects[:number]], axis=1)
     columns = ["task", "prompts", "part of the loss", "a prompt", "its answer"]
     return Image.fromarray(strip), pandas.DataFrame(entries, columns=columns).set_index("task")
@@ -108,9 +105,9 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
     record = restore(state, model, optimizers, recipe)
     if record["step"] < recipe.steps:
         print(f"orders {recipe.orders}, seed {recipe.seed}: {record['step']:,} of {recipe.steps:,} steps", flush=True)
-        train(recipe, model, optimizers, record, state)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
         record["made_on"] = f"on {name} (torch {torch.__version__}, transformers {transformers.__version__})"
+        train(recipe, model, optimizers, record, state)
     write_model(Path(out) / "model", model, record)
     if recipe.eval_prompts and not record["tests"]:
         record["tests"] = measure(Path(out) / "model", recipe)

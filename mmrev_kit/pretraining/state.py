@@ -21,11 +21,6 @@ TITLES = {
 }
 
 
-def new_record(recipe: Recipe) -> dict:
-    """The record of a model that has not been trained."""
-    return {"recipe": recipe.learned(), "step": 0, "seconds": 0.0, "log": [], "tests": []}
-
-
 def save(folder: Path, model, optimizers: list[torch.optim.Optimizer], record: dict) -> None:
     """Write the state, in files of at most `SHARD`, and round the run itself to what was written.
 
@@ -56,19 +51,17 @@ def restore(folder: Path, model, optimizers: list[torch.optim.Optimizer], recipe
     """
     from safetensors.torch import load_file
 
-    if not (folder / "state.json").is_file():
-        return new_record(recipe)
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     wanted = recipe.learned()
+    if not (folder / "state.json").is_file():
+        return {"recipe": wanted, "step": 0, "seconds": 0.0, "log": [], "tests": []}
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     for name, value in record["recipe"].items():
         if value != wanted.get(name):
-            raise ConfigError(
-                f"{folder} was pretrained with {name} = {value}, not {wanted.get(name)}: choose another --out."
-            )
+            made = f"{folder} was pretrained with {name} = {value}, not {wanted.get(name)}."
+            raise ConfigError(f"{made} Give the same {name}, or another folder as out.")
     tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-    model.load_state_dict(
-        {n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")}, strict=False
-    )
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=False)  # the tied head is not among them
     for number, optimizer in enumerate(optimizers):
         moments: dict[int, dict] = {}
         for name, value in tensors.items():
@@ -104,7 +97,7 @@ def model_card(record: dict) -> str:
         "on a laptop. It knows nothing else: it is no assistant, and no Qwen weights are in it.", "",
         "## Training", "",
         f"`python -m mmrev_kit pretrain --orders {recipe['orders']} --seed {recipe['seed']}`: {record['step']:,} steps "
-        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s, {record.get('made_on', 'not finished')}; Muon "
+        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s {record['made_on']}; Muon "
         f"and AdamW, rate {recipe['rate']:g}.", "",
         "## Data", "",
         "Drawn and asked by `mmrev_kit.pretraining`; no photograph and no real person is in it. Faces of the shares "

@@ -271,7 +271,7 @@ def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
         rows += accuracy.ask_about("faces", TASK_TYPES[task], subjects, 2, 4, random.Random(0))
     rows[1] = replace(rows[1], answer=rows[2].answer)
     rows[4] = replace(rows[4], answer={"Correct": "Wrong", "Wrong": "Correct"}[rows[4].answer])
-    batch = learning.make_batch(rows, [1.0] * len(rows), (64, 64), encoder)
+    batch = learning.make_batch(rows, dict.fromkeys(("forward", "reverse", "mcq_i2d"), 1.0), (64, 64), encoder)
     with torch.no_grad():
         batch = torch.utils.data.default_convert(batch)
         right = learning.right_answers(learning.answer_logits(model, batch, torch.from_numpy(drawn)), batch)
