@@ -142,11 +142,6 @@ def to_device(batch: dict, device) -> dict:
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def loss_of(logits, batch: dict):
-    """The weighted cross entropy of the answer tokens, in fp32."""
-    return (cross_entropy(logits.float(), batch["target"], reduction="none") * batch["weight"]).sum()
-
-
 def right_answers(logits, batch: dict):
     """(rows,) 1.0 where all tokens of an answer are the likeliest after those before them, which is where greedy
     decoding writes it."""
@@ -179,7 +174,7 @@ def update(model, optimizers: list[torch.optim.Optimizer], batch: dict, pixels, 
     device = pixels.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         logits = answer_logits(model, batch, pixels)
-    loss = loss_of(logits, batch)
+    loss = (cross_entropy(logits.float(), batch["target"], reduction="none") * batch["weight"]).sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:

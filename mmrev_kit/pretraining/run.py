@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-import numpy
 import torch
 from torch.utils.data import DataLoader
 
@@ -11,26 +10,10 @@ from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.files import write_json
 from mmrev_kit.pretraining.accuracy import make_encoder, measure, table
 from mmrev_kit.pretraining.learning import Lessons, make_optimizers, rate_at, to_device, update
-from mmrev_kit.pretraining.pictures import draw_pictures, draw_subject, make_subjects
+from mmrev_kit.pretraining.pictures import draw_pictures
 from mmrev_kit.pretraining.questions import mix_of
 from mmrev_kit.pretraining.recipe import Recipe
 from mmrev_kit.pretraining.state import restore, save, write_model
-
-
-def preview(recipe: Recipe, number: int = 8):
-    """A few training pictures in one row, as a picture; and a table of a late step's mix, with a row of each kind."""
-    import pandas
-    from PIL import Image
-
-    subjects = make_subjects("train", recipe.seed, recipe.num_faces, recipe.looks)
-    lessons, entries = Lessons(recipe, subjects, make_encoder(EMBEDDED_MODEL)), []
-    for kind, (_, part) in mix_of(recipe.orders).items():
-        rows = [row for row in lessons.rows(recipe.easy_steps)[0] if row.source == kind]
-        prompt = "".join(text if isinstance(text, str) else "[image]" for text in lessons.encoder.parts(rows[0]))
-        entries.append((kind, len(rows), part, prompt, rows[0].answer))
-    strip = numpy.concatenate([draw_subject(subject) for subject in subjects[:number]], axis=1)
-    columns = ["task", "prompts", "part of the loss", "a prompt", "its answer"]
-    return Image.fromarray(strip), pandas.DataFrame(entries, columns=columns).set_index("task")
 
 
 def new_model(seed: int, device):

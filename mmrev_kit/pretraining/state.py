@@ -15,6 +15,7 @@ from mmrev_kit.pretraining.pictures import HELD_OUT
 from mmrev_kit.pretraining.recipe import Recipe
 
 SHARD = "15MB"  # of a file of the state, at most
+CREDIT = "- {style} by {creator}; {license} ({license_url}), {source}"
 TITLES = {
     "both": "with correct-or-wrong questions in both orders, image first and text first",
     "one": "with correct-or-wrong questions in one order, text first; it never met one with the image first",
@@ -88,6 +89,7 @@ def write_model(folder: Path, model, record: dict) -> None:
 def model_card(record: dict) -> str:
     """The model card: what it is, what it was trained on and by whom that was drawn, how long, and how well it does."""
     recipe, drawn, icons = record["recipe"], faces.credits(), objects.credits()
+    drawn["creator"] = f"{drawn['artist']}, {drawn['changes']}"
     lines = [
         "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
         "# An embedded model of mmrev_kit", "",
@@ -103,10 +105,7 @@ def model_card(record: dict) -> str:
         "Drawn and asked by `mmrev_kit.pretraining`; no photograph and no real person is in it. Faces of the shares "
         "`experiment` and `pool` are in neither training nor these tests. Roles and places of invented facts are met "
         "in texts only, never with a picture.", "",
-        f"- faces: {drawn['style']} by {drawn['artist']}, {drawn['license']} ({drawn['license_url']}), "
-        f"{drawn['source']}; {drawn['changes']}",
-        f"- icons: {icons['style']} by {icons['creator']}, {icons['license']} ({icons['license_url']}), "
-        f"{icons['source']}",
+        *(CREDIT.format_map(credit) for credit in (drawn, icons)),
         "", "## Accuracy", "",
         "Whole answers, on what training did not show, with the weights rounded to 16 bits as they are here.", "",
         *(f"- {kind}: {words}" for kind, words in HELD_OUT.items()), "",
