@@ -151,7 +151,7 @@ def right_answers(logits, batch: dict):
 
 def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers (Jordan et al. 2024; update sizes as in Liu et al. 2025, "Muon is scalable
-    for LLM training"), AdamW for the rest. With AdamW alone the tasks are not learned in these steps."""
+    for LLM training"), AdamW for the rest. AdamW alone learns far more slowly (benchmarks/README.md)."""
     named = list(model.named_parameters())
     matrices = [part for name, part in named if part.ndim == 2 and "embed" not in name]
     tables = [part for name, part in named if part.ndim > 1 and (part.ndim > 2 or "embed" in name)]

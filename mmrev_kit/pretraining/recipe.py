@@ -12,7 +12,7 @@ IDLE = ("eval_prompts", "log_every", "workers")  # fields that change nothing of
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to pretrain. Equal recipes give equal models, whatever the number of workers and of interruptions."""
+    """How to pretrain. On a CPU equal recipes give equal models, whatever the number of workers and interruptions."""
 
     orders: str = "both"  # of CW questions: both (half of them image first) or one (text first only)
     seed: int = 0
