@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.pretraining.recipe import ORDERS, Recipe
+from mmrev_kit.pretraining.recipe import Recipe
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
@@ -16,9 +16,9 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     target.add_argument("--measure", metavar="FOLDER", help="print the held-out accuracies of a tiny base's folder")
     kinds = {int: int, float: float, int | None: int, str: str}
     for field in fields(Recipe):
-        choices = list(ORDERS) if field.name == "orders" else None
         name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, type=kinds[field.type], default=field.default, choices=choices)
+        kind = {"type": kinds[field.type]} if field.type in kinds else {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=field.default, **kind)
     return parser.parse_args(words)
 
 

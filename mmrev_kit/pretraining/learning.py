@@ -149,18 +149,19 @@ def right_answers(logits, batch: dict):
     return (torch.zeros(len(batch["kinds"]), device=wrong.device).index_add_(0, batch["owner"], wrong) == 0).float()
 
 
-def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers (Jordan et al. 2024; update sizes as in Liu et al. 2025, "Muon is scalable
-    for LLM training"), AdamW for the rest. AdamW alone learns far more slowly (benchmarks/README.md)."""
+    for LLM training"), AdamW for the rest; without `muon` AdamW for all."""
     named = list(model.named_parameters())
-    matrices = [part for name, part in named if part.ndim == 2 and "embed" not in name]
-    tables = [part for name, part in named if part.ndim > 1 and (part.ndim > 2 or "embed" in name)]
+    matrices = [part for name, part in named if muon and part.ndim == 2 and "embed" not in name]
     vectors = [part for _, part in named if part.ndim == 1]
+    taken = {id(part) for part in (*matrices, *vectors)}
+    tables = [part for _, part in named if id(part) not in taken]
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, betas=(0.9, 0.98)),
-    ]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    if muon:
+        found.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def rate_at(step: int, recipe: Recipe) -> float:

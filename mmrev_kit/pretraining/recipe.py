@@ -22,6 +22,7 @@ class Recipe:
     warmup: int = 200  # steps
     decay_share: float = 0.3  # of the steps, in which the rate falls to zero
     weight_decay: float = 0.05
+    muon: bool = True  # False: AdamW alone, which learns far more slowly; on a CPU a step of Muon takes a minute
     easy_steps: int = 1500  # over these the questions grow from one attribute to all numbers alike
     num_faces: int | None = None  # None: all there are
     looks: int = 2  # pictures of each face

@@ -84,7 +84,7 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, state = new_model(recipe.seed, device), Path(out) / "state"
-    optimizers = make_optimizers(model, recipe.weight_decay)
+    optimizers = make_optimizers(model, recipe.weight_decay, recipe.muon)
     record = restore(state, model, optimizers, recipe)
     if record["step"] < recipe.steps:
         print(f"orders {recipe.orders}, seed {recipe.seed}: {record['step']:,} of {recipe.steps:,} steps", flush=True)

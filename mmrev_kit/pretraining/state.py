@@ -99,8 +99,8 @@ def model_card(record: dict) -> str:
         "on a laptop. It knows nothing else: it is no assistant, and no Qwen weights are in it.", "",
         "## Training", "",
         f"`python -m mmrev_kit pretrain --orders {recipe['orders']} --seed {recipe['seed']}`: {record['step']:,} steps "
-        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s {record['made_on']}; Muon "
-        f"and AdamW, rate {recipe['rate']:g}.", "",
+        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s {record['made_on']}; "
+        f"{'Muon and AdamW' if recipe['muon'] else 'AdamW'}, rate {recipe['rate']:g}.", "",
         "## Data", "",
         "Drawn and asked by `mmrev_kit.pretraining`; no photograph and no real person is in it. Faces of the shares "
         "`experiment` and `pool` are in neither training nor these tests. Roles and places of invented facts are met "

@@ -22,7 +22,7 @@ from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.tasks import CONNECTORS, LETTERS, TASK_TYPES
 from mmrev_kit.model.packing import attention_scale
 from mmrev_kit.model.scoring import generate
-from mmrev_kit.pretraining import accuracy, command, learning, run
+from mmrev_kit.pretraining import accuracy, command, learning, run, state
 from mmrev_kit.pretraining.pictures import (
     TRIPLE,
     all_faces,
@@ -39,6 +39,7 @@ from mmrev_kit.pretraining.recipe import Recipe, read_recipe
 from mmrev_kit.pretraining.tokenizer import tokenizer_corpus, train_tokenizer
 
 SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "log_every": 1, "eval_prompts": 8, "easy_steps": 0}
+SMALL |= {"muon": False}  # on a CPU a step of Muon takes a minute
 CW = ("reverse", "cw_image")
 
 
@@ -287,13 +288,42 @@ def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
 
 
 def test_every_parameter_has_one_optimizer(small):
-    muon, adamw = learning.make_optimizers(small[3], 0.05)
+    adamw, muon = learning.make_optimizers(small[3], 0.05)
     (matrices,) = (group["params"] for group in muon.param_groups)
     tables, vectors = (group["params"] for group in adamw.param_groups)
     taken = [*matrices, *tables, *vectors]
     assert len({id(part) for part in taken}) == len(taken) == len(list(small[3].parameters()))
     assert {id(small[3].lm_head.weight), id(small[3].model.visual.pos_embed.weight)} <= {id(part) for part in tables}
     assert all(part.ndim == 1 for part in vectors) and len(matrices) > 60
+    (alone,) = learning.make_optimizers(small[3], 0.05, muon=False)
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(taken)
+
+
+def test_a_save_rounds_the_run_so_that_going_on_is_exact(tmp_path):
+    """With the real optimizers on small layers: one that goes on from the files, and one that was not interrupted."""
+    recipe, runs = Recipe(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 8), "layer": torch.nn.Linear(8, 4)})
+        runs.append((model, learning.make_optimizers(model, 0.05)))
+    inputs = torch.tensor([[0, 1], [2, 4], [3, 3]])
+
+    def step(model, optimizers):
+        model["layer"](model["embed"](inputs)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(3):
+        step(*runs[0])
+    state.save(tmp_path / "state", *runs[0], {"recipe": recipe.learned(), "step": 3})
+    record = state.restore(tmp_path / "state", *runs[1], recipe)
+    assert record["step"] == 3 and runs[1][1][0].state_dict()["state"][0]["step"] == 3
+    for _ in range(2):
+        step(*runs[0])
+        step(*runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
+    assert not torch.equal(runs[0][0]["layer"].weight, runs[0][0]["layer"].weight.half().float())
 
 
 def test_the_rate_warms_up_holds_and_falls_to_zero():
@@ -368,8 +398,8 @@ def test_the_vocabulary_is_the_shipped_one():
 
 
 def test_the_command_line_and_the_notebook_read_every_field(tmp_path):
-    given = command.read_arguments(["--orders", "one", "--num-faces", "30", "--out", "s"])
-    assert (given.orders, given.num_faces, given.out, given.rate) == ("one", 30, "s", 2e-3)
+    given = command.read_arguments(["--orders", "one", "--num-faces", "30", "--no-muon", "--out", "s"])
+    assert (given.orders, given.num_faces, given.out, given.rate, given.muon) == ("one", 30, "s", 2e-3, False)
     assert read_recipe({"orders": "one", "num_faces": 30}, "looks=1") == Recipe(orders="one", num_faces=30, looks=1)
     for values, words in (({"steps": "many"}, ""), ({}, "lookz=1"), ({"prompts": 2}, "")):
         with pytest.raises(ConfigError, match="pretraining: "):
