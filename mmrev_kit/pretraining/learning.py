@@ -153,14 +153,13 @@ def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch
     """Muon for the matrices between layers (Jordan et al. 2024; update sizes as in Liu et al. 2025, "Muon is scalable
     for LLM training"), AdamW for the rest; without `muon` AdamW for all."""
     named = list(model.named_parameters())
-    matrices = [part for name, part in named if muon and part.ndim == 2 and "embed" not in name]
+    matrices = {name: part for name, part in named if muon and part.ndim == 2 and "embed" not in name}
+    tables = [part for name, part in named if part.ndim > 1 and name not in matrices]
     vectors = [part for _, part in named if part.ndim == 1]
-    taken = {id(part) for part in (*matrices, *vectors)}
-    tables = [part for _, part in named if id(part) not in taken]
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
     if muon:
-        found.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(torch.optim.Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
