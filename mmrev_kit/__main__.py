@@ -48,7 +48,7 @@ def read_words(words: list[str]) -> argparse.Namespace:
     one = commands.add_parser("notebook", help="execute a notebook with papermill and render it, into the run folder")
     one.add_argument("name", help="a notebook in notebooks/, without .ipynb")
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
-    commands.add_parser("pretrain", help="make an embedded model anew; pretrain --help lists its options")
+    commands.add_parser("pretrain", help="make or measure an embedded model; pretrain --help lists its options")
     return parser.parse_args(words)
 
 

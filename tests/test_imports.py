@@ -108,7 +108,7 @@ def test_heavy_libraries_are_imported_inside_functions(module):
     heavy = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib", "ipywidgets", "pandas"}
     top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     top |= {(node.module or "").split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
-    if module.split(".")[0] in ("model", "training") and module != "training.scheduler":
+    if module.split(".")[0] in ("model", "training", "pretraining") and module != "training.scheduler":
         top -= {"torch"}
     assert not top & heavy
 

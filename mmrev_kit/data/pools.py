@@ -146,7 +146,7 @@ def _draw_row(task: TaskType, sampler: Sampler, subject: Subject, answer: str, r
     return row | {"connector": rng.choice(CONNECTORS[task.connectors])} | fields
 
 
-def _task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
+def task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, rng: random.Random) -> list[dict]:
     """`count` different rows of one task about the subjects in turn; answers are balanced."""
     if task.format == CW:  # every picture that is used is shown as often with a true text as with a false one
         asked = [(subjects[i // 2 % len(subjects)], task.answers[i % 2]) for i in range(count)]
@@ -178,7 +178,7 @@ def pool_rows(subjects: list[Subject], sampler: Sampler, count: int, seed: int, 
     rows = {}
     for name, task in POOL_TASKS.items():
         rng = rng_for(seed, "pool", name, split)
-        part = _task_rows(task, rng.sample(subjects, len(subjects)), sampler, count, rng)
+        part = task_rows(task, rng.sample(subjects, len(subjects)), sampler, count, rng)
         rows[name] = rng.sample(part, len(part))
     return rows
 

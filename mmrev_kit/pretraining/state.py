@@ -1,117 +1,116 @@
-"""What pretraining leaves: a state to go on from, and the embedded model's folder with its card."""
+"""What pretraining leaves: a state to go on from, and the model's folder with its card."""
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
+
+from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.data import objects
-from mmrev_kit.data.faces import credits
-from mmrev_kit.files import new_folder, write_json, write_text
-from mmrev_kit.pretraining.accuracy import HELD_OUT, summary, table
-from mmrev_kit.pretraining.tiny import write_embedded
+from mmrev_kit.data import faces, objects
+from mmrev_kit.files import new_folder, write_json
+from mmrev_kit.pretraining.accuracy import table
+from mmrev_kit.pretraining.pictures import HELD_OUT
+from mmrev_kit.pretraining.recipe import Recipe
 
-SHARD = 15 * 2**20  # bytes of a file of weights, at most
+SHARD = "15MB"  # of a file of the state, at most
+CREDIT = "- {style} by {creator}; {license} ({license_url}), {source}"
+TITLES = {
+    "both": "with correct-or-wrong questions in both orders, image first and text first",
+    "one": "with correct-or-wrong questions in one order, text first; it never met one with the image first",
+}
 
 
-def weights_of(model) -> dict:
-    """The parameters by name, on the CPU; a tied head is not among them."""
-    return {name: part.detach().cpu().contiguous() for name, part in model.named_parameters()}
+def save(folder: Path, model, optimizers: list[torch.optim.Optimizer], record: dict) -> None:
+    """Write the state, in files of at most `SHARD`, and round the run itself to what was written.
 
-
-def save_state(folder: str | Path, weights: dict, record: dict) -> None:
-    """Write the weights, in fp32, as files of at most 15 MiB, and the record; the folder is whole or as before.
-
-    The optimizer's moments are not kept: they would double the files, and a new warm-up makes them anew.
+    The weights become 16-bit floats, the optimizers' moments bfloat16 (they need its range): half the size, and a run
+    that goes on from here is bit by bit the one that was not interrupted. The folder is whole or as before.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
+    rounded = {f"model.{name}": (part.data, torch.float16) for name, part in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                dtype = torch.bfloat16 if value.ndim else value.dtype  # a count of steps stays exact
+                rounded[f"optimizer.{number}.{index}.{key}"] = value, dtype
+    written = {name: value.to("cpu", dtype) for name, (value, dtype) in rounded.items()}
+    for name, (value, _) in rounded.items():
+        value.copy_(written[name])
     with new_folder(folder) as building:
-        shards, size = [{}], 0
-        for name, value in weights.items():
-            if size + value.nbytes > SHARD:
-                shards.append({})
-                size = 0
-            shards[-1][name] = value.float()
-            size += value.nbytes
-        for number, shard in enumerate(shards, start=1):
-            save_file(shard, building / f"weights-{number}.safetensors")
+        save_torch_state_dict(written, building, max_shard_size=SHARD)
         write_json(building / "state.json", record)
 
 
-def load_state(folder: str | Path) -> tuple[dict, dict] | tuple[None, None]:
-    """(weights, record) of a state, or (None, None) where there is none.
+def restore(folder: Path, model, optimizers: list[torch.optim.Optimizer], recipe: Recipe) -> dict:
+    """Put a state into model and optimizers, if there is one; returns its record, or a new one.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: it is the state of another recipe.
     """
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    wanted = recipe.learned()
     if not (folder / "state.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{folder}: no state of a pretraining, which would replace it. Choose another folder.")
-        return None, None
-    weights = {}
-    for file in sorted(folder.glob("weights-*.safetensors")):
-        weights |= load_file(file)
-    return weights, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {"recipe": wanted, "step": 0, "seconds": 0.0, "log": [], "tests": []}
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, value in record["recipe"].items():
+        if value != wanted.get(name):
+            made = f"{folder} was pretrained with {name} = {value}, not {wanted.get(name)}."
+            raise ConfigError(f"{made} Give the same {name}, or another folder as out.")
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=False)  # the tied head is not among them
+    for number, optimizer in enumerate(optimizers):
+        moments: dict[int, dict] = {}
+        for name, value in tensors.items():
+            kind, *rest = name.split(".")
+            if kind == "optimizer" and rest[0] == str(number):
+                moments.setdefault(int(rest[1]), {})[rest[2]] = value.float()
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return record
 
 
-def new_record(seed: int) -> dict:
-    """The record of a model that has not been trained."""
-    return {"seed": seed, "step": 0, "seconds": 0.0, "decayed": False, "runs": [], "log": [], "tests": {}}
+def write_model(folder: Path, model, record: dict) -> None:
+    """The model's folder: 16-bit weights and the card; all other files are those of `EMBEDDED_MODEL`."""
+    from safetensors.torch import save_file
 
-
-def write_model(folder: str | Path, weights: dict, record: dict) -> Path:
-    """The embedded model's folder: 16-bit weights, configuration, tokenizer, processor, card."""
-    folder = write_embedded(folder, record["seed"], weights)
-    write_text(folder / "README.md", model_card(record))
-    return folder
+    weights = {name: part.detach().to("cpu", torch.float16).contiguous() for name, part in model.named_parameters()}
+    with new_folder(folder) as building:
+        for file in EMBEDDED_MODEL.iterdir():
+            if file.suffix in (".json", ".jinja"):
+                shutil.copy(file, building)
+        save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
+        (building / "README.md").write_text(model_card(record), encoding="utf-8")
 
 
 def model_card(record: dict) -> str:
     """The model card: what it is, what it was trained on and by whom that was drawn, how long, and how well it does."""
-    faces, things = credits(), objects.credits()
-    total = f"{sum(run['steps'] * run['prompts_a_step'] for run in record['runs']):,} prompts"
-    if len(record["runs"]) > 1:
-        total = f"{record['step']:,} steps, {total}, {record['seconds']:.0f} seconds of training"
+    recipe, drawn, icons = record["recipe"], faces.credits(), objects.credits()
+    drawn["creator"] = f"{drawn['artist']}, {drawn['changes']}"
     lines = [
         "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
-        "# The embedded model of mmrev_kit", "",
+        "# An embedded model of mmrev_kit", "",
         "A Qwen3-VL of about ten million parameters (the transformers class in every part), pretrained on drawn faces "
         "and icons to describe a picture, to say whether a description is true of it, and to choose among four "
-        "descriptions or four pictures. It is made for experiments that run in minutes on a laptop. It knows nothing "
-        "else: it is no assistant, and no Qwen weights are in it.", "",
+        f"descriptions or four pictures, {TITLES[recipe['orders']]}. It is made for experiments that run in minutes "
+        "on a laptop. It knows nothing else: it is no assistant, and no Qwen weights are in it.", "",
         "## Training", "",
-        f"- seed {record['seed']}; {total}; "
-        + ("the rate came down to zero" if record["decayed"] else "the rate did not fall"),
-    ]  # fmt: skip
-    for run in record["runs"]:
-        lines.append(
-            f"- {run['steps']:,} steps of {run['prompts_a_step']} prompts on {run['device']} in {run['seconds']:.0f} s "
-            f"(torch {run['torch']}, transformers {run['transformers']}), rate {run['rate']:g}, "
-            f"{run['optimizer']}"
-        )
-    lines += [
-        "", "## Data", "",
+        f"`python -m mmrev_kit pretrain --orders {recipe['orders']} --seed {recipe['seed']}`: {record['step']:,} steps "
+        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s {record['made_on']}; "
+        f"{'Muon and AdamW' if recipe['muon'] else 'AdamW'}, rate {recipe['rate']:g}.", "",
+        "## Data", "",
         "Drawn and asked by `mmrev_kit.pretraining`; no photograph and no real person is in it. Faces of the shares "
         "`experiment` and `pool` are in neither training nor these tests. Roles and places of invented facts are met "
         "in texts only, never with a picture.", "",
-        f"- faces: {faces['style']} by {faces['artist']}, {faces['license']} ({faces['license_url']}), "
-        f"{faces['source']}; {faces['changes']}",
-        f"- icons: {things['style']} by {things['creator']}, {things['license']} ({things['license_url']}), "
-        f"{things['source']}",
+        *(CREDIT.format_map(credit) for credit in (drawn, icons)),
         "", "## Accuracy", "",
         "Whole answers, on what training did not show, with the weights rounded to 16 bits as they are here.", "",
+        *(f"- {kind}: {words}" for kind, words in HELD_OUT.items()), "",
+        *(table(record["tests"]) if record["tests"] else ["Not measured yet."]), "",
+        "A generated description names all seven attributes of a face; the other tasks name one to four.", "",
+        "## Licence", "", "Apache-2.0 for the weights and the kit; the drawings under the licences above.", "",
     ]  # fmt: skip
-    lines += [f"- {kind}: {words}" for kind, words in HELD_OUT.items()]
-    lines += ["", *(table(record["tests"]) if record["tests"] else ["Not measured yet."])]
-    lines += ["", "A caption names all seven attributes of a face; the other tasks name one to four.", ""]
-    lines += ["## Licence", "", "Apache-2.0 for the weights and the kit; the drawings under the licences above.", ""]
     return "\n".join(lines)
-
-
-def report(record: dict) -> str:
-    """The result in a few lines."""
-    head = f"{record['step']:,} steps in {record['seconds']:.0f} s of training"
-    return f"{head}\n{summary(record['tests'])}" if record["tests"] else head

@@ -175,20 +175,20 @@ def test_the_helpers_train_in_a_plain_loop(small_overrides, tmp_path):
 
 
 def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):
-    executed, folder = tmp_path / "pretrain_tiny.ipynb", tmp_path / "model"
-    small = {"steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "out": folder}
-    small |= {"state": tmp_path / "state", "overrides": "other_every=0 looks=1 muon=false log_every=1"}
+    executed, folder = tmp_path / "pretrain_tiny.ipynb", tmp_path / "tiny" / "model"
+    small = {"steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "out": tmp_path / "tiny"}
+    small |= {"orders": "one", "overrides": "muon=false looks=1 log_every=1"}
     words = [word for name, value in small.items() for word in ("-p", name, str(value))]
     done = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
-    assert "step 2: loss" in text and "muon: False" in text and f"The model is in {folder}" in text
-    assert (folder / "model.safetensors").is_file() and (tmp_path / "state" / "state.json").is_file()
+    assert "step 2: loss" in text and "orders='one'" in text and f"The model is in {folder}" in text
+    assert (folder / "model.safetensors").is_file() and (tmp_path / "tiny" / "state" / "state.json").is_file()
     page = render(executed).read_text()
     assert page.count("data:image/png") >= 2 and "mcq_d2i" in page  # pictures, and the shares that were right
 
-    wrong = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words[:-1], "muonn=false", capture_output=True)
-    assert wrong.returncode != 0 and "muonn" in wrong.stderr
+    wrong = papermill("notebooks/pretrain_tiny.ipynb", str(executed), *words[:-1], "lookz=1", capture_output=True)
+    assert wrong.returncode != 0 and "lookz" in wrong.stderr
 
 
 @pytest.mark.long

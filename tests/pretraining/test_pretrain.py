@@ -1,13 +1,17 @@
-"""Pretraining: prompts in arrays against the kit's own, what is asked, what is held out, steps, state, model."""
+"""Pretraining: what is asked, what is held out, the forward pass against the stock model, resuming, measuring."""
 
-import dataclasses
 import itertools
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import ConfigError
@@ -15,497 +19,389 @@ from mmrev_kit.data.faces import VALUES, describe, share_of
 from mmrev_kit.data.objects import FAMILIES
 from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import is_true_of
-from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.data.tasks import CONNECTORS, LETTERS, Row
-from mmrev_kit.pretraining import accuracy, command, run, state
-from mmrev_kit.pretraining.model import (
-    Optimizer,
-    answer_logits,
-    losses_of,
-    orthogonal,
-    patches_of,
-    shapes_of,
-    to_arrays,
-)
-from mmrev_kit.pretraining.pictures import (  # fmt: skip
-    ICONS,
-    Pictures,
-    face_index,
-    faces_of,
+from mmrev_kit.data.tasks import CONNECTORS, LETTERS, TASK_TYPES
+from mmrev_kit.model.packing import attention_scale
+from mmrev_kit.model.scoring import generate
+from mmrev_kit.pretraining import accuracy, command, learning, run, state
+from mmrev_kit.pretraining.pictures import (
+    TRIPLE,
+    all_faces,
+    draw_pictures,
     held_out_background,
-    hidden_triples,
-    holds_combination,
-    make_pictures,
+    held_out_combinations,
+    is_face,
+    make_subjects,
+    names_combination,
+    shows_combination,
 )
-from mmrev_kit.pretraining.plan import make_step, number_weights, plan_step
-from mmrev_kit.pretraining.questions import name_attributes
-from mmrev_kit.pretraining.steps import DecayingRate, Feed, Recipe, Source
-from mmrev_kit.pretraining.text import NO_TARGET, Lexicon, object_names
-from mmrev_kit.pretraining.tiny import model_config, tokenizer_corpus, train_tokenizer
+from mmrev_kit.pretraining.questions import FEWEST, NAMES, number_weights, step_rows
+from mmrev_kit.pretraining.recipe import Recipe, read_recipe
+from mmrev_kit.pretraining.tokenizer import tokenizer_corpus, train_tokenizer
 
-SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "other_every": 0, "log_every": 1, "eval_prompts": 8}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(tokenizer_corpus())
+SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "log_every": 1, "eval_prompts": 8, "easy_steps": 0}
+SMALL |= {"muon": False}  # on a CPU a step of Muon takes a minute
+CW = ("reverse", "cw_image")
 
 
 @pytest.fixture(scope="module")
-def lexicon(tokenizer):
-    return Lexicon(tokenizer, [(4, 4), (2, 2), (4, 6)])
+def subjects() -> list:
+    """All training faces and icons, undrawn."""
+    return make_subjects("train", 0, None, 1)
+
+
+def rows_of(orders: str, subjects: list, step: int, prompts: int = 512) -> list:
+    faces = [subject for subject in subjects if is_face(subject)]
+    icons = [subject for subject in subjects if not is_face(subject)]
+    return step_rows(Recipe(orders=orders, easy_steps=0), faces, icons, step, prompts)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Pictures:
-    """All training faces and icons, undrawn: one grey picture stands for all."""
-    codes = numpy.array([[VALUES[n].index(v) for n, v in zip(VALUES, f, strict=True)] for f in faces_of("train")])
-    names = numpy.arange(len(object_names()))
-    families = numpy.array([family for _, family in object_names()])
-    return Pictures(numpy.zeros((1, 64, 64, 3), numpy.uint8), codes, 2, names, families, face_index(codes))
+def steps(subjects) -> dict[str, list]:
+    """The rows of three steps of 512 prompts, of either kind of base."""
+    return {orders: [row for step in range(3) for row in rows_of(orders, subjects, step)] for orders in ("both", "one")}
+
+
+def shown(row, subjects) -> list[dict]:
+    """The attributes of what a row's pictures show."""
+    return [subjects[int(path.stem)].attributes for path in row.images]
+
+
+def texts_of(row) -> list[str]:
+    return [*row.choices] or [row.description]
 
 
 @pytest.fixture(scope="module")
-def source(pictures, lexicon) -> Source:
-    return Source(Recipe(easy_steps=0), {(64, 64): pictures}, lexicon)
-
-
-@pytest.fixture(scope="module")
-def steps(source) -> list:
-    """(blocks, pictures shown) of four steps of 512 prompts."""
-    sampler, plan = source.samplers[64, 64], source.plans[64, 64]
-    return [make_step(sampler, plan, 0, number) for number in range(4)]
-
-
-@pytest.fixture(scope="module")
-def setting():
-    """A small drawn setting with a model of random weights."""
-    return run.prepare(Recipe(**SMALL), None)
-
-
-def turns(tokenizer, lexicon, block) -> list[tuple[str, str]]:
-    """(user turn with <image> for each picture, answer) of each prompt of a block."""
-    found = []
-    for row in block.ids:
-        text = tokenizer.decode(row[row != lexicon.pad_id])
-        assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>")
-        turn, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
-        turn = turn.removeprefix("<|im_start|>user\n")
-        image = "<|vision_start|>" + 16 * "<|image_pad|>" + "<|vision_end|>"
-        found.append((turn.replace(image, "<image>"), answer.removesuffix("<|im_end|>")))
-    return found
-
-
-def as_row(task: str, turn: str, answer: str, path) -> Row:
-    """The row of data that a turn came from, read from its text alone."""
-    description, choices, images = None, (), (path,)
-    if task == "caption":
-        connector, description = turn.removeprefix("<image> "), answer
-    elif task == "reverse":
-        said = turn.split(" <image>, correct")[0]
-        connector = max((w for w in CONNECTORS["reverse"] if said.endswith(f" {w}")), key=len)
-        description = said.removesuffix(f" {connector}")
-    elif task == "mcq_i2d":
-        connector, rest = turn.removeprefix("<image> ").split("? A. ", 1)
-        rest = rest.removesuffix(" Only answer A, B, C, or D.")
-        choices = tuple(part for part in _cut(rest))
-    else:
-        said, _ = turn.split("? A. ", 1)
-        connector = max((w for w in CONNECTORS["reverse"] if said.endswith(f" {w}")), key=len)
-        description, images = said.removesuffix(f" {connector}"), (path,) * 4
-    kit = {"caption": "forward"}.get(task, task)
-    return Row(kit, kit, "x:1", "e", "main", images, description, connector, choices, answer)
-
-
-def _cut(rest: str) -> list[str]:
-    first, rest = rest.split(" B. ")
-    second, rest = rest.split(" C. ")
-    return [first, second, *rest.split(" D. ")]
-
-
-def test_prompts_are_the_encoders_own_tokens(tokenizer, lexicon, steps, tmp_path):
-    path = tmp_path / "grey.png"
-    Image.new("RGB", (64, 64), "grey").save(path)
-    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
-    processor.tokenizer = tokenizer
-    encoder = Encoder(processor, 1024, 16384, 512)
-    for block in steps[0][0]:
-        if block.task == "text":
-            continue
-        for (turn, answer), ids in list(zip(turns(tokenizer, lexicon, block), block.ids, strict=True))[::3]:
-            row = as_row(block.task, turn, answer, path)
-            assert row.connector in CONNECTORS["forward" if row.task in ("forward", "mcq_i2d") else "reverse"]
-            sample = encoder.encode(row)
-            assert sample.input_ids == tuple(ids[ids != lexicon.pad_id].tolist())
-
-
-def test_places_are_those_of_get_rope_index(tokenizer, lexicon, pictures, steps):
-    model = Qwen3VLForConditionalGeneration(model_config(tokenizer)).model
-    wide = Source(Recipe(prompts=16), {(64, 64): pictures, (96, 64): pictures, (32, 32): pictures}, lexicon)
-    for size, blocks in (((64, 64), steps[0][0]), ((96, 64), None), ((32, 32), None)):
-        blocks = blocks or make_step(wide.samplers[size], wide.plans[size], 0, 0)[0]
-        grid = torch.tensor([[1, size[1] // 8, size[0] // 8]])
-        for block in blocks:
-            ids = torch.from_numpy(block.ids[:8]).long()
-            shown = grid.repeat(int(len(block.slots) / len(block.ids) * len(ids)), 1) if len(block.slots) else None
-            kinds, mask = (ids == lexicon.image_id).int(), (ids != lexicon.pad_id).long()
-            places, _ = model.get_rope_index(ids, kinds, image_grid_thw=shown, attention_mask=mask)
-            assert torch.equal(places, torch.from_numpy(block.places[:, :8]).long() * mask)
-
-
-def faces_shown(source, images) -> list[dict | None]:
-    """The attributes of each picture of a step; None for a thing."""
-    sampler = source.samplers[64, 64]
-    codes = [sampler.codes[i // 2] if i < sampler.num_faces else None for i in images]
-    return [c if c is None else {n: VALUES[n][v] for n, v in zip(VALUES, c, strict=True)} for c in codes]
-
-
-def truth(text: str, image: int, face: dict | None, source, known: dict) -> bool:
-    """Whether a description is true of a picture, judged from its words."""
-    if face is not None:
-        named = known.get(text)
-        return named is not None and is_true_of(named, face)
-    sampler = source.samplers[64, 64]
-    return object_names()[sampler.pictures.names[image - sampler.num_faces]][0] == text
-
-
-def family_of(text: str) -> int:
-    return next(number for number, family in enumerate(FAMILIES) if text in family)
-
-
-@pytest.fixture(scope="module")
-def meanings(tokenizer, lexicon, steps):
-    """{description: attributes} of all that can be said of faces with up to four attributes, as far as it is said."""
-    said = set()
-    for blocks, _ in steps[:2]:
-        for block in blocks:
-            if block.task in ("reverse", "mcq_i2d", "mcq_d2i"):
-                for turn, answer in turns(tokenizer, lexicon, block):
-                    row = as_row(block.task, turn, answer, None)
-                    said |= {row.description, *row.choices}
+def meanings(steps) -> dict[str, dict]:
+    """{description of a face: what it names}, from all descriptions that there are."""
+    said = {text for row in steps["both"] + steps["one"] if row.images for text in texts_of(row)}
     known = {}
-    for number in range(1, 5):
+    for number in (1, 2, 3, 4, 7):
         for names in itertools.combinations(VALUES, number):
-            if any(describe({n: VALUES[n][0] for n in VALUES}, names).count(",") >= 0 for _ in (0,)):
-                for values in itertools.product(*(VALUES[name] for name in names)):
-                    named = dict(zip(names, values, strict=True))
-                    text = describe(named, names)
-                    if text in said:
-                        assert text not in known  # one meaning for each text
-                        known[text] = named
-    assert {text for text in said if text and text.startswith("a person")} == set(known)
+            for values in itertools.product(*(VALUES[name] for name in names)):
+                named = dict(zip(names, values, strict=True))
+                text = describe(named, names)
+                if text in said:
+                    assert text not in known  # one meaning for each text
+                    known[text] = named
+    assert {text for text in said if text.startswith("a person")} == set(known)
     return known
 
 
-def test_right_answers_are_true_and_wrong_ones_false(tokenizer, lexicon, source, steps, meanings):
-    for blocks, images in steps[:2]:
-        faces = faces_shown(source, images)
-        for block in blocks:
-            if block.task == "text":
-                continue
-            per_row = len(block.slots) // len(block.ids)
-            for number, (turn, answer) in enumerate(turns(tokenizer, lexicon, block)):
-                row = as_row(block.task, turn, answer, None)
-                slots = block.slots[number * per_row : (number + 1) * per_row]
-                judge = [
-                    [truth(text, images[slot], faces[slot], source, meanings) for slot in slots]
-                    for text in (row.choices or [row.description])
-                ]
-                if block.task == "caption":
-                    face = faces[slots[0]]
-                    assert answer == describe(face, VALUES) if face else judge == [[True]]
-                elif block.task == "reverse":
-                    assert judge == [[answer == "Correct"]]
-                else:
-                    options = judge[0] if block.task == "mcq_d2i" else [part[0] for part in judge]
-                    assert options == [letter == answer for letter in LETTERS]
-                    if row.choices and faces[slots[0]] is None:
-                        assert len({family_of(text) for text in row.choices}) == 4
-                    if block.task == "mcq_d2i":
-                        assert len({int(images[slot]) for slot in slots}) == 4
+def is_true(text: str, seen: dict, meanings: dict) -> bool:
+    """Whether a description is true of what a picture shows, judged from its words."""
+    return seen["name"] == text if "name" in seen else text in meanings and is_true_of(meanings[text], seen)
 
 
-def test_no_description_names_a_combination_that_is_held_out(meanings):
-    hidden = hidden_triples()
-    assert hidden.sum() == 16
-    assert not any(
-        len(named) > 2 and set(named) >= set(TRIPLE) and holds_combination(named) for named in meanings.values()
-    )
+def test_right_answers_are_true_and_wrong_ones_false(steps, subjects, meanings):
+    for row in steps["both"] + steps["one"][:512]:
+        judged = [is_true(text, seen, meanings) for text in texts_of(row) for seen in shown(row, subjects)]
+        if row.task == "forward":
+            assert judged == [True] and len(meanings.get(row.answer, VALUES)) == len(VALUES)
+        elif row.task in CW:
+            assert judged == [row.answer == "Correct"]
+        elif row.images:
+            assert judged == [letter == row.answer for letter in LETTERS]
+            assert len({*row.choices, *row.images}) == (5 if row.choices else 4)
 
 
-TRIPLE = ("hair_color", "clothes_color", "clothes")
+def test_the_kinds_differ_in_the_order_of_half_of_the_correct_or_wrong_questions_alone(steps):
+    both, one = (Counter(row.source for row in steps[orders]) for orders in ("both", "one"))
+    assert one == {"forward": 192, "reverse": 480, "mcq_i2d": 432, "mcq_d2i": 288, "text": 144}
+    assert both == one | {"reverse": 240, "cw_image": 240}
+    encoder = accuracy.make_encoder(EMBEDDED_MODEL)
+    for row in steps["both"]:
+        if row.task in CW:
+            first, second, last = (encoder.parts(row) * 2)[:3] if row.task == "reverse" else ("", *encoder.parts(row))
+            connectors = CONNECTORS["forward" if row.task == "cw_image" else "reverse"]
+            assert row.connector in connectors and isinstance(second, Path)
+            if row.task == "cw_image":
+                assert last == f" {row.connector} {row.description}, correct or wrong? Only answer Correct or Wrong."
+            else:
+                assert first == f"{row.description} {row.connector} "
+                assert last == ", correct or wrong? Only answer Correct or Wrong."
+    for task in CW:
+        answers = Counter(row.answer for row in steps["both"] if row.task == task)
+        assert answers == {"Correct": 120, "Wrong": 120}
+    with pytest.raises(ConfigError, match="both, one"):
+        Recipe(orders="two")
 
 
-def test_answers_are_balanced_and_images_shared(tokenizer, lexicon, steps):
-    for blocks, images in steps:
-        assert len(images) == 4 * 96
-        for block in blocks:
-            answers = [answer for _, answer in turns(tokenizer, lexicon, block)]
-            if block.task in ("mcq_i2d", "mcq_d2i"):
-                assert {answers.count(letter) for letter in LETTERS} == {len(answers) // 4}
-            if block.task == "reverse":
-                assert answers.count("Correct") == answers.count("Wrong") == len(answers) / 2
-            assert block.slots.size == 0 or block.slots.max() < len(images)
-
-
-def test_texts_copy_and_match_roles_without_any_picture(tokenizer, lexicon, steps):
+def test_what_is_held_out_occurs_in_no_training_row(steps, subjects):
+    assert len(held_out_combinations()) == 16
     facts = {f"the {role} of {place}" for role in ROLES for place in PLACES}
-    seen = set()
-    for blocks, _ in steps:
-        for block in blocks:
-            for turn, answer in turns(tokenizer, lexicon, block):
-                if block.task != "text":
-                    assert not any(fact in turn + answer for fact in facts)
-                elif turn.startswith("Say: "):
-                    assert turn == f"Say: {answer}"
-                    seen |= {answer} & facts
-                elif "correct or wrong" in turn:
-                    first, second = turn.removesuffix(", correct or wrong? Only answer Correct or Wrong.").rsplit(
-                        "the ", 1
-                    )
-                    assert (first.startswith(f"the {second} ")) == (answer == "Correct")
-                else:
-                    said, rest = turn.removesuffix(" Only answer A, B, C, or D.").split("? A. ")
-                    options = _cut(rest)
-                    assert len(set(options)) == 4 and said.startswith(options[LETTERS.index(answer)])
-    assert len(seen) > 10
+    for row in steps["both"] + steps["one"]:
+        for seen in shown(row, subjects):
+            if "name" in seen:
+                assert seen["background"] != held_out_background(seen["icon"])
+            else:
+                assert share_of(seen) == "pretrain" and not shows_combination(seen)
+        if row.images:
+            assert not any(names_combination(text) for text in texts_of(row))
+            assert not any(fact in text for text in texts_of(row) for fact in facts)
 
 
-def test_shares_are_disjoint_and_held_out_pictures_are_not_trained():
-    sets = {kind: set(faces_of(kind)) for kind in ("train", "faces", "combinations")}
+def test_combinations_are_known_by_their_words(meanings):
+    rng = random.Random(0)
+    faces = all_faces()["combinations"] + all_faces()["train"][:2000]
+    for face in rng.sample(faces, 1500):
+        names = rng.sample(list(VALUES), rng.randint(1, 7))
+        assert names_combination(describe(face, names)) == (set(TRIPLE) <= set(names) and shows_combination(face))
+
+
+def test_texts_copy_and_match_facts_and_names_without_any_picture(steps):
+    facts = {f"the {role} of {place}" for role in ROLES for place in PLACES}
+    kinds = Counter()
+    for row in (row for row in steps["both"] if row.source == "text"):
+        assert not row.images
+        if row.connector.startswith("Say: "):
+            assert row.connector == f"Say: {row.answer}"
+            kinds["copied fact" if row.answer in facts else "copied"] += 1
+        elif "correct or wrong" in row.connector:
+            said, other = row.connector.split(", correct or wrong")[0].rsplit("the ", 1)
+            assert said.startswith(f"the {other} ") == (row.answer == "Correct")
+            kinds[row.answer] += 1
+        else:
+            said, rest = row.connector.removesuffix(" Only answer A, B, C, or D.").split("? A. ")
+            options = [part for one in rest.split(" B. ") for two in one.split(" C. ") for part in two.split(" D. ")]
+            assert len(set(options)) == 4 and said.startswith(f"{options[LETTERS.index(row.answer)]} ")
+            assert set(options) <= facts or set(options) <= set(NAMES)
+            kinds["facts" if set(options) <= facts else "names"] += 1
+    assert kinds == dict.fromkeys(["copied fact", "copied", "Correct", "Wrong", "facts", "names"], 24)
+
+
+def test_shares_are_disjoint_and_held_out_pictures_are_not_trained(subjects):
+    sets = {kind: {tuple(face.values()) for face in faces} for kind, faces in all_faces().items()}
     assert not any(a & b for a, b in itertools.combinations(sets.values(), 2))
-    for kind, share in (("train", "pretrain"), ("faces", "held_out"), ("combinations", "held_out")):
-        for values in list(sets[kind])[:400]:
-            face = dict(zip(VALUES, values, strict=True))
-            assert share_of(face) == share and holds_combination(face) == (kind == "combinations")
     assert len(sets["train"]) > 20_000 and len(sets["faces"]) > 5000 and len(sets["combinations"]) > 200
-    icons = make_pictures("icons", 0, 0, 1, False, (32, 32), 1)
-    assert icons.pixels.shape == (len(ICONS), 32, 32, 3) and not len(icons.codes)
-    assert len({held_out_background(icon) for _, icon in ICONS}) == 6
+    assert {share_of(face) for kind in ("faces", "combinations") for face in all_faces()[kind]} == {"held_out"}
+    seen = {(s.attributes["icon"], s.attributes["background"]) for s in subjects if not is_face(s)}
+    icons = {(s.attributes["icon"], s.attributes["background"]) for s in make_subjects("icons", 0, None, 2)}
+    assert (
+        not seen & icons and {icon for icon, _ in seen} == {icon for icon, _ in icons} and len(seen) == 5 * len(icons)
+    )
+    assert {icon for icon, _ in icons} == {i for family in FAMILIES for part in family.values() for i in part}
 
 
 def test_questions_grow_from_one_attribute_to_all_numbers():
-    assert number_weights(1, 4, 0, 1000)[0] > 0.95
-    assert numpy.allclose(number_weights(1, 4, 1000, 1000), 0.25)
-    assert numpy.allclose(number_weights(3, 4, 1000, 1000), 0.5)
-    assert len(number_weights(3, 4, 10, 1000)) == 4
-    named = name_attributes(numpy.random.default_rng(0), numpy.array([1, 2, 3, 4] * 50))
-    assert named.sum(axis=1).tolist() == [1, 2, 3, 4] * 50 and (named.sum(axis=0) > 30).all()
+    early, late = number_weights(0, 1000), number_weights(1000, 1000)
+    assert early[0] / sum(early) > 0.95 and len(set(late)) == 1 and number_weights(0, 0) == late
+    two = make_subjects("train", 0, 40, 2)
+    assert [s.attributes["look"] for s in two[:4:2]] == ["0", "0"] and two[0].attributes["look"] != two[1].attributes[
+        "look"
+    ]
 
 
-def test_a_step_depends_on_seed_and_number_alone(source):
-    a, b, c = source.step(5), source.step(5), source.step(6)
-    assert all(numpy.array_equal(a[name], b[name]) for name in a)
-    assert not numpy.array_equal(a["ids"], c["ids"]) and {n: v.shape for n, v in a.items()} == {
-        n: v.shape for n, v in c.items()
-    }
-    feed = Feed(source, 5, 1)
-    ahead = [feed.take(), feed.take()]
-    feed.close()
-    assert numpy.array_equal(ahead[0]["ids"], a["ids"]) and numpy.array_equal(ahead[1]["ids"], c["ids"])
+@pytest.fixture(scope="module")
+def small():
+    """A small drawn setting: recipe, subjects, pixels, and a model of random weights."""
+    recipe = Recipe(**SMALL)
+    subjects, drawn = draw_pictures("train", 0, 24, 1, 0)
+    return recipe, subjects, torch.from_numpy(drawn), run.new_model(0, "cpu").eval()
+
+
+def make_lessons(recipe, subjects) -> learning.Lessons:
+    return learning.Lessons(recipe, subjects, accuracy.make_encoder(EMBEDDED_MODEL))
+
+
+def test_a_step_depends_on_its_number_alone_and_other_sizes_take_turns(small):
+    recipe, subjects, _, model = small
+    assert learning.SCALE == pytest.approx(attention_scale(model.config.text_config), rel=0.01)
+    lessons = make_lessons(recipe, subjects)
+    loader = torch.utils.data.DataLoader(lessons, batch_size=None, sampler=range(5, 8), num_workers=2)
+    for step, batch in zip(range(5, 8), loader, strict=True):
+        again = lessons[step]
+        assert all(numpy.array_equal(again[name], numpy.asarray(batch[name])) for name in again)
+    assert not numpy.array_equal(lessons[5]["input_ids"], lessons[6]["input_ids"])
+    sizes = [lessons.rows(step)[1] for step in range(0, 24 * 6)]
+    assert sizes.count((64, 64)) == 23 * 6 and {*sizes} == {(64, 64), *learning.OTHER_SIZES}
 
 
 def test_patches_are_the_processors():
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     pixels = numpy.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=numpy.uint8)
     theirs = processor.image_processor(images=[Image.fromarray(part) for part in pixels], return_tensors="pt")
-    ours = patches_of(torch.from_numpy(pixels))
+    ours = learning.to_patches(torch.from_numpy(pixels), (96, 64), 8, 2)
     assert theirs["image_grid_thw"].tolist() == [[1, 8, 12]] * 2
     assert (ours.flatten(0, 1) - theirs["pixel_values"]).abs().max() < 1e-5
+    half = learning.to_patches(torch.full((1, 64, 64, 3), 51, dtype=torch.uint8), (32, 48), 8, 2)
+    assert half.shape == (1, 4 * 6, 3 * 2 * 8 * 8) and torch.allclose(half, torch.tensor(51 / 127.5 - 1))
 
 
-def test_the_forward_pass_is_transformers_own(setting):
-    """Against the stock model, which computes its own masks and positions, block by block."""
-    size = (64, 64)
-    sampler, plan = setting.source.samplers[size], setting.source.plans[size]
-    blocks, images = make_step(sampler, plan, 0, 3)
-    batch = {name: torch.from_numpy(value) for name, value in to_arrays(blocks, images).items()}
-    pixels = setting.pixels[size]
+def test_the_forward_pass_is_transformers_own(small, tmp_path):
+    """Against the stock model on rows side by side, with pictures read from files and positions of its own."""
+    recipe, subjects, pixels, model = small
+    lessons = make_lessons(recipe, subjects)
+    rows, size = lessons.rows(3)
+    for number in {int(path.stem) for row in rows for path in row.images}:
+        Image.fromarray(pixels[number].numpy()).save(tmp_path / f"{number}.png")
+    batch = torch.utils.data.default_convert(lessons[3])
     with torch.no_grad():
-        ours = answer_logits(setting.model, batch, pixels, shapes_of(blocks))
-        parts = ours.split([block.targets.size for block in blocks])
-        for block, part in zip(blocks, parts, strict=True):
-            ids = torch.from_numpy(block.ids).long()
-            extra = {}
-            if len(block.slots):
-                extra["pixel_values"] = patches_of(pixels[images[block.slots]]).flatten(0, 1)
-                extra["image_grid_thw"] = torch.tensor([[1, 8, 8]] * len(block.slots))
-            mask, kinds = (ids != sampler.lexicon.pad_id).long(), (ids == sampler.lexicon.image_id).int()
-            logits = setting.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **extra).logits
-            real = torch.from_numpy(block.targets != NO_TARGET).flatten()
-            stock = logits.flatten(0, 1)[torch.from_numpy(block.answer_at).long().flatten()]
-            assert (stock - part)[real].abs().max() < 1e-4
-            assert ids.flatten()[torch.from_numpy(block.answer_at).flatten()[real].long() + 1].tolist() == (
-                block.targets.ravel()[real.numpy()].tolist()
-            )
+        ours = learning.answer_logits(model, batch, pixels)
+        right = learning.right_answers(ours, batch)
+        encoder, stock = accuracy.make_encoder(EMBEDDED_MODEL), {}
+        for row in rows:
+            read = replace(row, images=tuple(tmp_path / path.name for path in row.images))
+            inputs = encoder.collate([encoder.encode(read)], with_pixels=bool(row.images))
+            labels = inputs.pop("labels")[0]
+            if not row.images:
+                del inputs["image_grid_thw"]
+            answer = (labels >= 0).nonzero()[:, 0]
+            logits = model(**inputs).logits[0, answer - 1]
+            stock.setdefault((row.source, tuple(labels[answer].tolist())), []).append(logits)
+    parts = {"forward": 1.0, "reverse": 0.75, "cw_image": 0.75, "mcq_i2d": 1.5, "mcq_d2i": 1.5, "text": 0.4}
+    counts = Counter(batch["kinds"])
+    for owner, kind in enumerate(batch["kinds"]):
+        mine, target = ours[batch["owner"] == owner], batch["target"][batch["owner"] == owner]
+        (found,) = [s for s in stock[kind, tuple(target.tolist())] if (s - mine).abs().max() < 1e-4]
+        assert bool(right[owner]) == bool((found.argmax(-1) == target).all())
+        share = torch.tensor([1, 0.1]) if len(target) == 2 else torch.ones(len(target))
+        expected = parts[kind] / sum(parts.values()) / counts[kind] * share / share.sum()
+        assert torch.allclose(batch["weight"][batch["owner"] == owner], expected)
+    assert len(batch["kinds"]) == len(rows) and size == (64, 64) and abs(float(batch["weight"].sum()) - 1) < 1e-5
+    assert len(batch["pictures"]) == len({path for row in rows for path in row.images}) < len(batch["slots"])
 
 
-def test_weights_of_a_step_add_up_and_blocks_report_their_own_loss(setting):
-    blocks, images = make_step(setting.source.samplers[64, 64], setting.source.plans[64, 64], 0, 3)
-    batch = {name: torch.from_numpy(value) for name, value in to_arrays(blocks, images).items()}
-    assert abs(batch["weights"].sum() - 1) < 1e-5
-    logits = torch.full((len(batch["targets"]), 1024), 0.0)
-    loss, report = losses_of(logits, batch, tuple(block.targets.shape for block in blocks))
-    assert torch.allclose(report[0], torch.tensor(1024.0).log(), atol=1e-4) and abs(loss - report[0, 0]) < 1e-4
-    logits[torch.arange(len(logits)), batch["targets"].long().clamp(min=0)] = 30.0
-    loss, report = losses_of(logits, batch, tuple(block.targets.shape for block in blocks))
-    assert loss < 1e-4 and (report[1] == 1).all()
+def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
+    """The shipped base on held-out faces, half of the rows with an answer that is not what it says."""
+    model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
+    encoder = accuracy.make_encoder(EMBEDDED_MODEL)
+    subjects, drawn = draw_pictures("faces", 0, 24, 1, 0)
+    rows = []
+    for task in ("forward", "reverse", "mcq_i2d"):
+        rows += accuracy.ask_about("faces", TASK_TYPES[task], subjects, 2, 4, random.Random(0))
+    rows[1] = replace(rows[1], answer=rows[2].answer)
+    rows[4] = replace(rows[4], answer={"Correct": "Wrong", "Wrong": "Correct"}[rows[4].answer])
+    batch = learning.make_batch(rows, dict.fromkeys(("forward", "reverse", "mcq_i2d"), 1.0), (64, 64), encoder)
+    with torch.no_grad():
+        batch = torch.utils.data.default_convert(batch)
+        right = learning.right_answers(learning.answer_logits(model, batch, torch.from_numpy(drawn)), batch)
+    for number in range(len(drawn)):
+        Image.fromarray(drawn[number]).save(tmp_path / f"{number}.png")
+    reader = accuracy.make_encoder(EMBEDDED_MODEL)
+    expected = Counter()
+    for row in rows:
+        read = replace(row, images=tuple(tmp_path / path.name for path in row.images))
+        (written,) = generate(model, reader, [reader.encode(read, with_answer=False)], 40, torch.device("cpu"))
+        expected[row.source] += written == row.answer
+    assert expected == {"forward": 3, "reverse": 3, "mcq_i2d": 4}
+    assert expected == Counter(kind for kind, good in zip(batch["kinds"], right.tolist(), strict=True) if good)
 
 
-def test_adamw_is_torchs_own():
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
-    theirs.load_state_dict(ours.state_dict())
-    kinds = [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}]
-    stock = torch.optim.AdamW(kinds, lr=0.01, betas=(0.9, 0.98))
-    optimizer = Optimizer(ours, 0.1, muon=False)
-    for number in range(5):
-        data = torch.randn(4, 5) * (0.01 + number / 100)
-        for model in (ours, theirs):
-            model.zero_grad()
-            model(data).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        stock.step()
-        optimizer.prepare(0.01)
-        optimizer.step()
-    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=1e-4)
+def test_every_parameter_has_one_optimizer(small):
+    adamw, muon = learning.make_optimizers(small[3], 0.05)
+    (matrices,) = (group["params"] for group in muon.param_groups)
+    tables, vectors = (group["params"] for group in adamw.param_groups)
+    taken = [*matrices, *tables, *vectors]
+    assert len({id(part) for part in taken}) == len(taken) == len(list(small[3].parameters()))
+    assert {id(small[3].lm_head.weight), id(small[3].model.visual.pos_embed.weight)} <= {id(part) for part in tables}
+    assert all(part.ndim == 1 for part in vectors) and len(matrices) > 60
+    (alone,) = learning.make_optimizers(small[3], 0.05, muon=False)
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(taken)
 
 
-def test_muon_steps_have_singular_values_near_one():
-    torch.manual_seed(0)
-    for rows, columns, split in ((8, 20, 1), (20, 8, 1), (24, 8, 3)):
-        found = orthogonal(torch.randn(2, rows, columns), split)
-        values = torch.linalg.svdvals(found.view(2 * split, rows // split, columns))
-        assert found.shape == (2, rows, columns) and 0.6 < values.min() and values.max() < 1.3
+def test_a_save_rounds_the_run_so_that_going_on_is_exact(tmp_path):
+    """With the real optimizers on small layers: one that goes on from the files, and one that was not interrupted."""
+    recipe, runs = Recipe(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 8), "layer": torch.nn.Linear(8, 4)})
+        runs.append((model, learning.make_optimizers(model, 0.05)))
+    inputs = torch.tensor([[0, 1], [2, 4], [3, 3]])
+
+    def step(model, optimizers):
+        model["layer"](model["embed"](inputs)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(3):
+        step(*runs[0])
+    state.save(tmp_path / "state", *runs[0], {"recipe": recipe.learned(), "step": 3})
+    record = state.restore(tmp_path / "state", *runs[1], recipe)
+    assert record["step"] == 3 and runs[1][1][0].state_dict()["state"][0]["step"] == 3
+    for _ in range(2):
+        step(*runs[0])
+        step(*runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
+    assert not torch.equal(runs[0][0]["layer"].weight, runs[0][0]["layer"].weight.half().float())
 
 
-@pytest.mark.parametrize("muon", [True, False])
-def test_the_optimizer_takes_every_parameter_once(setting, muon):
-    optimizer = Optimizer(setting.model, muon=muon)
-    taken = [*optimizer.others, *(part for parts in optimizer.matrices.values() for part in parts)]
-    assert len({id(part) for part in taken}) == len(taken) == len(list(setting.model.parameters()))
-    assert bool(optimizer.matrices) == muon
-
-
-def test_the_schedule_warms_up_holds_and_falls_to_zero():
-    schedule = DecayingRate(Recipe(steps=100, rate=1.0, warmup=10, decay_share=0.5), True, 0.0, 0.0)
-    rates = [schedule.rate(done) for done in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1.0
+def test_the_rate_warms_up_holds_and_falls_to_zero():
+    recipe = Recipe(steps=100, rate=1.0, warmup=10, decay_share=0.5)
+    rates = [learning.rate_at(step, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
-    assert not schedule.over(99) and schedule.over(100)
-    again = DecayingRate(Recipe(steps=100, rate=1.0, warmup=40, decay_share=0), False, 0.0, 0.0)
-    assert again.rate(9) == again.rate(99) == 1.0
 
 
-def test_with_minutes_the_fall_begins_when_its_share_of_the_time_is_left(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    schedule = DecayingRate(Recipe(minutes=10, rate=1.0, decay_share=0.25), True, 0.0, 100.0)
-    for done, at in ((100, 100.0), (1000, 374.0)):
-        now[0] = at
-        schedule.look(done, 0.1)
-        assert schedule.fall_from is None and not schedule.over(done)
-    now[0] = 380.0
-    schedule.look(1100, 0.1)
-    assert schedule.fall_from == 1100 and abs(schedule.last - (1100 + 1164)) <= 1  # 120 s left, 3 % of them kept
-    assert schedule.rate(1100 + 582) == pytest.approx(0.5, abs=1e-3)
-    straight = DecayingRate(Recipe(minutes=10, decay_share=0), True, 0.0, 100.0)
-    now[0] = 495.0
-    straight.look(50, 0.1)
-    assert straight.over(50)
+def files(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def test_a_few_steps_reduce_the_loss_and_a_run_goes_on(tmp_path, capsys):
-    recipe = Recipe(**SMALL, steps=6, muon=False, warmup=2, decay_share=0)
-    first = run.pretrain(recipe, None, tmp_path / "state")
-    losses = [sum(entry["loss"].values()) for entry in first["log"]]
-    assert losses[-1] < 0.8 * losses[0] and first["step"] == 6 and not first["decayed"]
-    assert {file.name for file in (tmp_path / "state").iterdir()} == {
-        "state.json", "weights-1.safetensors", "weights-2.safetensors", "weights-3.safetensors",
-    }  # fmt: skip
-    sizes = [file.stat().st_size for file in (tmp_path / "state").iterdir()]
-    assert max(sizes) < 16 * 2**20 and sum(sizes) < 45 * 2**20
+def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, monkeypatch, capsys):
+    recipe = Recipe(**SMALL, orders="one", steps=6, save_every=3, warmup=2)
+    whole = run.pretrain(recipe, tmp_path / "whole")
+    assert [entry["step"] for entry in whole["log"]] == list(range(1, 7))
+    assert whole["log"][-1]["loss"] < 0.8 * whole["log"][0]["loss"]
+    assert "cw_image" not in whole["log"][0]["right"]
+    assert {(e["pictures"], e["task"]) for e in whole["tests"]} >= {("faces", "cw_image"), ("icons", "mcq_d2i")}
 
-    more = dataclasses.replace(recipe, steps=2, decay_share=1.0)
-    folder = tmp_path / "model"
-    second = run.pretrain(more, folder, tmp_path / "state")
-    assert "going on after step 6" in capsys.readouterr().out
-    assert second["step"] == 8 and len(second["runs"]) == 2 and second["decayed"]
-    assert [entry["step"] for entry in second["log"]] == list(range(1, 9))
-    results = second["tests"]
-    assert {kind: set(tasks) for kind, tasks in results.items()} == {
-        kind: set(accuracy.TASKS) for kind in accuracy.HELD_OUT
-    }
-    assert all(result["prompts"] == 8 for tasks in results.values() for result in tasks.values())
+    taken, update = [], run.update
 
-    run.pretrain(Recipe(minutes=0), tmp_path / "again", tmp_path / "state")
-    for name in ("model.safetensors", "README.md", "tokenizer.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    with pytest.raises(ConfigError, match="there is none"):
-        run.pretrain(Recipe(minutes=0), folder, tmp_path / "nothing")
+    def killed(*words):
+        taken.append(1)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        return update(*words)
 
-    weights, _ = state.load_state(tmp_path / "state")
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    monkeypatch.setattr(run, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.pretrain(recipe, tmp_path / "killed")
+    again = run.pretrain(replace(recipe, log_every=2), tmp_path / "killed")
+    assert len(taken) == 5 + 3 and "3 of 6 steps" in capsys.readouterr().out
+    states = [files(tmp_path / name / "state") for name in ("whole", "killed")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert whole["tests"] == again["tests"]
+    sizes = [file.stat().st_size for file in (tmp_path / "whole" / "state").iterdir()]
+    assert len(sizes) <= 8 and max(sizes) < 16 * 2**20 and sum(sizes) < 42 * 2**20
+
+    before = {file.name: file.read_bytes() for file in (tmp_path / "whole" / "model").iterdir()}
+    assert run.pretrain(recipe, tmp_path / "whole") == whole and len(taken) == 8  # finished: only written anew
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "whole" / "model").iterdir()}
+    with pytest.raises(ConfigError, match="orders = one, not both"):
+        run.pretrain(replace(recipe, orders="both"), tmp_path / "whole")
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole" / "model")
     assert model.dtype == torch.float16
-    for name, part in model.named_parameters():
-        assert torch.equal(part, weights[name].half())
-    processor = AutoProcessor.from_pretrained(folder)
-    assert processor.tokenizer("Correct", add_special_tokens=False).input_ids.__len__() == 1
-    card = (folder / "README.md").read_text()
-    for words in ("ToonHead", "CC BY 4.0", "MIT", "seed 0", "8 steps", "| faces | CW |", "Apache-2.0"):
-        assert words in card
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 25 * 2**20
+    assert all(torch.equal(part, states[0][f"model.{name}"]) for name, part in model.named_parameters())
+    for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert before[name] == (EMBEDDED_MODEL / name).read_bytes()
+    for words in ("ToonHead", "CC BY 4.0", "MIT", "--orders one --seed 0", "6 steps", "| faces | CW |", "Apache-2.0"):
+        assert words in before["README.md"].decode()
 
 
-def test_a_state_is_kept_bit_by_bit(setting, tmp_path):
-    weights = state.weights_of(setting.model)
-    state.save_state(tmp_path / "s", weights, {"step": 3})
-    found, record = state.load_state(tmp_path / "s")
-    assert record == {"step": 3} and found.keys() == weights.keys()
-    assert all(torch.equal(found[name], value) for name, value in weights.items())
-    assert state.load_state(tmp_path / "nothing") == (None, None)
+def test_accuracies_are_counted_by_task_and_number_of_attributes(capsys):
+    words = ["--measure", str(EMBEDDED_MODEL), "--eval-prompts", "8", "--workers", "0", "--num-faces", "24"]
+    assert command.main([*words, "--looks", "1"]) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 * len(TASK_TYPES)
+    (captions,) = [line for line in lines if line.startswith("| faces | forward |")]
+    assert float(captions.split("|")[3]) == 1.0
+    results = [
+        {"pictures": "faces", "task": "reverse", "named": n, "prompts": 4, "right": r} for n, r in ((1, 4), (2, 1))
+    ]
+    assert accuracy.table(results)[2:] == ["| faces | CW | 0.625 | 1: 1.000, 2: 0.250 |"]
 
 
-def test_whole_answers_are_what_greedy_decoding_writes(setting):
-    """The likeliest tokens after the right ones are a right answer exactly if generation writes it."""
-    sampler, pixels = setting.source.samplers[64, 64], setting.pixels[64, 64]
-    block, images = accuracy.ask_task(sampler, "reverse", 6, numpy.random.default_rng(0))
-    found = accuracy.answers_to(setting.model, block, images, pixels)
-    for row, first, picture in zip(block.ids, found[:, 0], images, strict=True):
-        ids = torch.from_numpy(row[row != sampler.lexicon.pad_id]).long()[None, :-2]
-        out = setting.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == sampler.lexicon.image_id).int(),
-            pixel_values=patches_of(pixels[[picture]]).flatten(0, 1), image_grid_thw=torch.tensor([[1, 8, 8]]),
-            max_new_tokens=1, do_sample=False,
-        )  # fmt: skip
-        assert out[0, -1] == first
+def test_the_vocabulary_is_the_shipped_one():
+    assert train_tokenizer(tokenizer_corpus()).get_vocab() == AutoTokenizer.from_pretrained(EMBEDDED_MODEL).get_vocab()
 
 
-def test_results_are_counted_by_number_of_attributes_and_by_answer(setting):
-    known = setting.held_out
-    results = accuracy.measure(setting.model, known, setting.lexicon, 8, 0, "cpu")
-    part = results["faces"]["mcq_d2i"]
-    assert [entry["attributes"] for entry in part["by_number"]] == [1, 2, 3, 4]
-    assert sum(entry["prompts"] for entry in part["by_number"]) == sum(part["answers"].values()) == 8
-    assert set(part["answers"]) == {*LETTERS, "other"}
-    part["answers"] = {"A": 4, "B": 2, "C": 1, "D": 1, "other": 0}
-    assert accuracy.imbalance(part) == 0.25
-    assert len(accuracy.table(results)) == 2 + 12
-    assert accuracy.summary(results).count("\n") == 2
-
-
-def test_plans_scale_and_other_sizes_take_turns(source):
-    assert plan_step(512).num_prompts == 512 and plan_step(1024).num_prompts == 1024
-    assert all(count % 4 == 0 for _, count, *_ in plan_step(40).blocks)
-    several = Source.__new__(Source)
-    several.other_every, several.sizes = 4, [(64, 64), (32, 32), (96, 96)]
-    assert [several.size_of(step)[0] for step in range(12)] == [64, 64, 64, 32, 64, 64, 64, 96, 64, 64, 64, 32]
-
-
-def test_the_command_line_reads_every_field():
-    recipe, given = command.read_arguments(["--minutes", "0.5", "--no-muon", "--num-faces", "30", "--state", "s"])
-    assert recipe == Recipe(minutes=0.5, muon=False, num_faces=30) and (given.state, given.out) == ("s", None)
-    with pytest.raises(ConfigError):
-        Recipe(prompts=2)
+def test_the_command_line_and_the_notebook_read_every_field(tmp_path):
+    given = command.read_arguments(["--orders", "one", "--num-faces", "30", "--no-muon", "--out", "s"])
+    assert (given.orders, given.num_faces, given.out, given.rate, given.muon) == ("one", 30, "s", 2e-3, False)
+    assert read_recipe({"orders": "one", "num_faces": 30}, "looks=1") == Recipe(orders="one", num_faces=30, looks=1)
+    for values, words in (({"steps": "many"}, ""), ({}, "lookz=1"), ({"prompts": 2}, "")):
+        with pytest.raises(ConfigError, match="pretraining: "):
+            read_recipe(values, words)
+    assert FEWEST >= 4 and command.main(["--prompts", "2", "--out", str(tmp_path)]) == 2

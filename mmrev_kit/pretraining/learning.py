@@ -1,0 +1,185 @@
+"""What a step computes: its batch, the answers' logits, the loss, the optimizers and the rate."""
+
+from collections import Counter
+
+import numpy
+import torch
+from torch.nn.functional import cross_entropy, interpolate
+
+from mmrev_kit.data.pools import Subject
+from mmrev_kit.data.prompts import Encoder
+from mmrev_kit.data.tasks import Row
+from mmrev_kit.model.packing import arrange, attention_mask, make_groups, pack
+from mmrev_kit.model.vision import equal_sized
+from mmrev_kit.pretraining.pictures import SIZE, is_face
+from mmrev_kit.pretraining.questions import mix_of, step_rows
+from mmrev_kit.pretraining.recipe import Recipe
+
+OTHER_SIZES = ((32, 32), (48, 48), (96, 96), (128, 128), (64, 96), (96, 64))  # width, height
+OTHER_EVERY = 24  # every so many steps one of another picture size, with a quarter of the prompts
+SCALE = 770.0  # `packing.attention_scale` of the embedded models
+MULTIPLE = 8  # packed sequences are filled up to a multiple of this, for attention on a GPU
+STOP_WEIGHT = 0.1  # of the end token after a letter or a verdict, which is learnt at once
+
+
+def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], encoder: Encoder) -> dict:
+    """Rows packed into sequences, see `model.packing`, as small numpy arrays.
+
+    Args:
+        parts: each kind's part of the loss, by the rows' source. The rows of a kind count alike, and so do the answer
+            tokens of a row, but see `STOP_WEIGHT`.
+        size: width and height, in pixels, at which the pictures are shown.
+
+    Returns:
+        input_ids, group, segment, wanted (sequences, length), positions (3, sequences, length), predictor, target,
+        owner (answer tokens,): as in `packing.Packed`; weight (answer tokens,): they add up to 1; kinds (rows,): the
+        sources in the order of `owner`; pictures (different pictures,): their numbers; slots (images,): which of them
+        each image is; size.
+    """
+    encoder.sizes = dict.fromkeys((path for row in rows for path in row.images), size)
+    groups = make_groups([encoder.encode(row) for row in rows], "shared_prefix", encoder.image_id)
+    packed = pack(arrange(groups, SCALE, MULTIPLE), encoder, MULTIPLE)
+    shown = numpy.array([int(path.stem) for path, _ in packed.images], dtype=numpy.int64)
+    pictures, slots = numpy.unique(shown, return_inverse=True)
+    owner = packed.owner
+    ends = numpy.append(owner[1:] != owner[:-1], True)
+    share = numpy.where(ends & (numpy.bincount(owner)[owner] == 2), STOP_WEIGHT, 1.0)
+    kinds = [sample.row.source for sample in packed.samples]
+    counts = Counter(kinds)
+    share *= numpy.array([parts[kind] / counts[kind] for kind in kinds])[owner] / numpy.bincount(owner, share)[owner]
+    return {
+        "input_ids": packed.input_ids.astype(numpy.int16),
+        "positions": packed.positions.astype(numpy.int16),
+        "group": packed.group.astype(numpy.int16),
+        "segment": packed.segment.astype(numpy.int16),
+        "wanted": packed.wanted,
+        "predictor": packed.predictor,
+        "target": packed.target,
+        "owner": owner,
+        "weight": (share / share.sum()).astype(numpy.float32),
+        "kinds": kinds,
+        "pictures": pictures,
+        "slots": slots,
+        "size": size,
+    }
+
+
+class Lessons:
+    """The batches of all steps, by number: a data set for a `DataLoader`, whose workers ask and pack.
+
+    Args:
+        subjects: what is pictured, see `pictures.make_subjects`.
+    """
+
+    def __init__(self, recipe: Recipe, subjects: list[Subject], encoder: Encoder):
+        self.recipe, self.encoder = recipe, encoder
+        self.faces = [subject for subject in subjects if is_face(subject)]
+        self.icons = [subject for subject in subjects if not is_face(subject)]
+
+    def rows(self, step: int) -> tuple[list[Row], tuple[int, int]]:
+        """The rows of a step, and the size at which it shows its pictures."""
+        turn, rest = divmod(step + 1, OTHER_EVERY)
+        size = (SIZE, SIZE) if rest else OTHER_SIZES[turn % len(OTHER_SIZES)]
+        prompts = self.recipe.prompts if rest else self.recipe.prompts // 4
+        return step_rows(self.recipe, self.faces, self.icons, step, prompts), size
+
+    def __getitem__(self, step: int) -> dict:
+        rows, size = self.rows(step)
+        parts = {kind: part for kind, (_, part) in mix_of(self.recipe.orders).items()}
+        return make_batch(rows, parts, size, self.encoder)
+
+
+def to_patches(pixels, size: tuple[int, int], patch: int, merge: int):
+    """Pictures at a size as the processor's patches.
+
+    Args:
+        pixels: (pictures, height, width, 3) bytes; resized where they are not of `size` = width, height.
+
+    Returns:
+        (pictures, patches, values), in [-1, 1].
+    """
+    width, height = size
+    values = pixels.permute(0, 3, 1, 2).float()
+    if values.shape[2:] != (height, width):
+        values = interpolate(values, (height, width), mode="bilinear", antialias=True)
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    values = (values / 127.5 - 1).view(-1, 3, rows, merge, patch, columns, merge, patch)
+    values = values.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(len(pixels), rows * columns * merge**2, 3, 1, patch**2)
+    return values.expand(-1, -1, -1, 2, -1).flatten(2)  # a picture is two equal frames
+
+
+def answer_logits(model, batch: dict, pixels):
+    """The logits at every answer token, (answer tokens, vocabulary): each different picture is seen once.
+
+    Args:
+        model: a `Qwen3VLForConditionalGeneration`.
+        batch: of `make_batch`, its arrays as tensors on the model's device.
+        pixels: (all pictures, height, width, 3) bytes, on the model's device.
+    """
+    text, visual = model.model.language_model, model.model.visual
+    ids = batch["input_ids"].long()
+    embedded, extra = text.embed_tokens(ids), {}
+    if len(batch["pictures"]):
+        width, height = batch["size"]
+        patches = to_patches(pixels[batch["pictures"]], batch["size"], visual.patch_size, visual.spatial_merge_size)
+        _, merged, deepstack = equal_sized(visual, patches, height // visual.patch_size, width // visual.patch_size)
+        merged, *deepstack = (part[batch["slots"]].flatten(0, 1) for part in (merged, *deepstack))
+        seen = ids == model.config.image_token_id
+        embedded = embedded.masked_scatter(seen[..., None], merged.to(embedded.dtype))
+        extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deepstack}
+    hidden = text(
+        inputs_embeds=embedded,
+        position_ids=batch["positions"].long(),
+        attention_mask=attention_mask(batch["group"], batch["segment"]),
+        use_cache=False,
+        **extra,
+    ).last_hidden_state
+    return model.lm_head(hidden[batch["wanted"]])[batch["predictor"]]
+
+
+def to_device(batch: dict, device) -> dict:
+    """A batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def right_answers(logits, batch: dict):
+    """(rows,) 1.0 where all tokens of an answer are the likeliest after those before them, which is where greedy
+    decoding writes it."""
+    wrong = (logits.argmax(-1) != batch["target"]).float()
+    return (torch.zeros(len(batch["kinds"]), device=wrong.device).index_add_(0, batch["owner"], wrong) == 0).float()
+
+
+def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers (Jordan et al. 2024; update sizes as in Liu et al. 2025, "Muon is scalable
+    for LLM training"), AdamW for the rest; without `muon` AdamW for all."""
+    named = list(model.named_parameters())
+    matrices = {name: part for name, part in named if muon and part.ndim == 2 and "embed" not in name}
+    tables = [part for name, part in named if part.ndim > 1 and name not in matrices]
+    vectors = [part for _, part in named if part.ndim == 1]
+    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    if muon:
+        found.append(torch.optim.Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """The learning rate of a step: warm-up, constant, and at the end a straight fall to zero."""
+    falling = (recipe.steps - step) / (recipe.decay_share * recipe.steps)
+    return recipe.rate * min(1.0, (step + 1) / recipe.warmup, falling)
+
+
+def update(model, optimizers: list[torch.optim.Optimizer], batch: dict, pixels, rate: float):
+    """One step, in bf16 on a GPU, its gradient clipped to norm 1. Returns the loss and `right_answers`, detached."""
+    device = pixels.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = answer_logits(model, batch, pixels)
+    loss = (cross_entropy(logits.float(), batch["target"], reduction="none") * batch["weight"]).sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach(), right_answers(logits.detach(), batch)
