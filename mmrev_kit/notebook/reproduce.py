@@ -1,35 +1,58 @@
-"""The whole study: both directions over several seeds, each trained and evaluated, and what they say together."""
+"""The whole study: the default experiment on both embedded bases, in both directions, and taught as the guide does."""
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mmrev_kit.config.project import run_dir
-from mmrev_kit.config.sections import TASKS, Config, ConfigError
-from mmrev_kit.data.design import DECIDING
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
-from mmrev_kit.evaluation import metrics
+from mmrev_kit.evaluation.metrics import metrics
 from mmrev_kit.evaluation.results import Evaluation, read_evaluation
-from mmrev_kit.evaluation.verdict import Verdict, verdict
+from mmrev_kit.evaluation.verdict import BOUND, CURSE, NO_CURSE
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.history import read_history
 
 
-def seed_config(config: Config, task: str, seed: int) -> Config:
-    """The configuration of one run: other people, other draws, an experiment of its own."""
-    own = deepcopy(config)
-    own.experiment = replace(config.experiment, name=f"{config.experiment.name}_seed{seed}", task=task, seed=seed)
-    return own
+@dataclass(frozen=True)
+class Condition:
+    """A base, a task, what main is taught, and the claim that this is a reference for."""
+
+    base: str
+    task: str
+    taught: str | None
+    expected: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.base}, {self.task}" + (f", taught by {self.taught}" if self.taught else "")
+
+    def config(self, config: Config, seed: int) -> Config:
+        """Of one run: a seed has people of its own, which all conditions share."""
+        own, name = deepcopy(config), f"{config.experiment.name}_seed{seed}"
+        words = [name, self.base.removeprefix("embedded").lstrip("-"), self.taught]
+        own.experiment = replace(
+            config.experiment, name="_".join(filter(None, words)), task=self.task, taught=self.taught, seed=seed
+        )
+        own.model = replace(config.model, name=self.base)
+        own.data = replace(config.data, folder=f"{config.data.dir}/{name}")
+        return own
 
 
-def run_all(config: Config, seeds: str, tasks: tuple[str, ...] = TASKS) -> dict[str, dict[int, Evaluation]]:
-    """Make data, train and evaluate for each task and seed; what is there already is read.
+CONDITIONS = (
+    Condition("embedded", "forward", None, CURSE),
+    Condition("embedded", "reverse", None, CURSE),
+    Condition("embedded-one-order", "forward", None, NO_CURSE),
+    Condition("embedded-one-order", "reverse", None, NO_CURSE),
+    Condition("embedded", "forward", "generation", BOUND),
+)
+
+
+def run_all(config: Config, seeds: str) -> dict[Condition, dict[int, Evaluation]]:
+    """Make data, train and evaluate for each seed and condition; what is there already is read.
 
     Args:
         seeds: numbers separated by spaces.
-
-    Returns:
-        {task: {seed: evaluation}}.
 
     Raises:
         ConfigError: seeds is none or no such text; and what the parts raise.
@@ -37,48 +60,45 @@ def run_all(config: Config, seeds: str, tasks: tuple[str, ...] = TASKS) -> dict[
     words = str(seeds).split()
     if not words or not all(word.isdecimal() for word in words):
         raise ConfigError(f"seeds = {seeds!r}: must be numbers separated by spaces, such as '0 1 2'.")
-    evaluations: dict[str, dict[int, Evaluation]] = {task: {} for task in tasks}
-    for seed in dict.fromkeys(map(int, words)):
-        for task in tasks:
-            own = seed_config(config, task, seed)
-            print("\n".join([f"-- seed {seed}, {task}", *ensure_data(own)]), flush=True)
-            launch(own)
-            evaluations[task][seed] = read_evaluation(evaluate(own), run_dir(own).name)
+    found: dict[Condition, dict[int, Evaluation]] = {condition: {} for condition in CONDITIONS}
+    runs = [(seed, condition) for seed in dict.fromkeys(map(int, words)) for condition in CONDITIONS]
+    for number, (seed, condition) in enumerate(runs, start=1):
+        own = condition.config(config, seed)
+        print("\n".join([f"-- {number} of {len(runs)}: seed {seed}, {condition.title}", *ensure_data(own)]), flush=True)
+        launch(own)
+        found[condition][seed] = read_evaluation(evaluate(own), run_dir(own).name)
+    return found
+
+
+def pooled(found: dict[Condition, dict[int, Evaluation]]) -> dict[Condition, Evaluation]:
+    """Each condition as one evaluation over its seeds, whose people are people of their own."""
+    evaluations = {}
+    for condition, by_seed in found.items():
+        records = [
+            record | {"id": f"seed{seed}/{record['id']}", "entity_id": f"seed{seed}/{record['entity_id']}"}
+            for seed, one in by_seed.items()
+            for record in one.records
+        ]
+        first = next(iter(by_seed.values()))
+        evaluations[condition] = replace(first, name=condition.title, metrics=metrics(records), records=records)
     return evaluations
 
 
-def pool(by_seed: dict[int, Evaluation]) -> list[dict]:
-    """The records of several seeds as those of one evaluation: each seed's people are people of their own."""
-    return [
-        record | {"id": f"seed{seed}/{record['id']}", "entity_id": f"seed{seed}/{record['entity_id']}"}
-        for seed, one in by_seed.items()
-        for record in one.records
-    ]
-
-
-def pooled_metrics(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, dict]:
-    """{"task <task>, <n> seeds": metrics over the people of all seeds}, for `plots.accuracy_figure`."""
-    return {f"task {task}, {len(seeds)} seeds": metrics.metrics(pool(seeds)) for task, seeds in evaluations.items()}
-
-
-def pooled_verdicts(evaluations: dict[str, dict[int, Evaluation]]) -> dict[str, Verdict]:
-    """{task: verdict over the people of all seeds}."""
-    return {task: verdict(pool(seeds), task, next(iter(seeds.values())).taught) for task, seeds in evaluations.items()}
-
-
-def seed_table(config: Config, evaluations: dict[str, dict[int, Evaluation]]):
-    """A pandas DataFrame, a row a task and seed: accuracy by test and group, the claim, and seconds of training."""
+def seed_table(config: Config, found: dict[Condition, dict[int, Evaluation]]):
+    """A pandas DataFrame, a row a condition and seed, and one over all seeds: accuracy by test (main / control), the
+    claim beside the expected one, and seconds of training."""
     import pandas
 
     rows = []
-    for task, seeds in evaluations.items():
-        for seed, one in seeds.items():
-            row: dict = {"task": task, "seed": seed}
+    for condition, by_seed in found.items():
+        for seed, one in [*by_seed.items(), ("all", pooled({condition: by_seed})[condition])]:
+            row: dict = {"condition": condition.title, "seed": seed}
             for test, groups in one.metrics["none"].items():
-                title = TASK_TYPES[test].title
-                row |= {f"{title} {group}": groups[group]["accuracy"] for group in GROUPS if group in groups}
-            row[f"claim ({TASK_TYPES[DECIDING[task]].long_title})"] = one.verdict().claim
-            history = read_history(run_dir(seed_config(config, task, seed)) / "training_history.json")
-            row["training (s)"] = round(sum(record["seconds"] for record in history["epochs"]))
+                levels = [f"{groups[group]['accuracy']:.2f}" for group in GROUPS if group in groups]
+                row[TASK_TYPES[test].title] = " / ".join(levels)
+            row |= {"expected": condition.expected, "claim": one.verdict().claim}
+            if seed != "all":
+                history = read_history(run_dir(condition.config(config, seed)) / "training_history.json")
+                row["training (s)"] = f"{sum(record['seconds'] for record in history['epochs']):.0f}"
             rows.append(row)
-    return pandas.DataFrame(rows).set_index(["task", "seed"]).round(2).astype(object).fillna("")
+    return pandas.DataFrame(rows).set_index(["condition", "seed"]).fillna("")

@@ -14,6 +14,7 @@ import pytest
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_json
+from mmrev_kit.notebook import reproduce
 from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters
 from mmrev_kit.notebook.render import clean, render
 from mmrev_kit.notebook.tables import find_histories, summary
@@ -130,22 +131,27 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
 
 
 @pytest.mark.long
-def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
+def test_reproduce_runs_its_five_conditions_and_goes_on(small_overrides, tmp_path):
     executed = tmp_path / "reproduce.ipynb"
     words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
-    assert "task forward\n" in text and "VERDICT (CW): " in text and "VERDICT (forward): " in text
-    runs = {path.name for path in (tmp_path / "outputs").glob("*_*")}
-    assert runs >= {"small_seed7_forward", "small_seed7_reverse"}
+    assert text.count("VERDICT (CW): ") == 3 and text.count("VERDICT (CW image first): ") == 2
+    runs = {path.name for path in (tmp_path / "outputs").glob("small*")}
+    small = "small_seed7"
+    assert runs == {
+        f"{small}_forward", f"{small}_reverse", f"{small}_one-order_forward", f"{small}_one-order_reverse",
+        f"{small}_generation_forward",
+    }  # fmt: skip
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     page = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    assert "claim (CW)" in page and "claim (forward generation)" in page
+    for condition in reproduce.CONDITIONS:
+        assert condition.title in page and condition.expected in page
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
-    assert text.count("is finished") == 2 and text.count("holds this evaluation") == 2
+    assert text.count("is finished") == 5 and text.count("holds this evaluation") == 5
 
 
 def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides, tmp_path):
