@@ -120,7 +120,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     done = papermill("notebooks/evaluate.ipynb", str(evaluated), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(evaluated)
-    assert "VERDICT (forward): inconclusive" in text and "Who is [image]?\n-> " in text
+    assert "VERDICT (CW image first): inconclusive" in text and "Who is [image]?\n-> " in text
     assert {path.name for path in (folder / "eval" / "small").iterdir()} >= {
         "predictions.jsonl", "metrics.json", "verdict.json", "facts.json",
     }  # fmt: skip
@@ -136,12 +136,12 @@ def test_reproduce_runs_both_directions_and_goes_on(small_overrides, tmp_path):
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
-    assert "task forward\n" in text and "VERDICT (CW): " in text and "VERDICT (forward): " in text
+    assert "task forward\n" in text and "VERDICT (CW): " in text and "VERDICT (CW image first): " in text
     runs = {path.name for path in (tmp_path / "outputs").glob("*_*")}
     assert runs >= {"small_seed7_forward", "small_seed7_reverse"}
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     page = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    assert "claim (CW)" in page and "claim (forward generation)" in page
+    assert "claim (CW)" in page and "claim (CW image first)" in page
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
