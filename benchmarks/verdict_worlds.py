@@ -233,7 +233,7 @@ def auroc_coverage(simulations: int = 20_000) -> None:
 def table(simulations: int) -> None:
     """Claims by world and number of people, with the power gate left open, so that small groups show theirs, too."""
     kept, verdict.claim_power = verdict.claim_power, lambda *_: 1.0
-    sizes = (6, 8, 12, 16, 24)
+    sizes = (8, 12, 16, 24)
     columns = f"reversal curse (%), {' / '.join(map(str, sizes))} a group | no curse | bound | else, at 12"
     print(f"| world | truth | {columns} |\n" + "|---" * 6 + "|")
     for world in worlds():

@@ -121,7 +121,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     done = papermill("notebooks/evaluate.ipynb", str(evaluated), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(evaluated)
-    assert "VERDICT (forward): inconclusive" in text and "Who is [image]?\n-> " in text
+    assert "VERDICT (CW image first): inconclusive" in text and "Who is [image]?\n-> " in text
     assert {path.name for path in (folder / "eval" / "small").iterdir()} >= {
         "predictions.jsonl", "metrics.json", "verdict.json", "facts.json",
     }  # fmt: skip
