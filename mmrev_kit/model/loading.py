@@ -106,12 +106,12 @@ def load_base(
 
 def reshaped_in_4_bit(model) -> list[str]:
     """The names of 4-bit weights that came with another shape than their layer's, which transformers lets pass."""
-    states = ((name, module, getattr(module.weight, "quant_state", None)) for name, module in model.named_modules()
-              if isinstance(module, torch.nn.Linear))  # fmt: skip
-    return [
-        f"{name}.weight" for name, layer, state in states
-        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features)
-    ]  # fmt: skip
+    found = []
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            found.append(f"{name}.weight")
+    return found
 
 
 def base_arguments(config: Config, device) -> dict:
