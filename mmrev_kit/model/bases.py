@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mmrev_kit.config.project import hide_secrets, model_path
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.files import write_text
 from mmrev_kit.model.base_files import read_config, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
@@ -143,7 +142,8 @@ def checksum(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     with suppress(OSError):  # a folder that cannot be written to only costs the time again
-        write_text(kept, digest)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(digest, encoding="utf-8")
     return digest
 
 

@@ -90,7 +90,7 @@ def load_base(
             output_loading_info=True,
             **placement,
         )
-        reshaped = [key for key, *_ in met["mismatched_keys"]]
+        reshaped = [key for key, *_ in met["mismatched_keys"]] + reshaped_in_4_bit(model)
         refuse_tensors(str(folder), met["missing_keys"], met["unexpected_keys"], reshaped)
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
@@ -102,6 +102,16 @@ def load_base(
     keep_residual_in_fp32(model)
     use_fast_tower(model)
     return model
+
+
+def reshaped_in_4_bit(model) -> list[str]:
+    """The names of 4-bit weights that came with another shape than their layer's, which transformers lets pass."""
+    found = []
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            found.append(f"{name}.weight")
+    return found
 
 
 def base_arguments(config: Config, device) -> dict:

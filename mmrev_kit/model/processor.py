@@ -29,8 +29,8 @@ def load_processor(name: str, revision: str | None = None):
                 read_object(folder / file)
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except OSError as error:
-            raise ConfigError(f"{folder} holds no whole processor: {str(error).splitlines()[0]} {AGAIN}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({' '.join(str(error).split())})") from None
         kind = type(processor).__name__
         if kind != "Qwen3VLProcessor":
             raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")

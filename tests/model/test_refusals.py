@@ -181,7 +181,7 @@ def test_two_shards_are_read_and_a_missing_one_is_named_with_its_folder(base):
     ("file", "words"),
     [
         ("chat_template.jinja", "has no chat_template.jinja: copy it from the published model"),
-        ("processor_config.json", "is not the processor of a Qwen3-VL"),
+        ("processor_config.json", "holds no whole processor"),
         ("tokenizer.json", "holds no whole processor"),
         ("config.json", "has no config.json"),
     ],
@@ -350,7 +350,7 @@ def test_a_librarys_warning_that_something_is_not_used_is_an_error_each_time(lib
                 with strict():
                     try:
                         globals()[f"dropped_by_{library}"]()
-                    except (AssertionError, RuntimeError):
+                    except ValueError:
                         assert library == "bitsandbytes"  # it warns, and then fails on the layer without a state
             finally:
                 transformers_logging.set_verbosity(before)
