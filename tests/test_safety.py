@@ -367,6 +367,8 @@ def project(small_data, tmp_path_factory):
             text = text.replace(json.dumps(old), json.dumps(new))
         lines = text.splitlines(keepends=True)
         path.write_text("".join(lines[::3]) if path.suffix == ".jsonl" else text)
+    note = root / "data" / "small" / "experiment_info.json"
+    write_json(note, json.loads(note.read_text()) | {"counts": {}})  # a third of the rows is meant
     overrides = (
         "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 training.num_epochs=1 "
         f"retention.face_pool={small_data}/pool evaluation.max_new_tokens=4"
