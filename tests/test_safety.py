@@ -22,7 +22,7 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.rows import read_entities, read_rows, read_run_data
-from mmrev_kit.files import write_jsonl
+from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.model.loading import base_arguments, load_base
 from mmrev_kit.model.processor import load_processor
