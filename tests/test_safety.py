@@ -24,7 +24,7 @@ from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.folder import make_folder_experiment
 from mmrev_kit.data.rows import read_entities, read_rows
 from mmrev_kit.data.run_data import read_run_data
-from mmrev_kit.files import write_jsonl
+from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.model.loading import base_arguments, load_base
 from mmrev_kit.model.processor import load_processor
@@ -369,6 +369,8 @@ def project(small_data, tmp_path_factory):
             text = text.replace(json.dumps(old), json.dumps(new))
         lines = text.splitlines(keepends=True)
         path.write_text("".join(lines[::3]) if path.suffix == ".jsonl" else text)
+    note = root / "data" / "small" / "experiment_info.json"
+    write_json(note, json.loads(note.read_text()) | {"counts": {}})  # a third of the rows is meant
     overrides = (
         "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 training.num_epochs=1 "
         f"retention.face_pool={small_data}/pool evaluation.max_new_tokens=4"

@@ -70,7 +70,7 @@ def _miscounted(path: Path, count: int) -> list[Fault]:
     said = counts.get(task, {}).get(split, count)
     if count == said:
         return []
-    advice = "Remove the folder to have it made anew, or restore the file."
+    advice = "Restore the file, remove the folder to have it made anew, or correct the counts in its *_info.json."
     return [Fault(str(path), f"it has {count} rows, {said} were written when it was made.", advice)]
 
 

@@ -119,7 +119,7 @@ def test_files_that_have_lost_rows_since_they_were_made_are_told(own):
     with pytest.raises(DataError) as error:
         prepare(config())
     told = [str(fault) for fault in error.value.faults]
-    advice = "Remove the folder to have it made anew, or restore the file."
+    advice = "Restore the file, remove the folder to have it made anew, or correct the counts in its *_info.json."
     assert told == [  # 4 control people x 15 connectors x 2 labels are gone
         f"{folder}/small/reverse_train.jsonl: it has 120 rows, 240 were written when it was made. {advice}",
         f"{folder}/pool/cw_train.jsonl: it has 5 rows, 60 were written when it was made. {advice}",

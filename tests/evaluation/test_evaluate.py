@@ -160,6 +160,7 @@ def few(small_config, small_data, tmp_path):
                 (folder / "small" / f"{name}.jsonl").unlink()
             lines = (folder / "small" / "mcq_d2i_test.jsonl").read_text().splitlines(keepends=True)
             (folder / "small" / "mcq_d2i_test.jsonl").write_text("".join(lines[:rows]))
+            (folder / "small" / "experiment_info.json").unlink()  # it says how many rows there were
         return small_config(f"data.dir={folder} evaluation.batch_size=2 {more}")
 
     return make
