@@ -248,8 +248,8 @@ def derive(cell) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose_tag, "The given value of num_epochs is not in force"),
-        (derive, "learning_rate: computed from num_epochs before the given value was set"),
+        (lose_tag, "not in force: a later cell assigns num_epochs, output_dir anew"),
+        (derive, "learning_rate: computed from a value that was given"),
     ],
 )
 def test_a_given_value_that_would_not_count_ends_the_notebook(change, message, tmp_path):
@@ -340,13 +340,17 @@ GIVEN = "# Parameters\nlearning_rate = 0.1"
 @pytest.mark.parametrize(
     ("cells", "person", "told"),
     [
-        ([GIVEN, "task = None\nlearning_rate = 0.2"], False, "learning_rate is not in force"),  # no tag
-        ([GIVEN, "task = None\nlearning_rate = 0.2"], True, "learning_rate is not in force"),
-        (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], False, "learning_rate is not in force"),
+        ([GIVEN, "task = None\nlearning_rate = 0.2"], False, "a later cell assigns learning_rate anew"),  # no tag
+        ([GIVEN, "task = None\nlearning_rate = 0.2"], True, "a later cell assigns learning_rate anew"),
+        (
+            ["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"],
+            False,
+            "a later cell assigns learning_rate anew",
+        ),
         (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], True, None),  # changed and run again
         (["task = None\nlearning_rate = 1", GIVEN, "if True:\n    learning_rate *= 2"], False, "not in force"),
-        (["learning_rate = 1\ntask = learning_rate", GIVEN], True, "task: computed from learning_rate"),
-        (["learning_rate = 1", "half = learning_rate / 2", "task = half", GIVEN], False, "task: computed from"),
+        (["learning_rate = 1\ntask = learning_rate", GIVEN], True, "task: computed from a value"),
+        (["learning_rate = 1", "half = learning_rate / 2", "task = half", GIVEN], False, "task: computed from a value"),
         (["learning_rate = 1\ntask = learning_rate", f"{GIVEN}\ntask = 3"], False, None),
         (
             ["learning_rate = 1", "task = False", "# Parameters\ntask = 'false'"],
