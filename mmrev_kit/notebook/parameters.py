@@ -115,7 +115,7 @@ def _check_injected(known: set[str], before: list[str], cell: str, after: list[s
     tagged = any(_names(node) & known for source in before for node in _statements(source))
     if replaced and not (tagged and is_interactive()):  # a person may change the cell of parameters and run it again
         raise ConfigError(
-            f"The given value of {', '.join(sorted(replaced))} is not in force: a later cell assigns it anew. "
+            f"The values given are not in force: a later cell assigns {', '.join(sorted(replaced))} anew. "
             "Give the notebook's cell of parameters the tag `parameters`, and assign them nowhere else."
         )
     stale, written = set(given), {}
@@ -125,7 +125,7 @@ def _check_injected(known: set[str], before: list[str], cell: str, after: list[s
             stale |= _names(node) if _names(node, ast.Load) & stale else set()
     if derived := sorted(stale & known - given):
         raise ConfigError(
-            f"{', '.join(derived)}: computed from {', '.join(sorted(given))} before the given value was set. "
+            f"{', '.join(derived)}: computed from a value that was given, but before it was set. "
             f"Write a plain value there, or give {', '.join(derived)} too."
         )
     for name, value in _literals(cell).items():

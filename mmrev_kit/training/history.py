@@ -217,6 +217,7 @@ def begin_run(config: Config) -> None:
     found: they go without the file that is written last.
     """
     folder = run_dir(config)
+    folder.mkdir(parents=True, exist_ok=True)
     if config.launch.overwrite:
         gone = Path(tempfile.mkdtemp(dir=folder, prefix=".replaced.new."))
         facts = [path.relative_to(folder) for path in folder.glob("eval/*/facts.json")]

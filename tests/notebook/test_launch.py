@@ -142,7 +142,6 @@ def test_runs_of_two_names_share_one_data_set(small_config, small_data, tmp_path
 def finished(small_config):
     """The folder of a finished run with an evaluation, as its files' names go, and notes of the user's beside them."""
     folder = run_dir(small_config())
-    folder.mkdir(parents=True)
     begin_run(small_config())
     write_json(folder / "training_history.json", {"status": "finished", "reason": "x", "steps": [], "epochs": []})
     names = ["best/adapter_config.json", "final/README.md", "last/state.json", "eval/small/facts.json"]

@@ -254,8 +254,8 @@ def derive(cell) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose_tag, "The given value of num_epochs is not in force"),
-        (derive, "learning_rate: computed from num_epochs before the given value was set"),
+        (lose_tag, "not in force: a later cell assigns num_epochs, output_dir anew"),
+        (derive, "learning_rate: computed from a value that was given"),
     ],
 )
 def test_a_given_value_that_would_not_count_ends_the_notebook(change, message, tmp_path):
@@ -340,25 +340,21 @@ def test_unknown_names_are_found_in_the_cells_that_set_parameters(cells, told):
         check_names(KNOWN, cells)
 
 
-GIVEN = "# Parameters\nlearning_rate = 0.1"
+GIVEN, FIRST = "# Parameters\nlearning_rate = 0.1", "task = None\nlearning_rate = 1"
 
 
 @pytest.mark.parametrize(
     ("cells", "person", "told"),
     [
-        ([GIVEN, "task = None\nlearning_rate = 0.2"], False, "learning_rate is not in force"),  # no tag
-        ([GIVEN, "task = None\nlearning_rate = 0.2"], True, "learning_rate is not in force"),
-        (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], False, "learning_rate is not in force"),
-        (["task = None\nlearning_rate = 1", GIVEN, "learning_rate = 0.2"], True, None),  # changed and run again
-        (["task = None\nlearning_rate = 1", GIVEN, "if True:\n    learning_rate *= 2"], False, "not in force"),
-        (["learning_rate = 1\ntask = learning_rate", GIVEN], True, "task: computed from learning_rate"),
-        (["learning_rate = 1", "half = learning_rate / 2", "task = half", GIVEN], False, "task: computed from"),
+        ([GIVEN, FIRST], False, "a later cell assigns learning_rate anew"),  # no tag
+        ([GIVEN, FIRST], True, "a later cell assigns learning_rate anew"),
+        ([FIRST, GIVEN, "learning_rate = 0.2"], False, "a later cell assigns learning_rate anew"),
+        ([FIRST, GIVEN, "learning_rate = 0.2"], True, None),  # changed and run again
+        ([FIRST, GIVEN, "if True:\n    learning_rate *= 2"], False, "a later cell assigns learning_rate anew"),
+        (["learning_rate = 1\ntask = learning_rate", GIVEN], True, "task: computed from a value"),
+        (["learning_rate = 1", "half = learning_rate / 2", "task = half", GIVEN], False, "task: computed from a value"),
         (["learning_rate = 1\ntask = learning_rate", f"{GIVEN}\ntask = 3"], False, None),
-        (
-            ["learning_rate = 1", "task = False", "# Parameters\ntask = 'false'"],
-            False,
-            "task = 'false': must be True or",
-        ),
+        (["task = False", "# Parameters\ntask = 'false'"], False, "task = 'false': must be True or False"),
         (["learning_rate = 1", "# Parameters\nlearning_rate = 'fast'"], False, "'fast': must be a number"),
         (["learning_rate = 1", "# Parameters\nlearning_rate = 'none'"], False, None),
     ],

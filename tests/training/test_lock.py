@@ -185,7 +185,6 @@ def test_a_second_notebook_attaches_to_a_run_and_another_configuration_is_refuse
 def test_what_does_not_change_the_training_does_not_make_another_run(small_config, tmp_path, monkeypatch):
     from mmrev_kit.training.history import begin_run, prepare_folder
 
-    run_dir(small_config()).mkdir(parents=True)
     begin_run(small_config())
     data = small_config().data.dir
     for same in (
