@@ -42,7 +42,7 @@ def test_of_two_that_make_the_same_data_one_works_and_the_other_takes_it(small_c
     lines = sorted(said.get() for _ in processes)
     for process in processes:
         process.join()
-    words = [{one[place].split()[0] for one in lines} for place in (0, 1)]
+    words = [{one[place].split()[0] for one in lines} for place in (1, 2)]  # after the design's line
     assert words == [{"made", "found"}] * 2
     assert drawn.stat().st_size == 8 + 40  # each person and each face of the pool once
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["pool", "small"]

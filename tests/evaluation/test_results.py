@@ -68,7 +68,7 @@ def whole_evaluation(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda f: cut(f / "predictions.jsonl", 40), r"predictions.jsonl: 40 rows, not the 64 that were written"),
+        (lambda f: cut(f / "predictions.jsonl", 40), r"predictions.jsonl: 40 rows, not the 80 that were written"),
         (lambda f: (f / "predictions.jsonl").write_text(""), "no prediction in it"),
         (lambda f: (f / "predictions.jsonl").unlink(), "There is no evaluation"),
         (lambda f: (f / "facts.json").write_text('{"task": '), "no whole evaluation"),
@@ -78,7 +78,7 @@ def whole_evaluation(folder: Path) -> Path:
 )
 def test_an_evaluation_that_is_not_whole_is_refused(tmp_path, spoil, told):
     folder = whole_evaluation(tmp_path / "run/eval/e")
-    assert len(read_evaluation(folder).records) == 64
+    assert len(read_evaluation(folder).records) == 80
     spoil(folder)
     with pytest.raises(ConfigError, match=told):
         read_evaluation(folder)
@@ -274,6 +274,6 @@ def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):
     records = all_records(lambda test, entity, row: row == 0, images=[str(tmp_path / "face.png")])
     page = answers_html(records)
     assert page.count("<img") == 5 * 2 * 2  # test x group x right or wrong
-    html = answer_html(record("reverse", 0, 1, False, prompt="<b>a</b> [image], or", answer="<script>", read_as=None))
+    html = answer_html(record("reverse", 0, 1, False, parts=["<b>a</b> ", None, ", or"], answer="<script>", read_as=None))
     assert "&lt;b&gt;a&lt;/b&gt; [face.png], or" in html and "&lt;script&gt;" in html and "unparsed" in html
     assert "<script>" not in html and html.index("Correct -1.00") < html.index("Wrong -2.00")
