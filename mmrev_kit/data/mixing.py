@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.config.seeds import rng_for
 
 
@@ -24,13 +23,13 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     own shares, so that both keep theirs. Weights of 0 get nothing.
 
     Raises:
-        ConfigError: no weight is above 0 while there is something to share out.
+        ValueError: no weight is above 0 while there is something to share out.
     """
     exact = {key: Fraction(str(weight)) for key, weight in weights.items()}
     whole = sum(exact.values())
     if whole == 0:
         if total:
-            raise ConfigError("Nothing to share out to: every weight is 0.")
+            raise ValueError("Nothing to share out to: every weight is 0.")
         return dict.fromkeys(weights, 0)
     quota = {key: total * weight / whole for key, weight in exact.items()}
     counts = {key: int(value) for key, value in quota.items()}
@@ -130,26 +129,26 @@ def make_plan(
             each of their rows once.
 
     Raises:
-        ConfigError: there are no task rows, a pool that should give rows has none, or a number cannot be.
+        ValueError: there are no task rows, a pool that should give rows has none, or a number cannot be.
     """
     taken = dict(tasks) | dict(counts or {})
     for source, count in taken.items():
         there = tasks.get(source)
         if there is None or source in pools or count < there or (count and not there):
             rule = "it must be a task, no pool, and give each row once or more"
-            raise ConfigError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
+            raise ValueError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
     if not 0 <= ratio < 1 or any(weight < 0 for weight in weights.values()):
-        raise ConfigError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
+        raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
     n_task = sum(taken.values())
     if n_task == 0:
-        raise ConfigError("There are no task rows.")
+        raise ValueError("There are no task rows.")
     exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
     n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
     used = {source: weight for source, weight in weights.items() if weight and n_retention}
     drawn = apportion(n_retention, used)
     for source, count in drawn.items():
         if count and not pools.get(source):
-            raise ConfigError(
+            raise ValueError(
                 f"retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
                 "Make the pool, set its weight to 0, or set retention_ratio to 0."
             )

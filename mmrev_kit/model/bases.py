@@ -12,6 +12,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.model.base_files import read_config, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
+FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
 VERSION = 2  # of the fingerprint; 1 read a sample of each tensor and is still checked where it was written
 
@@ -81,7 +82,8 @@ def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
         raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
     present = base(version=version_of(trained_on[1]))
     if trained_on[1] != present:
-        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.")
+        renamed = " The first version's embedded model is embedded-one-order now." * (trained_on[1] == FIRST_EMBEDDED)
+        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.{renamed}")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
 

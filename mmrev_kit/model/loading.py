@@ -67,8 +67,6 @@ def load_base(
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
             numbers (see `strict`); bits are not 4 or 16; or 4-bit weights are to be spread.
     """
-    from transformers import GenerationConfig
-
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -94,7 +92,14 @@ def load_base(
         refuse_tensors(str(folder), met["missing_keys"], met["unexpected_keys"], reshaped)
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
-    model.generation_config = GenerationConfig()  # greedy is greedy, whatever lies beside the weights
+    return make_ready(model)
+
+
+def make_ready(model):
+    """The model frozen, answering greedily whatever lies beside its weights, and with the kit's fast operations."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
     model.requires_grad_(False)
     model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)

@@ -100,15 +100,18 @@ def prepare(config: Config) -> Prepared:
     mixed, repeated = uses_retention(config), {}
     if config.experiment.match_exposure:
         encoded["train"], repeated = match_exposure(encoded["train"])
-    plan = make_plan(
-        {source: len(samples) for source, samples in encoded["train"].items()},
-        {source: len(samples) for source, samples in encoded["pools"].items()},
-        source_weights(config.retention) if mixed else {},
-        config.retention.retention_ratio if mixed else 0.0,
-        config.experiment.seed,
-        config.training.num_epochs,
-        repeated,
-    )
+    try:
+        plan = make_plan(
+            {source: len(samples) for source, samples in encoded["train"].items()},
+            {source: len(samples) for source, samples in encoded["pools"].items()},
+            source_weights(config.retention) if mixed else {},
+            config.retention.retention_ratio if mixed else 0.0,
+            config.experiment.seed,
+            config.training.num_epochs,
+            repeated,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return Prepared(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
 
 

@@ -262,12 +262,12 @@ def test_a_list_of_people_that_has_changed_is_another_experiment(small_config, f
     people.write_text("image,description\n" + "".join(f"{name}.png,the keeper of {name}\n" for name in "abcd"))
     more = f"data.source=folder data.entities_file={people} data.images_dir={folder} data.dir={tmp_path}/data "
     config = small_config(more + "retention.retention_ratio=0")
-    assert [ensure_data(config)[0].split()[0] for _ in range(2)] == ["made", "found"]
+    assert [ensure_data(config)[-1].split()[0] for _ in range(2)] == ["made", "found"]
     people.write_text(people.read_text().replace("keeper of d", "guard of d"))
     with pytest.raises(DataError, match="made with other settings: entities_file_sha256"):
         ensure_data(config)
     people.unlink()  # what is made does not need it any more
-    assert ensure_data(config)[0].startswith("found ")
+    assert ensure_data(config)[-1].startswith("found ")
 
 
 @pytest.mark.parametrize("setting", ["data.image_size=40", "retention.num_faces=41"])
@@ -279,7 +279,7 @@ def test_a_pool_made_with_other_settings_is_not_the_one_asked_for(small_config, 
 
 def test_a_pool_of_another_seed_is_used_and_that_is_said(small_config, small_data, tmp_path):
     config = small_config(f"experiment.seed=7 data.dir={tmp_path}")
-    assert ensure_data(config)[1] == f"found {small_data}/pool, made with seed 0"
+    assert ensure_data(config)[2] == f"found {small_data}/pool, made with seed 0"
 
 
 def test_a_missing_experiment_is_told(small_config):

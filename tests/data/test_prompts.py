@@ -152,7 +152,7 @@ def test_a_template_that_opens_a_thought_gets_it_empty_and_closed(rows, task):
 def test_a_template_that_leaves_a_thought_open_otherwise_is_refused(rows):
     encoder = make_encoder(load_config("configs/tiny_cpu.yaml"))
     encoder.processor.chat_template = THINKING.replace("assistant\\n<think>\\n", "assistant\\n<think>\\nOkay, ")
-    with pytest.raises(ConfigError, match=r"chat template of \S+tiny begins a thought and leaves it open"):
+    with pytest.raises(ConfigError, match=r"chat template of \S+embedded begins a thought and leaves it open"):
         encoder.encode(rows["forward"])
 
 

@@ -208,7 +208,7 @@ def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(sm
     folder = evaluate(config, drops=("none", "both"))
     records = read_records(folder / "predictions.jsonl")
     found = json.loads((folder / "metrics.json").read_text())
-    for test, rows in {"forward": 24, "reverse": 48, "cw_image": 48, "mcq_i2d": 24, "mcq_d2i": 24}.items():
+    for test, rows in {"forward": 24, "reverse": 96, "cw_image": 96, "mcq_i2d": 24, "mcq_d2i": 24}.items():
         mine = [record for record in records if (record["test"], record["drop"]) == (test, "none")]
         assert len(mine) == rows == found["none"][test]["all"]["n"]
         assert found["none"][test]["all"]["accuracy"] == sum(record["right"] for record in mine) / rows

@@ -274,6 +274,8 @@ def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):
     records = all_records(lambda test, entity, row: row == 0, images=[str(tmp_path / "face.png")])
     page = answers_html(records)
     assert page.count("<img") == 5 * 2 * 2  # test x group x right or wrong
-    html = answer_html(record("reverse", 0, 1, False, parts=["<b>a</b> ", None, ", or"], answer="<script>", read_as=None))
+    html = answer_html(
+        record("reverse", 0, 1, False, parts=["<b>a</b> ", None, ", or"], answer="<script>", read_as=None)
+    )
     assert "&lt;b&gt;a&lt;/b&gt; [face.png], or" in html and "&lt;script&gt;" in html and "unparsed" in html
     assert "<script>" not in html and html.index("Correct -1.00") < html.index("Wrong -2.00")

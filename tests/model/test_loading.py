@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-from mmrev_kit.config.project import EMBEDDED_MODEL
+from mmrev_kit.config.project import ASSETS, EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.plan import configured_shapes
 from mmrev_kit.model.bases import check_base, checksum, fingerprint
@@ -36,6 +36,7 @@ from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+ONE_ORDER = ASSETS / "embedded-one-order"  # the first version's embedded model
 FIRST = ROOT / "tests" / "fixtures" / "first_version" / "finished" / "best"
 
 
@@ -265,16 +266,16 @@ def test_an_adapter_of_the_first_version_is_checked_by_its_own_rule(tmp_path, ke
     """Its card was written by that version; 16 digits without a mark."""
     card = (FIRST / "README.md").read_text()
     (old,) = re.findall(r"^base_fingerprint: ([0-9a-f]{16})$", card, re.MULTILINE)
-    assert fingerprint(EMBEDDED_MODEL, version=1) == old
-    check_base(FIRST, partial(fingerprint, EMBEDDED_MODEL), "embedded")
+    assert fingerprint(ONE_ORDER, version=1) == old
+    check_base(FIRST, partial(fingerprint, ONE_ORDER), "embedded-one-order")
     folder, tensors = copy_model(tmp_path / "other")
     tensors["model.language_model.norm.weight"] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=f"was trained on the base {old}; other is [0-9a-f]{{16}}\\.$"):
         check_base(FIRST, partial(fingerprint, folder), "other")
     newer = shutil.copytree(FIRST, tmp_path / "newer")
-    (newer / "README.md").write_text(card.replace(old, fingerprint(EMBEDDED_MODEL)))
-    check_base(newer, partial(fingerprint, EMBEDDED_MODEL), "embedded")
+    (newer / "README.md").write_text(card.replace(old, fingerprint(ONE_ORDER)))
+    check_base(newer, partial(fingerprint, ONE_ORDER), "embedded-one-order")
     with pytest.raises(ConfigError, match=r"was trained on the base 2-[0-9a-f]{16}; other is 2-[0-9a-f]{16}"):
         check_base(newer, partial(fingerprint, folder), "other")
 

@@ -93,7 +93,7 @@ def test_losses_and_gradient_are_those_of_each_row_alone(model_and_task, mode):
     model, task = model_and_task
     for seed, options in enumerate(({}, {"micro_tokens": 150}, {"scale": 1e6}, {"scale": 1.0, "multiple": 8})):
         samples = mix(task, 7, seed)
-        assert {s.row.task for s in mix(task, 40, seed)} == {"forward", "reverse", "mcq_i2d", "mcq_d2i"}
+        assert {s.row.task for s in mix(task, 40, seed)} == {"forward", "cw_image", "reverse", "mcq_i2d", "mcq_d2i"}
         expected, direction = alone(model, task, samples)
         model.zero_grad(set_to_none=True)
         found: dict[int, list[float]] = {}

@@ -1,7 +1,7 @@
 """Files that would give wrong numbers without a word: each is refused in one sentence, on every path that reads it.
 
-The bases are copies of the embedded model, the adapters copies of one that the first version trained (r 1, on the
-q_proj of all six layers), with one thing changed.
+The bases are copies of the embedded model of one order, the adapters copies of one that the first version trained on it
+(r 1, on the q_proj of all six layers), with one thing changed.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
+from mmrev_kit.config.project import ASSETS, run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.evaluation.ask import Asker
@@ -35,7 +35,7 @@ NORM, HEAD = "model.language_model.norm.weight", "lm_head.weight"
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    return Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "base"))
+    return Path(shutil.copytree(ASSETS / "embedded-one-order", tmp_path / "base"))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def split(base: Path) -> None:
 
 def test_two_shards_are_read_and_a_missing_one_is_named_with_its_folder(base):
     split(base)
-    whole, parts = load_base("embedded", bits=16, device="cpu"), load_base(str(base), bits=16, device="cpu")
+    whole, parts = load_base("embedded-one-order", bits=16, device="cpu"), load_base(str(base), bits=16, device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     (base / "model-00002-of-00002.safetensors").unlink()
     for path in (lambda: load_base(str(base), device="cpu"), lambda: base_fingerprint(str(base))):
@@ -229,7 +229,7 @@ def test_a_broken_weight_file_is_told_in_one_sentence(base, adapter, how):
     assert any("not a whole safetensors file" in problem for problem in preflight(config).problems)
     SPOILT[how](adapter / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match=rf"{adapter}/adapter_model\.safetensors is not a whole") as caught:
-        load_adapter(load_base("embedded", device="cpu"), adapter)
+        load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
     one_sentence(caught)
 
 
@@ -242,7 +242,7 @@ def test_a_small_file_that_is_no_json_object_is_told_in_one_sentence(base, adapt
         (base / file).write_text(text)
     with pytest.raises(ConfigError, match=f"{file} (is not valid JSON|holds a )") as caught:
         load_processor(str(base))
-        load_adapter(load_base("embedded", device="cpu"), adapter)
+        load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
     one_sentence(caught)
 
 
@@ -254,12 +254,12 @@ def test_an_adapter_whose_tensors_have_another_prefix_is_refused(adapter, small_
     tensors = {key.replace("model.language_model.", "model."): value for key, value in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError) as caught:
-        load_adapter(load_base("embedded", device="cpu"), adapter)
+        load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
     text = one_sentence(caught)
     first, layer = "base_model.model.model.", "layers.0.self_attn.q_proj.lora_A.weight"
     assert f"missing: {first}language_model.{layer}" in text and f"unexpected: {first}{layer}" in text
     assert text.count("and 9 more") == 2  # 6 layers with A and B; three are named
-    config = small_config()
+    config = small_config("model.name=embedded-one-order")
     shutil.copytree(adapter, run_dir(config) / "best")
     with pytest.raises(ConfigError, match="and 9 more"):
         Asker(config)
@@ -285,7 +285,7 @@ def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fie
     change(adapter / "adapter_config.json", **fields)
     for _ in range(2):
         with pytest.raises(ConfigError, match=words) as caught:
-            load_adapter(load_base("embedded", device="cpu"), adapter)
+            load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
         one_sentence(caught)
 
 
@@ -297,7 +297,7 @@ def test_the_unchanged_adapter_and_base_are_read(adapter, base):
 
 
 def test_a_second_adapter_on_the_same_model_is_refused():
-    model = load_base("embedded", device="cpu")
+    model = load_base("embedded-one-order", device="cpu")
     add_adapter(model, target_modules=("q_proj",))
     with pytest.raises(ConfigError, match=r"second time|multiple adapters"):
         add_adapter(model, target_modules=("q_proj",))

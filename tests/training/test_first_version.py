@@ -4,6 +4,8 @@ fixtures/first_version was written by it: the same small run once to its end, an
 """
 
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.evaluation.results import read_evaluation
+from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.notebook.tables import epoch_table, find_histories, summary
 from mmrev_kit.training.history import read_history
@@ -50,6 +53,15 @@ def test_an_interrupted_run_is_refused_since_its_base_and_its_rows_have_changed(
     assert ensure_data(config)[1].startswith(f"made {project}/data/first")
     with pytest.raises(TrainingError, match=r"it began with another base and data and plan, see manifest.json"):
         launch(config)
+
+
+def test_its_adapter_goes_onto_the_base_that_has_another_name_now():
+    adapter = WRITTEN / "finished" / "best"
+    for name in ("embedded-one-order", "embedded"):
+        config = load_config("configs/tiny_cpu.yaml", f"model.name={name}")
+        told = pytest.raises(ConfigError, match=r"first version's embedded model is embedded-one-order now\.")
+        with told if name == "embedded" else nullcontext():
+            check_base(adapter, partial(base_fingerprint, **base_of(config)), name)
 
 
 def test_a_run_without_control_draws_the_rows_that_the_first_version_drew(project):
