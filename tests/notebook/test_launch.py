@@ -58,6 +58,7 @@ def test_one_process_ends_finished(small_config, capsys):
     assert read_history(run_dir(config) / "training_history.json") == history
 
 
+@pytest.mark.long
 def test_what_the_kernel_has_imported_or_computed_does_not_matter(small_overrides, tmp_path):
     """Two processes from a clean kernel, twice, and from one that imported peft and ran threads: the same run."""
     code = """
@@ -84,7 +85,7 @@ print("bitsandbytes here:", "bitsandbytes" in sys.modules)
             history = read_history(folder / str(number) / "small_reverse" / "training_history.json")
             manifest = json.loads((folder / str(number) / "small_reverse" / "manifest.json").read_text())
             assert manifest["num_processes"] == 2 and manifest["effective_batch"] == 16
-            assert len(history["steps"]) == 19  # 300 rows in updates of 16
+            assert len(history["steps"]) == 27  # 420 rows in updates of 16
             peaks = history["steps"][-1]["peak_memory_gib_by_process"]
             assert len(peaks) == 2 and 0.1 < min(peaks) and max(peaks) == history["steps"][-1]["peak_memory_gib"]
             found[name, number] = [step["loss"] for step in history["steps"]]

@@ -180,6 +180,7 @@ def test_the_helpers_train_in_a_plain_loop(small_overrides, tmp_path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
 
 
+@pytest.mark.long
 def test_the_embedded_model_is_pretrained_tested_and_written(tmp_path):
     executed, folder = tmp_path / "pretrain_tiny.ipynb", tmp_path / "tiny" / "model"
     small = {"steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "out": tmp_path / "tiny"}

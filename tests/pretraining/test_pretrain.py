@@ -337,6 +337,7 @@ def files(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
+@pytest.mark.long
 def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, monkeypatch, capsys):
     recipe = Recipe(**SMALL, orders="one", steps=6, save_every=3, warmup=2)
     whole = run.pretrain(recipe, tmp_path / "whole")

@@ -279,6 +279,7 @@ def faults(small_data, tmp_path_factory):
         ("memory", r"process 1: Traceback .*MemoryError: planted fault"),
     ],
 )
+@pytest.mark.long
 def test_a_fault_in_one_process_ends_all_within_30_s_with_its_own_reason(faults, fault, expected):
     _, found, _ = faults
     seconds, text = found[fault]

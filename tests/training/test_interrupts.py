@@ -185,6 +185,7 @@ def wait_for_end(pids) -> None:
     wait_for(lambda: not any(map(runs, pids)), 10, "end of all processes")
 
 
+@pytest.mark.long
 def test_a_job_ends_with_an_interrupt_a_dead_worker_and_a_dead_kernel(lab, small_overrides, tmp_path):
     folder, kernel = tmp_path / "outputs" / "small_forward", lab.kernel()
     assert lab.run(kernel, set_up(f"{small_overrides} {LONG}")).read(120).status == "ok"

@@ -140,6 +140,7 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_a_second_notebook_attaches_to_a_run_and_another_configuration_is_refused(
     small_config, small_overrides, tmp_path, monkeypatch
 ):

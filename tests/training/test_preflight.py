@@ -226,7 +226,8 @@ except OSError as error:
 """
 
 
-@pytest.mark.parametrize("model", ["embedded", pytest.param("folder", marks=pytest.mark.long)])
+@pytest.mark.parametrize("model", ["embedded", "folder"])
+@pytest.mark.long
 def test_a_run_and_its_evaluation_connect_to_nothing(small_overrides, tmp_path, model):
     """Every connection and look-up outside this machine fails and is written down, in the workers too. One that the
     script makes itself at the end shows that the record works. The folder's run has no HF_HUB_OFFLINE to help it."""

@@ -139,7 +139,8 @@ def test_an_interrupted_launch_goes_on_and_equals_the_uninterrupted_run(small_co
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", pytest.param("paged_adamw_8bit", marks=pytest.mark.long)])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.long
 def test_eight_bit_optimizers_go_on_exactly(small_config, tmp_path, monkeypatch, optimizer):
     from types import SimpleNamespace
 
