@@ -99,7 +99,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert read_history(folder / "training_history.json")["status"] == "finished"
     text = printed(executed)
     assert "effective batch: 6 x 1 accumulated x 1 process = 6" in text
-    assert len(read_history(folder / "training_history.json")["steps"]) == 50
+    assert len(read_history(folder / "training_history.json")["steps"]) == 70
     assert "epoch 1/1: train " in text and "\r" not in text
     notebook = nbformat.read(executed, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "launch.launch(cfg)" in cell.source]
@@ -167,14 +167,14 @@ def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides,
 
 
 def test_the_helpers_train_in_a_plain_loop(small_overrides, tmp_path):
-    """120 forward and 120 reverse rows, and 103 retention rows: 22 updates of 16."""
+    """120 forward, 120 cw_image and 120 reverse rows, and 154 retention rows: 33 updates of 16."""
     executed = tmp_path / "helpers.ipynb"
     words = ["-p", "num_epochs", "1", "-p", "overrides", small_overrides]
     done = papermill("notebooks/helpers.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
     assert "epoch 1: lowest validation loss" in text
-    first, last = re.search(r"22 updates: .* fell from (\S+) to (\S+); last epoch", text).groups()
+    first, last = re.search(r"33 updates: .* fell from (\S+) to (\S+); last epoch", text).groups()
     assert float(last) < 0.8 * float(first)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
@@ -280,7 +280,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
         ("notebook train -p task foo", "experiment.task = 'foo': must be one of forward, reverse."),
         ("notebook train -p num_epochs x", "num_epochs = 'x': training.num_epochs"),
         ("train --config nope.yaml", "nope.yaml: there is no such configuration file."),
-        ("train --config configs/tiny_cpu.yaml --overrides data.dir=/proc/x", "/proc/x/faces8x8 cannot be written"),
+        ("train --config configs/tiny_cpu.yaml --overrides data.dir=/proc/x", "/proc/x/faces13x13 cannot be written"),
         ("train --config configs/tiny_cpu.yaml --overrides data.num_main=2", "data.num_main = 2"),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_fault_that_a_cell_meets_is_the_commands_message(tmp_path):
     done = command("notebook", "history", "-p", "histories", "nope", "-p", "output_dir", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("ConfigError: There is no training history: ")
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "history_faces8x8_forward.html").is_file()
+    assert (tmp_path / "history_faces13x13_forward.html").is_file()
 
 
 def test_the_same_notebook_started_twice_at_once_goes_into_each_runs_own_folder(small_overrides, small_data, tmp_path):

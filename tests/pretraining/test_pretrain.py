@@ -364,7 +364,7 @@ def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, mon
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole["tests"] == again["tests"]
     sizes = [file.stat().st_size for file in (tmp_path / "whole" / "state").iterdir()]
-    assert len(sizes) <= 8 and max(sizes) < 16 * 2**20 and sum(sizes) < 42 * 2**20
+    assert len(sizes) <= 8 and max(sizes) < 16 * 2**20 and sum(sizes) < 64 * 2**20
 
     before = {file.name: file.read_bytes() for file in (tmp_path / "whole" / "model").iterdir()}
     assert run.pretrain(recipe, tmp_path / "whole") == whole and len(taken) == 8  # finished: only written anew

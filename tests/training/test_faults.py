@@ -287,6 +287,7 @@ def test_a_fault_in_one_process_ends_all_within_30_s_with_its_own_reason(faults,
     assert re.fullmatch(expected, text, re.DOTALL), text
 
 
+@pytest.mark.long
 def test_a_workers_traceback_is_shown_once(faults):
     """Once each for the raised error and the failed allocation; no other traceback of a lost connection beside them."""
     _, _, printed = faults
@@ -294,6 +295,7 @@ def test_a_workers_traceback_is_shown_once(faults):
     assert printed.count("Traceback (most recent call last)") == 2
 
 
+@pytest.mark.long
 def test_a_nan_in_one_process_stops_all_with_one_reason_that_names_it(faults):
     folder, found, _ = faults
     seconds, text = found["nan"]
@@ -309,6 +311,7 @@ def test_a_nan_in_one_process_stops_all_with_one_reason_that_names_it(faults):
         assert file.read_text() == f"TrainingError: {reason}\n"
 
 
+@pytest.mark.long
 def test_no_process_is_left(faults):
     folder, *_ = faults
     left = []
