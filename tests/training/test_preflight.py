@@ -177,7 +177,8 @@ def test_memory_that_the_driver_does_not_tell_is_said_once_with_the_setting(
     told = look(small_config("launch.num_processes=2 memory.gpu_gib=100"), cards, ["sm_120"], "13.0", 64.0)
     assert told.warnings == []
     mixed = [*cards[:1], v100()]
-    assert look(small_config("launch.num_processes=2"), mixed, [*BUILD, "sm_120"], "12.8", 64.0).problems == []
+    config = small_config("launch.num_processes=2 quantization.compute_dtype=fp16")
+    assert look(config, mixed, [*BUILD, "sm_120"], "12.8", 64.0).problems == []
 
 
 def test_a_capability_that_the_driver_does_not_tell_is_not_judged(small_config, look):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.training.preflight import architecture_of
@@ -33,7 +34,7 @@ def test_the_architecture_of_a_name():
     for name, file in (
         ("Qwen/Qwen3-VL-32B-Instruct", "configs/models/qwen3vl_32b.json"),
         ("Qwen/Qwen3-VL-2B-Thinking", "configs/models/qwen3vl_2b.json"),
-        ("embedded", "mmrev_kit/assets/tiny/config.json"),
+        ("embedded", str(EMBEDDED_MODEL / "config.json")),
         ("configs/models/qwen3vl_4b.json", "configs/models/qwen3vl_4b.json"),
     ):
         assert architecture_of(load_config(None, f"model.name={name}")) == file
