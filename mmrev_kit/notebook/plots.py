@@ -179,19 +179,22 @@ def accuracy_figure(metrics: dict[str, dict]):
 
     cells = {(task.direction, task.format): task for task in TASK_TYPES.values()}
     directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
-    size = (3 + (1.6 + 0.5 * len(metrics)) * len(formats), 5.5)
+    size = (3 + (1.6 + 0.6 * len(metrics)) * len(formats), 5.5)
+    names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
     figure, axes = pyplot.subplots(len(directions), len(formats), figsize=size, squeeze=False, layout="constrained")
     pyplot.close(figure)
     for line, direction in zip(axes, directions, strict=True):
         for axis, form in zip(line, formats, strict=True):
             if (direction, form) not in cells:
                 axis.axis("off")
+                key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
+                axis.text(0, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
                 continue
             task = cells[direction, form]
             for x, found in enumerate(metrics.values()):
                 _draw_groups(axis, x, found["none"].get(task.name, {}))
             axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.04, 1.04), title=f"{task.title}: {direction}")
-            axis.set_xticks(range(len(metrics)), list(metrics), rotation=20 * (len(metrics) > 1), fontsize=8)
+            axis.set_xticks(range(len(metrics)), names, fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", alpha=0.25)
             for label in axis.get_xticklabels():
@@ -218,7 +221,9 @@ def _draw_groups(axis, place: int, groups: dict[str, dict]) -> None:
         low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
         axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
         axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
-        axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), xytext=(6, -2), **SMALL)
+        side = -1 if number < len(shown) - 1 else 1  # the groups' numbers stand outside of the pair
+        place_of_text = {"xytext": (6 * side, -2), "ha": "right" if side < 0 else "left"}
+        axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), **place_of_text, **SMALL)
         axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
 
 

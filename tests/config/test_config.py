@@ -256,7 +256,7 @@ def test_none_is_refused_where_a_value_is_required(load, key, word):
         load_config(overrides=f"{key}={word}")
 
 
-# G11: what papermill makes of `-p name value`
+# What papermill makes of `-p name value`
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def points(line):
 
 
 def test_a_loss_that_is_not_finite_is_a_gap():
-    """G10, in the training loss (the smoothed line and the raw one) and in a validation loss."""
+    """In the training loss (the smoothed line and the raw one) and in a validation loss."""
     figure = plots.history_figure({"run": history()})
     found = lines(figure.axes[0])
     raw = [(1, 4.0), (2, 2.0), (3, None), (4, 1.0)]

@@ -397,7 +397,7 @@ def test_epochs_and_the_end_are_written_at_once(tmp_path, clock):
 
 
 def test_a_nan_loss_at_step_3_is_null_in_the_file(tmp_path, monkeypatch):
-    """G10; the step keeps the mark that the loop gave it."""
+    """The step keeps the mark that the loop gave it."""
     monkeypatch.setattr("mmrev_kit.training.history.SECONDS_BETWEEN_WRITES", 0.0)
     history = History(tmp_path / "h.json")
     for step, loss in enumerate((2.0, 1.0, NAN, 0.5), start=1):
