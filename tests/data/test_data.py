@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.records import read_jsonl
@@ -329,3 +330,21 @@ def test_a_whole_folder_of_the_original_scripts_becomes_a_run(small_config, orig
     assert task.train["forward"][3].row.answer == "the keeper of tower 3"
     question = task.train["face_mcq_d2i"][2].row
     assert question.answer == "C" and question.images[2].name == "p2.png" and question.description == "a hat 2"
+
+
+def test_exposure_is_told_and_can_be_matched_by_repeating(small_config, tmp_path):
+    """Control: 15 forward, 30 cw_image and 30 reverse rows a person. Main by generation 15, by both 45."""
+    assert prepare(small_config()).exposure == pytest.approx({"main": 15, "control": 75})
+    assert prepare(small_config("experiment.taught=both")).exposure == pytest.approx({"main": 45, "control": 75})
+    task = prepare(small_config("experiment.taught=both experiment.match_exposure=repeat"))
+    assert task.exposure == pytest.approx({"main": 75, "control": 75})
+    assert "rows of one person in an epoch: main 75, control 75" in task.describe()
+    # four people's 60 forward and 120 cw_image rows, 75 / 45 times; nothing of control is thinned
+    counts = {name: count for name, count in task.plan.counts.items() if not name.startswith("face_")}
+    assert counts == {"forward_main": 100, "cw_image_main": 200, "forward": 60, "cw_image": 120, "reverse": 120}
+    drawn = Counter(task.plan.epoch_rows(0))
+    assert all(1 <= drawn["forward_main", index] <= 2 for index in range(60))
+    words = f"data.dir={tmp_path} data.num_control=0 experiment.match_exposure=repeat retention.retention_ratio=0"
+    ensure_data(small_config(words))
+    with pytest.raises(ConfigError, match="there is no control group to match"):
+        prepare(small_config(words))
