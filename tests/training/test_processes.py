@@ -27,14 +27,14 @@ def adapter(config) -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_config, tmp_path):
-    """343 rows: the last window holds 7, an uneven 4 + 3. Two of three epochs are no improvement: the rate is halved.
+    """511 rows: the last window holds 7, an uneven 4 + 3. Two of three epochs are no improvement: the rate is halved.
 
     The two-process run has checkpointing on: the combination that other trainers refuse. Packed rows lie otherwise in
     one process than in two.
     """
     common = (
         "lora.dropout=0 training.batch_size=1 training.num_epochs=3 training.improvement_threshold=0.99 "
-        "training.lr_patience=1 training.learning_rate=5e-4"
+        "training.lr_patience=1 training.learning_rate=5e-4 retention.retention_ratio=0.295"
     )
     one = small_config(f"{common} training.gradient_accumulation_steps=8 launch.output_dir={tmp_path}/one")
     two = small_config(
@@ -42,7 +42,7 @@ def test_two_processes_accumulating_four_equal_one_accumulating_eight(small_conf
         "memory.gradient_checkpointing=true"
     )
     a, b = launch(one), launch(two)
-    assert a["steps_per_epoch"] == b["steps_per_epoch"] == 43  # 343 / 8, rounded up
+    assert a["steps_per_epoch"] == b["steps_per_epoch"] == 64  # 511 / 8, rounded up
     for left, right in zip(a["steps"][:5], b["steps"][:5], strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
     for left, right in zip(a["epochs"], b["epochs"], strict=True):
