@@ -25,10 +25,11 @@ from forking import fork_jobs
 
 packed = Batcher.packed
 
-def recorded(self, groups):
+def recorded(self, sequences):
     with open(f"{sys.argv[1]}/rows{os.environ['RANK']}.txt", "a") as file:
-        file.writelines(f"{sample.row.where}\\n" for group in groups for sample in group.samples)
-    return packed(self, groups)
+        samples = (sample for groups in sequences for group in groups for sample in group.samples)
+        file.writelines(f"{sample.row.where}\\n" for sample in samples)
+    return packed(self, sequences)
 
 Batcher.packed = recorded
 fork_jobs()
@@ -38,7 +39,7 @@ launch(load_config("configs/tiny_cpu.yaml", sys.argv[2]))
 
 @pytest.mark.long
 def test_eight_processes_accumulating_eight_equal_one_accumulating_64(small_config, small_overrides, tmp_path):
-    """300 rows: four updates of 64, and one of 44, of which some processes have fewer than others."""
+    """420 rows: six updates of 64, and one of 36, of which some processes have fewer than others."""
     common = "experiment.task=reverse lora.dropout=0 training.batch_size=1 training.num_epochs=1"
     eight = f"{common} training.gradient_accumulation_steps=8 launch.num_processes=8 launch.output_dir={tmp_path}/eight"
     one = f"{common} training.gradient_accumulation_steps=64 launch.output_dir={tmp_path}/one"
@@ -52,7 +53,7 @@ def test_eight_processes_accumulating_eight_equal_one_accumulating_64(small_conf
     assert manifest["num_processes"] == 8 and manifest["effective_batch"] == 64
 
     a, b = launch(small_config(one)), json.loads((run_dir(config) / "training_history.json").read_text())
-    assert a["steps_per_epoch"] == b["steps_per_epoch"] == 5  # 300 / 64, rounded up
+    assert a["steps_per_epoch"] == b["steps_per_epoch"] == 7  # 420 / 64, rounded up
     for left, right in zip(a["steps"], b["steps"], strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
