@@ -6,7 +6,8 @@ Markdown with the card and the versions; micro-batches that run out of memory ha
 one micro-batch each. Rows are forward rows of one image (448 x 448: 196 visual tokens), 36 text and 9 answer tokens;
 packed, an image has eight of them.
 
-`--models mmrev_kit/assets/tiny/config.json --image-size 64` runs the whole program on a CPU, where nothing is measured.
+`--models mmrev_kit/assets/embedded/config.json --image-size 64` runs the whole program on a CPU, where nothing is
+measured.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ checkpointing, all logits, the vision tower in every pass, 1 row at a time. *car
 head, checkpointing, all logits, the vision tower in every pass, 8 rows at a time. *kit*: its own code.
 All are fp16 autocast with a gradient scaler, LoRA r 8 on q, k, v, o, and AdamW.
 
-`--architecture mmrev_kit/assets/tiny/config.json --image-size 64` rehearses the whole program on a CPU.
+`--architecture mmrev_kit/assets/embedded/config.json --image-size 64` rehearses the whole program on a CPU.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ TRIED = 12  # updates of each of TRL's settings
 SKIPPED = 5  # first steps that are no steady state
 COMMON = "quantization.bits=16 training.lr_patience=1000 training.min_val_loss=0"
 KITS = {"kit": "", "kit, grouping epoch": "training.grouping=epoch"}
-FORWARD = "data.num_control=0 retention.retention_ratio=0"
+FORWARD = "experiment.taught=generation data.num_control=0 retention.retention_ratio=0"
 PARTS = {  # configuration, epochs
     "recipe": (f"{FORWARD} experiment.name=rows20 data.num_main=20 training.batch_size=64", 12),
     "laptop": (f"{FORWARD} experiment.name=rows16 data.num_main=16", 6),

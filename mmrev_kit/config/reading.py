@@ -99,9 +99,9 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         refuse_secrets(str(loaded), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
-        if loaded.keys() >= set(_SECTIONS) and "taught" not in loaded["experiment"]:
-            loaded["experiment"]["taught"] = "generation"  # the whole configuration of a run of the first version
         config = _merge(config, loaded, str(file))
+        if loaded.keys() >= set(_SECTIONS) and "taught" not in loaded["experiment"]:
+            config.experiment.taught = "generation"  # the whole configuration of a run of the first version
     refuse_secrets(overrides or "", "overrides")
     for word, key, value in _read_overrides(overrides or ""):
         config = _merge(config, _nest(key, value), f"overrides: {word}")

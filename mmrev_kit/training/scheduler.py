@@ -124,16 +124,23 @@ def reduced_rate(rate: float, factor: float) -> float:
 
 def warnings_for(config: Config) -> list[str]:
     """What a reader of this configuration should know before it is run; nothing is changed."""
-    training = config.training
+    training, own = config.training, config.experiment
+    told = []
+    if own.task == "reverse" and own.taught not in (None, "cw"):
+        told = [
+            f"experiment.taught = {own.taught!r}: in task reverse main is taught by reverse rows, whatever it says."
+        ]
     if training.learning_rate < training.min_lr:
         return [
+            *told,
             f"training.learning_rate = {training.learning_rate:g} is below training.min_lr = {training.min_lr:g}: "
-            "training ends after the first epoch, whatever its loss. Lower training.min_lr to train longer."
+            "training ends after the first epoch, whatever its loss. Lower training.min_lr to train longer.",
         ]
     reduced = reduced_rate(training.learning_rate, training.lr_reduction_factor)
     if reduced >= training.min_lr:
-        return []
+        return told
     return [
+        *told,
         f"The first learning-rate reduction gives {reduced:g}, already below min_lr = {training.min_lr:g}: "
-        "training ends at the first plateau. Lower training.min_lr to allow more than one rate."
+        "training ends at the first plateau. Lower training.min_lr to allow more than one rate.",
     ]

@@ -154,6 +154,9 @@ def test_a_rate_below_min_lr_is_told_to_end_after_the_first_epoch():
 
 
 def test_tiny_has_nothing_to_warn_of():
+    for words, told in (("task=forward taught=cw", 0), ("task=reverse taught=cw", 0), ("task=reverse taught=both", 1)):
+        overrides = " ".join(f"experiment.{word}" for word in words.split())
+        assert len(warnings_for(load_config(TINY, overrides))) == told
     assert warnings_for(load_config(TINY)) == []  # 2e-3 x 0.5 = 1e-3, not below 1e-4
 
 
