@@ -47,8 +47,8 @@ from mmrev_kit.training.history import read_history
 
 SMALL = (
     "experiment.name=soak experiment.taught=generation data.num_main=4 data.num_control=0 data.image_size=32 "
-    "retention.retention_ratio=0 quantization.bits=16 training.save_steps=1 training.num_epochs=3 training.lr_patience=1 "
-    "training.improvement_threshold=0.7"
+    "retention.retention_ratio=0 quantization.bits=16 training.save_steps=1 training.num_epochs=3 "
+    "training.lr_patience=1 training.improvement_threshold=0.7"
 )
 KILLS = ("SIGKILL parent", "SIGKILL worker", "SIGINT parent")
 SECONDS_TO_END = 10  # after a kill, for every process of the run
