@@ -26,7 +26,7 @@ def save(folder: Path, model, optimizers: list[torch.optim.Optimizer], record: d
     """Write the state, in files of at most `SHARD`, and round the run itself to what was written.
 
     The weights become 16-bit floats, the optimizers' moments bfloat16 (they need its range): half the size, and a run
-    that goes on from here is bit by bit the one that was not interrupted. The folder is whole or as before.
+    that goes on from here computes what the one that was not interrupted does. The folder is whole or as before.
     """
     from huggingface_hub import save_torch_state_dict
 
