@@ -4,6 +4,8 @@ TORCH ?= torch.txt
 TASK ?= forward
 # more parameters of the notebook, such as ARGS="-p num_epochs 2 -p overwrite true"
 ARGS ?=
+# tests of a file share what it makes, so they stay in one process
+PARALLEL := --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
@@ -22,10 +24,10 @@ reproduce: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-long: $(READY)
-	@MMREV_LONG=1 $(BIN)/python -m pytest -m long $(ARGS)
+	@MMREV_LONG=1 $(BIN)/python -m pytest $(PARALLEL) -m long $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launched runs have it, and before torch is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of several test processes has a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
