@@ -18,8 +18,8 @@ def train(config: Config) -> None:
     from mmrev_kit.data.make import ensure_data
     from mmrev_kit.notebook.launch import launch
 
-    if {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # torchrun's, accelerate's
-        return train_as_worker(config)
+    if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return train_as_worker(config)  # of torchrun, of accelerate
     for line in ensure_data(config):
         print(line)
     launch(config)
@@ -54,6 +54,8 @@ def read_words(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int | None:
     """Run a command; returns the exit status, which is 2 where the message is all that the user needs."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows an é in another way
     if words[:1] == ["job"]:  # what `training.jobs.run_job` starts
         from mmrev_kit.training import jobs
 

@@ -38,6 +38,17 @@ def _check_plain(values: dict, where: str) -> None:
                 raise ConfigError(f"{where}: {section}.{key} = {value!r}: must be true or false.")
 
 
+def _check_texts(values: dict, where: str) -> None:
+    """YAML makes numbers and booleans of words: a text must have been read as one, or 010 would be called 8."""
+    for section in fields(Config):
+        content = values.get(section.name)
+        for item in fields(section.type) if isinstance(content, dict) else ():
+            given = content.get(item.name)
+            items = given if isinstance(given, list) else [given]
+            if item.type in (str, str | None, list[str]) and any(isinstance(one, int | float) for one in items):
+                raise ConfigError(f"{where}: {section.name}.{item.name} is text: put it in quotes, not {given!r}.")
+
+
 def _merge(config, values: dict, where: str):
     _check_plain(values, where)
     try:
@@ -99,6 +110,7 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         refuse_secrets(str(loaded), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
+        _check_texts(loaded, str(file))
         config = _merge(config, loaded, str(file))
         if loaded.keys() >= set(_SECTIONS) and "taught" not in loaded["experiment"]:
             config.experiment.taught = "generation"  # the whole configuration of a run of the first version

@@ -16,6 +16,7 @@ TAUGHT = {
     "forward": {"generation": ("forward",), "cw": ("cw_image",), "both": ("forward", "cw_image")},
     "reverse": {"cw": ("reverse",)},
 }
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
 CONTROL_IS_TAUGHT = ("forward", "cw_image", "reverse")
 
 
@@ -56,8 +57,9 @@ class ExperimentConfig:
     def __post_init__(self):
         words = {"task": TASKS, "taught": (None, *TAUGHT["forward"]), "match_exposure": (None, "repeat")}
         _check_words("experiment", self, words)
-        plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\")
-        _require(plain, "experiment.name", self.name, "must be a plain folder name")
+        plain = self.name == self.name.strip() and self.name.isprintable() and not set(self.name) & set("/\\=")
+        plain = plain and self.name not in ("", ".", "..") and len(self.name.encode()) <= 150
+        _require(plain, "experiment.name", self.name, "must be a plain folder name of at most 150 bytes, without =")
 
     @property
     def main_is_taught(self) -> tuple[str, ...]:
@@ -76,6 +78,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _check_numbers("model", self, {"min_pixels": (1, math.inf), "max_pixels": (1, math.inf)})
+        _check_words("model", self, {"attn_implementation": ATTENTION})
         _require(
             self.min_pixels <= self.max_pixels, "model.min_pixels", self.min_pixels,
             f"must not exceed model.max_pixels = {self.max_pixels}",

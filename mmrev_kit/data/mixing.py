@@ -8,6 +8,7 @@ share of retention rows from pools of other material:
         train_on(rows[source][index])
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -131,14 +132,16 @@ def make_plan(
     Raises:
         ValueError: there are no task rows, a pool that should give rows has none, or a number cannot be.
     """
-    taken = dict(tasks) | dict(counts or {})
+    taken, numbers = dict(tasks) | dict(counts or {}), [*tasks.values(), *pools.values(), *(counts or {}).values()]
+    if epochs < 1 or not all(isinstance(number, int) and number >= 0 for number in (epochs, *numbers)):
+        raise ValueError(f"{epochs} epochs, rows {dict(tasks)} and {dict(pools)}: whole numbers, at least one epoch.")
     for source, count in taken.items():
         there = tasks.get(source)
         if there is None or source in pools or count < there or (count and not there):
             rule = "it must be a task, no pool, and give each row once or more"
             raise ValueError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
-    if not 0 <= ratio < 1 or any(weight < 0 for weight in weights.values()):
-        raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, no weight < 0.")
+    if not 0 <= ratio < 1 or not all(0 <= weight < math.inf for weight in weights.values()):
+        raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, 0 <= weight.")
     n_task = sum(taken.values())
     if n_task == 0:
         raise ValueError("There are no task rows.")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, LETTERS, TASK_TYPES
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, LETTERS, TASK_TYPES
 from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.statistics import entity_means, permutation_above_chance
 
@@ -58,8 +58,20 @@ def _key(record: dict) -> tuple:
     return record["test"], record["id"], tuple(order) if order is not None else None
 
 
-def check_unique(records: list[dict]) -> None:
-    """Raises ValueError where one question has two answers under one drop: two evaluations were mixed."""
+def check_records(records: list[dict]) -> None:
+    """Make sure that every record counts, and counts once.
+
+    Raises:
+        ValueError: a group that does not exist, an entity in both, a whole prompt's answer that is neither right nor
+            wrong, or one question with two answers under one drop: two evaluations were mixed.
+    """
+    groups: dict[object, str] = {}
+    for record in records:
+        name, group = f"{record['test']} {record['id']}", record["group"]
+        if group not in GROUPS or groups.setdefault(record["entity_id"], group) != group:
+            raise ValueError(f"{name}: {record['entity_id']} is in the group {group!r}: one of {', '.join(GROUPS)}.")
+        if not isinstance(record["right"], bool) and not (record["right"] is None and record["drop"] != "none"):
+            raise ValueError(f"{name}: right is {record['right']!r}: true or false; null only where a part is dropped.")
     for (drop, test, question, _), n in Counter((record["drop"], *_key(record)) for record in records).items():
         if n > 1:
             raise ValueError(
@@ -136,7 +148,7 @@ def _cell(records: list[dict], whole: dict[tuple, str | None]) -> dict:
     }
 
 
-def metrics(records: list[dict]) -> dict:
+def metrics(records: Iterable[dict]) -> dict:
     """All numbers of one evaluation as strict JSON: {drop: {test: {group: numbers}}}.
 
     Groups are `all` and those present. The numbers: n (rows), n_questions, n_entities, unparsed, those of `score` by
@@ -146,9 +158,10 @@ def metrics(records: list[dict]) -> dict:
     so are accuracies under a drop that takes the label's meaning.
 
     Raises:
-        ValueError: see `check_unique`.
+        ValueError: see `check_records`.
     """
-    check_unique(records)
+    records = list(records)
+    check_records(records)
     whole = {_key(record): record["read_as"] for record in records if record["drop"] == "none"}
     cells: dict[tuple[str, str, str], list[dict]] = {}
     for record in records:
@@ -166,7 +179,7 @@ def metrics(records: list[dict]) -> dict:
     return result
 
 
-def compare(a_records: list[dict], b_records: list[dict]) -> dict:
+def compare(a_records: Iterable[dict], b_records: Iterable[dict]) -> dict:
     """Two evaluations of the same questions, whole prompts only: {test: numbers}.
 
     The numbers: n (rows in both), only_a, only_b (rows in one), accuracy_a, accuracy_b, b (only a right), c (only b
@@ -174,11 +187,11 @@ def compare(a_records: list[dict], b_records: list[dict]) -> dict:
     two-sided sign-flip test of the entities' mean differences.
 
     Raises:
-        ValueError: no row in common, one row with two questions, or `check_unique`.
+        ValueError: no row in common, one row with two questions, or `check_records`.
     """
     sides = []
-    for records in (a_records, b_records):
-        check_unique(records)
+    for records in map(list, (a_records, b_records)):
+        check_records(records)
         sides.append({_key(record): record for record in records if record["drop"] == "none"})
     a, b = sides
     common = [key for key in a if key in b]

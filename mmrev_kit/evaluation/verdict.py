@@ -6,7 +6,7 @@ could be the test's. To fail is to lie below the midpoint of chance and control 
 right from wrong and always says Wrong knows. A claim rests on what was found, never on the absence of a finding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mmrev_kit.config.sections import TASKS, ExperimentConfig
@@ -286,7 +286,7 @@ def judge(
     return Verdict(task, taught, deciding.test, claim, reason, sentence, tuple(gates), deciding, order)
 
 
-def verdict(records: list[dict], task: str, taught: str | None = None) -> Verdict:
+def verdict(records: Iterable[dict], task: str, taught: str | None = None) -> Verdict:
     """The verdict on one evaluation, from the answers to whole prompts.
 
     Args:
@@ -294,11 +294,12 @@ def verdict(records: list[dict], task: str, taught: str | None = None) -> Verdic
         task, taught: what was trained, as in `config.sections.ExperimentConfig`.
 
     Raises:
-        ValueError: an unknown task, or two answers to one question.
+        ValueError: an unknown task, or see `metrics.check_records`.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: a verdict is given on {' or '.join(TASKS)}.")
-    metrics.check_unique(records)
+    records = list(records)
+    metrics.check_records(records)
     kinds = ExperimentConfig(task=task, taught=taught).main_is_taught
     main = [record for record in records if (record["drop"], record["group"]) == ("none", "main")]
     by_kind = {kind: statistics.entity_means(row for row in main if row["test"] == kind) for kind in kinds}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -90,3 +91,14 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         tensor_shapes(file)
     return files
+
+
+def refuse_tensors(where: str, missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str]) -> None:
+    """Raises ConfigError where there are such tensors, with the first three names of each kind."""
+    faults = []
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
+        if first := sorted(names):
+            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+            faults.append(f"{kind}: {', '.join(first[:3])}{more}")
+    if faults:
+        raise ConfigError(f"The tensors in {where} are not those that its configuration asks for; {'; '.join(faults)}.")

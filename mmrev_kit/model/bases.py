@@ -129,7 +129,7 @@ def checksum(file: Path) -> str:
     """The SHA-256 of a file in hex digits.
 
     In the hub's cache it is the file's name, as the hub gave it. Of other files it is kept in `HF_HOME/mmrev_kit` by
-    path, size and times, so that 64 GB are read once.
+    path, size and times, so that 64 GB are read once; not where `HF_HOME` is no absolute path.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -139,13 +139,15 @@ def checksum(file: Path) -> str:
     state = file.stat()
     facts = f"{file}\n{state.st_size}\n{state.st_mtime_ns}\n{state.st_ctime_ns}"
     kept = Path(HF_HOME) / "mmrev_kit" / hashlib.sha256(facts.encode()).hexdigest()
-    if kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
+    trusted = kept.is_absolute()  # else it would be another one for each folder that one stands in
+    if trusted and kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
         return known
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     with suppress(OSError):  # a folder that cannot be written to only costs the time again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(digest, encoding="utf-8")
+        if trusted:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(digest, encoding="utf-8")
     return digest
 
 

@@ -7,18 +7,19 @@ Usable alone; it knows nothing of the kit's data or of its training loop:
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from mmrev_kit.config import sections
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.model import qwen3vl
-from mmrev_kit.model.base_files import AGAIN, read_object, tensor_shapes
+from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.fused import fuse
 from mmrev_kit.model.strict import strict
@@ -30,6 +31,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def torch_dtype(name: str, device) -> torch.dtype:
     """The dtype of matrix products on `device`: fp16, bf16 or fp32 as named; `auto` is bf16 where the GPU has it, else
     fp16, and fp32 on a CPU."""
+    if name not in (*DTYPES, "auto"):
+        raise ConfigError(f"compute_dtype = {name!r}: must be one of {', '.join(DTYPES)}, auto.")
     if name != "auto":
         return DTYPES[name]
     if torch.device(device).type != "cuda":
@@ -69,7 +72,7 @@ def load_base(
     """
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
-    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    name, device = str(name), existing_device(device)
     dtype = torch_dtype(compute_dtype, device)
     nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
     if is_random(name):
@@ -93,6 +96,21 @@ def load_base(
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
     return make_ready(model)
+
+
+def existing_device(device) -> torch.device:
+    """The device of this name; None: the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    try:
+        found = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device = {device!r}: there are {torch.cuda.device_count()} GPUs here.")
+    return found
 
 
 def make_ready(model):
@@ -250,10 +268,15 @@ def add_adapter(
         A `peft.PeftModel` whose trainable parameters are exactly the adapter's.
 
     Raises:
-        ConfigError: target_modules names a module that the language model does not have.
+        ConfigError: target_modules names a module that the language model does not have, the model has an adapter, or
+            a number cannot be.
     """
     from peft import LoraConfig, get_peft_model
 
+    target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    sections.LoraConfig(r, alpha, dropout, target_modules)  # its limits hold here
+    if kept_layers < 0 or hasattr(model, "peft_config"):
+        raise ConfigError(f"kept_layers = {kept_layers}: must be a number from 0; and the model may have no adapter.")
     names = {name.rsplit(".", 1)[-1] for name, _ in qwen3vl.language_model(model).layers.named_modules()}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
@@ -310,17 +333,6 @@ def load_adapter(model, folder: str | Path):
     refuse_tensors(str(folder), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), reshaped)
     fuse(model)
     return peft_model
-
-
-def refuse_tensors(where: str, missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str]) -> None:
-    """Raises ConfigError where there are such tensors, with the first three names of each kind."""
-    faults = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
-        if first := sorted(names):
-            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
-            faults.append(f"{kind}: {', '.join(first[:3])}{more}")
-    if faults:
-        raise ConfigError(f"The tensors in {where} are not those that its configuration asks for; {'; '.join(faults)}.")
 
 
 def trainable(model) -> list:

@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ from mmrev_kit.training.update import TrainingError
 # other work would give to the late one: training beside two busy programs was ten times slower. With this it is three
 # times slower than alone, and alone within 5 % of the default; with 1,000 alone a third slower.
 SPINS = "10000"
+# What torchrun and MPI leave in the environment of a shell that they have started.
+RANKS = re.compile(r"((LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|(OMPI|PMI|MV2)_.*)$")
 
 
 def count_processes(config: Config) -> int:
@@ -63,9 +66,10 @@ def job_environment(num_processes: int) -> dict[str, str]:
     """The environment of a job: this package can be imported, and several workers share the cores evenly.
 
     Without a number of its own each worker would start as many threads as there are cores. What the user's
-    environment says is kept.
+    environment says is kept, but for a rank that another launcher left: a job would wait for its other ranks.
     """
-    environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
+    own = {name: value for name, value in os.environ.items() if not RANKS.match(name)}
+    environment = {"GOMP_SPINCOUNT": SPINS} | own
     if num_processes > 1 and not environment.get("OMP_NUM_THREADS"):
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_processes))
     package = str(Path(__file__).resolve().parents[2])

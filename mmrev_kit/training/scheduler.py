@@ -46,6 +46,9 @@ class Schedule:
         num_epochs: validations after which training ends.
         lr: the rate after warm-up, as of the latest decision; best: the loss of the latest improvement.
         stop: why training is to end, or None.
+
+    Raises:
+        ValueError: a number that `TrainingConfig` would not take either.
     """
 
     learning_rate: float = TrainingConfig.learning_rate
@@ -63,6 +66,10 @@ class Schedule:
     stop: str | None = None
 
     def __post_init__(self):
+        names = vars(self).keys() & {field.name for field in fields(TrainingConfig)}
+        TrainingConfig(**{name: getattr(self, name) for name in names})  # its limits hold here
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: must be a number from 0.")
         if math.isnan(self.lr):
             self.lr = self.learning_rate
 
@@ -85,9 +92,10 @@ class Schedule:
         bad epochs in a row the rate is multiplied by `lr_reduction_factor` and the count starts again.
 
         Raises:
-            ValueError: the loss is NaN or infinite.
+            ValueError: the loss is NaN or infinite, or negative: an improvement is a share of it.
         """
-        if not math.isfinite(loss):
+        loss = float(loss)
+        if not 0 <= loss < math.inf:
             raise ValueError(f"The validation loss is {loss}; the learning rate cannot be decided from it.")
         self.epoch += 1
         improved = math.isinf(self.best) or loss < self.best * (1 - self.improvement_threshold)
@@ -112,7 +120,13 @@ class Schedule:
         return state | {"best": None if math.isinf(self.best) else self.best}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`.
+
+        Raises:
+            ValueError: it has other names.
+        """
+        if wrong := state.keys() ^ vars(self).keys():
+            raise ValueError(f"No state of a schedule: {', '.join(sorted(wrong))} missing or unknown.")
         for name, value in state.items():
             setattr(self, name, math.inf if name == "best" and value is None else value)
 

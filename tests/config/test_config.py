@@ -242,6 +242,34 @@ def test_a_value_of_the_wrong_type_names_file_and_key(load, text, key):
         load(text)
 
 
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("experiment: {name: 010}", "experiment.name"), ("experiment: {name: on}", "experiment.name"),
+        ("experiment: {name: 1e3}", "experiment.name"), ("model: {revision: 0012345}", "model.revision"),
+        ("lora: {target_modules: [1, q_proj]}", "lora.target_modules"),
+    ],
+)  # fmt: skip
+def test_a_text_that_yaml_reads_as_something_else_is_to_be_quoted(load, text, key):
+    with pytest.raises(ConfigError, match=rf"given\.yaml: {key} is text: put it in quotes"):
+        load(text)
+
+
+def test_a_quoted_text_stays_as_it_is(load):
+    assert load("experiment: {name: '010'}").experiment.name == "010"
+
+
+@pytest.mark.parametrize("name", ["x" * 260, "\u00e9" * 100, "a\nb", "a ", "a\0b", "a,data.num_main=4"])
+def test_a_name_that_no_folder_can_have_is_refused(name):
+    with pytest.raises(ConfigError, match=r"experiment\.name = .* must be a plain folder name"):
+        load_config(values={"experiment.name": name})
+
+
+def test_an_attention_that_transformers_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"attn_implementation = 'bogus': must be one of sdpa, eager"):
+        load_config(overrides="model.attn_implementation=bogus")
+
+
 @pytest.mark.parametrize("word", ["None", "none", "null", "~", "'None'", ""])
 def test_none_in_a_file_is_no_value_where_one_is_optional(load, word):
     found = load(f"launch:\n  num_processes: {word}\nmodel:\n  revision: {word}\n")

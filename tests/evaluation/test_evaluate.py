@@ -201,7 +201,7 @@ def test_an_adapter_goes_only_onto_its_base(few, tmp_path):
 
 
 def test_evaluate_writes_answers_numbers_and_a_verdict_and_does_not_ask_twice(small_config, capsys):
-    config = small_config("training.num_epochs=1")
+    config = small_config("training.num_epochs=1 evaluation.batch_size=48")
     from mmrev_kit.notebook.launch import launch
 
     launch(config)

@@ -9,6 +9,7 @@ from scipy.stats import binomtest, permutation_test
 
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
+from mmrev_kit.evaluation.verdict import verdict
 
 
 def row(test="reverse", place=0, entity="a", read="Correct", expected="Correct", **more):
@@ -426,7 +427,35 @@ def test_one_entity_and_none():
 def test_two_evaluations_at_once_are_refused():
     with pytest.raises(ValueError, match=r"reverse reverse_test.jsonl:0 \(drop none\) has 2 answers"):
         metrics.metrics([row(), row()])
-    metrics.check_unique([row(), row(drop="image"), row(order=[0, 1, 2, 3]), row(order=[1, 0, 2, 3])])
+    metrics.check_records([row(), row(drop="image"), row(order=[0, 1, 2, 3]), row(order=[1, 0, 2, 3])])
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"group": "Main"}, "is in the group 'Main'"),
+        ({"right": None}, "right is None"),
+        ({"right": 5}, "right is 5"),
+        ({"right": "True"}, "right is 'True'"),
+    ],
+)
+def test_a_record_that_would_count_for_nobody_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        metrics.metrics([row(), row(place=1) | wrong])
+    with pytest.raises(ValueError, match=told):
+        verdict([row(), row(place=1) | wrong], "forward")
+
+
+def test_an_entity_in_both_groups_is_refused():
+    with pytest.raises(ValueError, match="is in the group 'control'"):
+        metrics.metrics([row(), row(place=1) | {"group": "control"}])
+
+
+def test_records_may_come_from_an_iterator():
+    records = [row(place=i, entity=i // 2) for i in range(6)]
+    assert metrics.metrics(iter(records)) == metrics.metrics(records) != {}
+    assert metrics.compare(iter(records), iter(records)) == metrics.compare(records, records)
+    assert verdict(iter(records), "forward") == verdict(records, "forward")
 
 
 # ---- two evaluations

@@ -210,6 +210,50 @@ def kept(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home" / "mmrev_kit"
 
 
+def test_a_home_that_is_no_absolute_path_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_bytes(b"abc")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of FIPS 180-2
+    assert checksum(Path("weights")) == abc
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"alpha": 0}, "alpha = 0"), ({"alpha": float("nan")}, "alpha = nan"), ({"dropout": 1.0}, "dropout = 1"),
+        ({"r": 0}, "r = 0"), ({"kept_layers": -1}, "kept_layers = -1"), ({"target_modules": []}, "must name a module"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_would_do_nothing_is_refused(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        add_adapter(load_base("embedded", bits=16, device="cpu"), **wrong)
+
+
+def test_an_adapter_takes_one_name_or_an_iterator_and_comes_once():
+    one, two = (load_base("embedded", bits=16, device="cpu") for _ in range(2))
+    names = [
+        [name for name, part in model.named_parameters() if part.requires_grad]
+        for model in (add_adapter(one, target_modules="q_proj"), add_adapter(two, target_modules=iter(["q_proj"])))
+    ]
+    assert names[0] == names[1] and all(".q_proj.lora_" in name for name in names[0])
+    with pytest.raises(ConfigError, match="may have no adapter"):
+        add_adapter(one)
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"compute_dtype": "float16"}, "compute_dtype = 'float16': must be one of fp16, bf16, fp32, auto"),
+        ({"device": "gpu"}, "device = 'gpu'"), ({"device": "cuda:7"}, "device = 'cuda:7': there are"),
+    ],
+)  # fmt: skip
+def test_words_that_stand_for_nothing_here_are_refused(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        load_base(EMBEDDED_MODEL, bits=16, **wrong)
+
+
 def test_the_fingerprint_covers_every_byte(tmp_path, kept):
     """Worked out with the system's own sha256sum. The first rule took 12 KiB of each tensor: of row 300 of the
     embedding, bytes 153,600 to 154,111 of 524,288, it saw nothing."""

@@ -111,6 +111,14 @@ def test_the_cores_are_dealt_out_among_the_workers(monkeypatch):
     assert job_environment(4)["OMP_NUM_THREADS"] == "3"  # the user's
 
 
+def test_a_rank_that_another_launcher_left_is_no_business_of_a_job(monkeypatch):
+    left = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_SIZE PMI_RANK".split()
+    for name in (*left, "TORCHELASTIC_RUN_ID", "RANKING", "OMP_PROC_BIND"):
+        monkeypatch.setenv(name, "2")
+    assert job_environment(1).keys() & {*left, "TORCHELASTIC_RUN_ID"} == set()
+    assert job_environment(1).keys() >= {"RANKING", "OMP_PROC_BIND"}
+
+
 def test_the_kit_runs_from_its_folder_without_being_installed(small_config, monkeypatch):
     """No metadata of it is asked for, neither before the weights are loaded nor in the manifest."""
 

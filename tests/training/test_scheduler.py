@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 from mmrev_kit.config.reading import load_config
@@ -130,8 +131,33 @@ def test_a_rate_of_min_lr_goes_on(rate, factor, min_lr, ends):
     assert rows[1][-1] == ends
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing(loss):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"warmup_steps": -5}, {"learning_rate": -1.0}, {"lr_reduction_factor": 2.0}, {"lr_reduction_factor": -1.0},
+        {"min_lr": math.nan}, {"num_epochs": 0}, {"improvement_threshold": 1.5}, {"lr_patience": 0},
+    ],
+)  # fmt: skip
+def test_numbers_that_no_configuration_takes_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
+        Schedule(**wrong)
+
+
+def test_a_state_with_other_names_is_refused():
+    state = Schedule().state_dict()
+    for wrong, name in ((state | {"bset": 3}, "bset"), ({k: v for k, v in state.items() if k != "best"}, "best")):
+        with pytest.raises(ValueError, match=f": {name} missing or unknown"):
+            Schedule().load_state_dict(wrong)
+
+
+def test_a_loss_may_be_any_number():
+    schedule = make()
+    schedule.observe(numpy.float32(0.75))
+    assert json.loads(json.dumps(schedule.state_dict()))["best"] == 0.75
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, -0.96])
+def test_a_loss_that_cannot_be_is_refused_and_changes_nothing(loss):
     schedule = make()
     schedule.observe(1.0)
     before = schedule.state_dict()
