@@ -8,6 +8,7 @@ Usable alone; it knows nothing of the kit's data or of its training loop:
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_base(
 
     Raises:
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
-            numbers (see `strict`); bits are not 4 or 16; or 4-bit weights are to be spread.
+            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or 4-bit weights are to be spread.
     """
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
@@ -78,18 +79,21 @@ def load_base(
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
+        qwen3vl.whole_config(folder / "config.json", read_object(folder / "config.json"))
         placement |= {"quantization_config": nf4} if nf4 else {}
-        model, met = qwen3vl.model_class().from_pretrained(
-            folder,
-            use_safetensors=True,  # never a pickle
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-            **placement,
-        )
+        with sums_of_quantized():
+            model, met = qwen3vl.model_class().from_pretrained(
+                folder,
+                use_safetensors=True,  # never a pickle
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **placement,
+            )
         reshaped = [key for key, *_ in met["mismatched_keys"]] + reshaped_in_4_bit(model)
         refuse_tensors(str(folder), met["missing_keys"], met["unexpected_keys"], reshaped)
+        refuse_not_finite(str(folder), model)
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
     return make_ready(model)
@@ -117,6 +121,35 @@ def reshaped_in_4_bit(model) -> list[str]:
         if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
             found.append(f"{name}.weight")
     return found
+
+
+@contextmanager
+def sums_of_quantized():
+    """Within it what bitsandbytes quantizes leaves the sum of its 16-bit values as `quant_state.sum`: on a GPU the
+    largest value of a block is found without looking at a NaN, which then becomes a number like any other."""
+    from bitsandbytes import functional
+
+    quantize = functional.quantize_4bit
+
+    def noting(weight, *arguments, **options):
+        values, state = quantize(weight, *arguments, **options)
+        state.sum = weight.sum(dtype=torch.float32)
+        return values, state
+
+    functional.quantize_4bit = noting
+    try:
+        yield
+    finally:
+        functional.quantize_4bit = quantize
+
+
+def refuse_not_finite(where: str, model) -> None:
+    """Raises ConfigError where a weight holds NaN or infinity; a layer on disk is looked at when it is used."""
+    for name, weight in model.named_parameters():
+        total = getattr(getattr(weight, "quant_state", None), "sum", None)
+        total = weight.sum(dtype=torch.float32) if total is None else total  # takes no memory, as isfinite() would
+        if not total.is_meta and not total.isfinite():
+            raise ConfigError(f"{where}: {name} holds a value that is not finite. {AGAIN}")
 
 
 def base_arguments(config: Config, device) -> dict:

@@ -246,6 +246,101 @@ def test_a_small_file_that_is_no_json_object_is_told_in_one_sentence(base, adapt
     one_sentence(caught)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {}),
+        ("tokenizer.json", {"model": {"type": "XX"}, "added_tokens": []}),
+        ("tokenizer.json", {"model": {"type": "BPE"}, "added_tokens": 3}),
+        ("processor_config.json", {"image_processor": 3}),
+        ("processor_config.json", {"image_processor": {"patch_size": "x"}}),
+    ],
+)
+def test_json_that_is_no_tokenizer_or_processor_is_told_in_one_sentence(base, file, content):
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"^{base} holds no whole processor") as caught:
+        load_processor(str(base))
+    one_sentence(caught)
+
+
+def edit(file: Path, *path, value) -> None:
+    """Put a value at a path of keys; None removes the last."""
+    values = json.loads(file.read_text())
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place.pop(path[-1], None)
+    place |= {} if value is None else {path[-1]: value}
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("patch_size",), 4, "patch_size is 8 in config.json and 4 in the processor's files"),
+        (("merge_size",), 4, "spatial_merge_size is 2 in config.json and 4 in"),
+        (("temporal_patch_size",), 1, "temporal_patch_size is 2 in config.json and 1 in"),
+        (("image_mean",), "half", "image_mean is 'half', not three numbers"),
+    ],
+)
+def test_a_processor_that_contradicts_the_model_is_refused(base, path, value, words):
+    edit(base / "processor_config.json", "image_processor", *path, value=value)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_processor(str(base))
+    one_sentence(caught)
+
+
+def test_another_token_for_images_than_the_tokenizers_is_refused(base):
+    change(base / "config.json", image_token_id=3)
+    with pytest.raises(ConfigError, match=r"image_token_id is 3 in config.json and 5 in"):
+        load_processor(str(base))
+
+
+def rename(base: Path) -> None:
+    """What transformers does not know it leaves out, and takes its own 1e-6."""
+    edit(base / "config.json", "text_config", "rms_norm_eps", value=None)
+    edit(base / "config.json", "text_config", "rms_norm_epsilon", value=1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (rename, "the field 'rms_norm_epsilon', which is not known; rms_norm_eps is"),
+        (lambda base: edit(base / "config.json", "text_config", "num_attention_heads", value="4"), "expected int"),
+        (
+            lambda base: edit(base / "config.json", "text_config", "rope_parameters", "rope_type", value="yarn"),
+            "factor",
+        ),
+        (
+            lambda base: edit(
+                base / "config.json", "text_config", "rope_parameters",
+                value={"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+            ),
+            "factor field must be",
+        ),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_would_be_read_with_other_values_is_refused(base, spoil, words):
+    spoil(base)
+    for name in (str(base), str(base / "config.json")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_base(name, bits=16, device="cpu")
+        one_sentence(caught)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    "name", ["model.language_model.layers.2.mlp.up_proj.weight", NORM, "model.visual.pos_embed.weight"]
+)
+def test_a_base_with_a_weight_that_is_not_finite_is_refused_before_it_is_quantized(base, name, bits, value):
+    """In NF4 a card makes a NaN a number like any other: it looks for the largest value of a block without it."""
+    with_tensors(base, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
+    with pytest.raises(ConfigError, match=rf"{base}: {re.escape(name)} holds a value that is not finite") as caught:
+        load_base(str(base), bits=bits, device="cpu")
+    one_sentence(caught)
+
+
 # ---- the adapter
 
 
@@ -331,6 +426,22 @@ def dropped_by_bitsandbytes() -> None:
     del layer.weight
     layer.weight, layer.quant_state = torch.nn.Parameter(torch.zeros(32, 1)), None
     layer(torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # as transformers 5.24 and peft word them
+        "This may lead to reinitialization of the adapter weights during loading.",
+        "We set the attention implementation for the sub-config `x` ... You may encounter undefined behavior.",
+        "`rope_parameters`'s factor field must be a float or int >= 1, got 0.5",
+        "Qwen3VLTextConfig got `key=rope_scaling` in kwargs but hasn't set it as attribute.",
+        "You are loading your model using bnb but no linear modules were found in your model.",
+        "The following generation flags are not valid and may be ignored: ['temperature'].",
+    ],
+)
+def test_what_the_libraries_say_of_numbers_that_are_not_those_given_is_an_error(message):
+    with pytest.raises(ConfigError, match=re.escape(" ".join(message.split()))), strict():
+        logging.getLogger("peft.somewhere").warning(message)
 
 
 @pytest.mark.parametrize("library", ["transformers", "peft", "accelerate", "bitsandbytes"])
