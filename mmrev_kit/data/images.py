@@ -1,5 +1,6 @@
 """Images: where those named in a data file lie, and decoding that never returns part of a picture."""
 
+import hashlib
 import os
 import re
 import stat
@@ -28,6 +29,7 @@ WAYS_OUT = {
     rb"\s*<(!doctype html|html)": "a web page, not a picture: download the picture itself",
     rb"version https://git-lfs": "a pointer of Git LFS, not the picture: fetch it with git lfs pull",
 }
+RAW_ENDINGS = tuple(".dng .nef .nrw .cr2 .arw .sr2 .srf .pef .orf .rw2 .raw .3fr .iiq .erf .kdc .dcr .mos".split())
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow's decoders raise on damaged files (cut short, bytes flipped); they share no base class.
 DECODING_ERRORS = (
@@ -122,10 +124,15 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if image.format == "TIFF" and _is_raw(path, image):
+                raise ValueError(
+                    "a camera's RAW file, of which only a thumbnail can be read; develop it as JPEG or PNG"
+                )
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"it has {image.n_frames} frames, and which is meant is not said; save one as PNG")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # those hold 16 bits at most
+            return _to_rgb(ImageOps.exif_transpose(image), wide)
     except UnidentifiedImageError:
         raise ImageError(f"{path}: {_way_out(path)}.") from None
     except Image.DecompressionBombError:
@@ -136,6 +143,17 @@ def load_image(path: str | Path) -> Image.Image:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
+def _is_raw(path: str | Path, image: Image.Image) -> bool:
+    """Whether a TIFF is a camera's RAW file: by its name, or because its first picture says that it is a reduced one
+    (NewSubfileType), or has the tag of Adobe's DNG."""
+    return Path(path).suffix.lower() in RAW_ENDINGS or bool(image.tag_v2.get(254, 0) & 1) or 50706 in image.tag_v2
+
+
+def look_of(image: Image.Image) -> str:
+    """A digest of a picture's pixels: that of two files of one picture is the same, however it was compressed."""
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
 def _way_out(path: str | Path) -> str:
     """What a file is that is none of `FORMATS`, and what to do."""
     with open(path, "rb") as file:
@@ -144,9 +162,9 @@ def _way_out(path: str | Path) -> str:
     return found[0] if found else "cannot identify a picture in it; save it as PNG or JPEG"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
     if image.mode in GREY_16_MODES:
-        return _grey_16_to_rgb(image)
+        return _grey_16_to_rgb(image, wide)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white; save it with 8 or 16 bits")
     if image.mode == "La":
@@ -158,13 +176,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_16_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit grey: 65,535 / 257 = 255. Pillow's own conversion clips instead: 300 and 40,000 both become 255."""
+def _grey_16_to_rgb(image: Image.Image, wide: bool) -> Image.Image:
+    """16-bit grey: 65,535 / 257 = 255. Pillow's own conversion clips instead: 300 and 40,000 both become 255.
+
+    Args:
+        wide: the file has 32 bits a pixel.
+    """
     import numpy
 
     values = numpy.asarray(image).astype(numpy.int64)
-    if values.min() < 0 or values.max() > 65_535:
+    if values.min() < 0 or values.max() > 65_535 or wide:
         raise ValueError("32-bit pixels have no known white; save it with 8 or 16 bits")
+    if values.max() < 4096:
+        raise ValueError(
+            f"16-bit grey that is nowhere brighter than {values.max():,} of 65,535, as where a camera writes 8 or 12 "
+            "bits into 16: it would be black; rescale it, or save it with 8 bits"
+        )
     grey = numpy.rint(values / 257).astype(numpy.uint8)
     clear = image.info.get("transparency")
     if clear is not None:

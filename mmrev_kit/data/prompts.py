@@ -65,6 +65,7 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(END)
         self.pad_id = self.tokenizer.pad_token_id
         self.sizes: dict[Path, tuple[int, int]] = {}
+        self.looks: dict[Path, str] = {}  # see `images.look_of`; of those that were checked
         self.frame, self.text_ids = cache(self._frame), cache(self._text_ids)
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 

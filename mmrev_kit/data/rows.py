@@ -11,6 +11,10 @@ from mmrev_kit.data.tasks import CHOICE, CW, LETTERS, TASK_TYPES, Row, TaskType
 
 # What the scripts that started this line of work call the same fields.
 OLD_NAMES = {"description": "object_name", "image_path": "image"}
+NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+# Every field that some row may have.
+FIELDS = {name for task in TASK_TYPES.values() for name in task.fields}
+FIELDS |= {"entity_id", "group", "image_choices", "choices", "options", "answer", *NEW_NAMES}
 
 
 def _modern(record: dict, task: TaskType) -> dict:
@@ -25,6 +29,20 @@ def _modern(record: dict, task: TaskType) -> dict:
         if record.get("answer") in task.answers:
             record.setdefault("correct_index", LETTERS.index(record["answer"]))
     return record
+
+
+@cache
+def _unknown_field(names: tuple[str, ...]) -> str | None:
+    """The reason why a record with these fields is none of the kit's: one is nearly called like a field that is not
+    there, and would be left unread without a word; or None. Other fields may be there."""
+    there = {NEW_NAMES.get(name, name) for name in names}
+    for name in names:
+        if name not in FIELDS:
+            near = get_close_matches(name.strip().casefold(), FIELDS, 1, 0.75)
+            same = near and near[0] == name.strip().casefold()
+            if near and (same or NEW_NAMES.get(near[0], near[0]) not in there):
+                return f"the field {name!r} is not known; {near[0]} is."
+    return None
 
 
 def _wrong_field(record: dict, task: TaskType) -> str | None:
@@ -98,7 +116,7 @@ def read_rows(
     rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
     for number, raw in records:
         where, record = f"{path}:{number}", _modern(raw, kind)
-        reasons, images = [_wrong_field(record, kind)], []
+        reasons, images = [_unknown_field(tuple(raw)) or _wrong_field(record, kind)], []
         if reasons == [None]:
             names = record["image_choices"] if kind.options == "image_choices" else [record["image_path"]]
             for name in names:

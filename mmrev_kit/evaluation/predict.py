@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmrev_kit import __version__
 from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.checks import check_account, check_statements, encode_all
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
@@ -69,6 +69,24 @@ def read_questions(config: Config) -> list[Question]:
         reason = f"there is nothing to ask: none of {names} is there."
         raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
     return questions
+
+
+def check_room(config: Config, questions: list[Question]) -> None:
+    """Refuse a question whose expected answer is longer than any that the model may give.
+
+    Raises:
+        ConfigError: naming the row, how many there are, and the least setting.
+    """
+    encoder, rows = make_encoder(config), {question.row.where: question.row for question in questions}
+    sizes = {where: len(encoder.text_ids(row.answer)) + 1 for where, row in rows.items()}  # and the end's
+    longest, most = max(sizes, key=sizes.__getitem__), config.evaluation.max_new_tokens
+    if sizes[longest] > most:
+        many = sum(size > most for size in sizes.values())
+        raise ConfigError(
+            f"evaluation.max_new_tokens = {most}: the expected answer of {many} questions is longer, in {longest} "
+            f"{sizes[longest]} tokens, so that no answer could be right. Set evaluation.max_new_tokens="
+            f"{sizes[longest] + 8} or more."
+        )
 
 
 def evaluation_key(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from operator import ne
 from pathlib import Path
 
 from mmrev_kit import files
@@ -15,6 +16,7 @@ from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import Verdict, verdict
 
+NEEDED = ("test", "id", "drop", "right", "read_as", "answer", "expected", "options")  # to be judged anew
 UNKNOWN = (  # numbers of `metrics.metrics` that a file of the original scripts cannot tell
     "n_entities", "unparsed", "cluster_interval", "p_permutation_holm", "rates", "options", "agreement", "likeliest",
 )  # fmt: skip
@@ -51,7 +53,8 @@ def read_records(path: Path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            record["test"], record["id"], record["right"]
+            for name in NEEDED:
+                record[name]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}:{number}: no prediction of this kit ({error}). Evaluate again.") from None
         records.append(record)
@@ -122,15 +125,18 @@ def _judged(record: dict) -> dict:
 
 
 def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
-    """An evaluation's folder, or an `eval_results*.json` of the original scripts.
+    """An evaluation's folder, its kept answers judged by today's rules, or an `eval_results*.json` of the original
+    scripts. The files stay as they are.
 
     Raises:
         ConfigError: it is neither, or not whole.
     """
     if path.is_file():
         return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
-    records = read_records(path / "predictions.jsonl")
-    facts = read_facts(path)
+    kept, facts = read_records(path / "predictions.jsonl"), read_facts(path)
+    records = [record | _judged(record) for record in kept]
+    if changed := sum(map(ne, kept, records)):
+        print(f"{path}: {changed:,} of {len(kept):,} kept answers are judged otherwise by today's rules, and so here.")
     name = name or path.parent.parent.name
     return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
 

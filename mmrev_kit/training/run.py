@@ -83,9 +83,9 @@ def prepare(config: Config) -> Prepared:
     folder = experiment_dir(config)
     faults += check_entities(read_entities(folder), folder / "entities.json")
     rows = [row for _, _, rows in data.sources() for row in rows]
-    faults += check_statements(rows)
     encoder = make_encoder(config)
     samples, more = encode_all(rows, encoder)
+    faults += check_statements(rows, encoder.looks)
     raise_faults(faults + more, config.data.drop_faulty)
     taken = iter(samples)
     encoded = {"train": {}, "pools": {}, "val": {}}

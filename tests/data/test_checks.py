@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, image_sizes
+from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, read_images
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.tasks import Row
 from mmrev_kit.training.run import prepare
@@ -233,8 +233,28 @@ def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
     calls = []
     real = checks.load_image
     monkeypatch.setattr(checks, "load_image", lambda path: calls.append(path) or real(path))
-    sizes, broken = image_sizes([tmp_path / "a.png", tmp_path / "b.png"] * 5)
-    assert sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"] and len(calls) == 2
+    sizes, looks, broken = read_images([tmp_path / "a.png", tmp_path / "b.png"] * 5)
+    assert (
+        list(looks) == list(sizes) and sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"]
+    )
+    assert len(calls) == 2
+
+
+def test_two_people_of_one_picture_saved_twice_are_told(own, small_config):
+    """A file of other bytes, with the same pixels; told once, however many rows show it."""
+    folder, config = own
+    assert prepare(config())
+    data = folder / "small"
+    entities = json.loads((data / "entities.json").read_text())
+    first, second = [entity["images"][0] for entity in entities if entity["group"] == "main"][:2]
+    with Image.open(data / first) as picture:
+        picture.save(data / second, compress_level=1)
+    assert (data / first).read_bytes() != (data / second).read_bytes()
+    with pytest.raises(DataError) as error:
+        prepare(config())
+    told = [fault for fault in error.value.faults if "looks like" in fault.reason]
+    assert {fault.where.split("/")[-1].split(":")[0] for fault in told} == {"forward_train.jsonl"} and len(told) == 1
+    assert Path(first).name in told[0].reason and Path(second).name in told[0].reason
 
 
 def test_dropping_does_not_pass_over_what_is_no_single_rows_fault():

@@ -14,7 +14,7 @@ from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.evaluation import predict as predict_module
-from mmrev_kit.evaluation.predict import evaluation_key, judge, read_questions, reorder
+from mmrev_kit.evaluation.predict import check_room, evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.files import write_text
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
@@ -41,6 +41,21 @@ def model():
 def ask(config, drop="none"):
     encoder = make_encoder(config, drop)
     return encoder, read_questions(config)
+
+
+def test_answers_that_may_not_be_as_long_as_the_right_one_are_refused_before_anything_is_loaded(small_config):
+    """The longest expected answer and its end, by the tokenizer itself."""
+    config = small_config()
+    encoder, questions = ask(config)
+    texts = {question.row.answer for question in questions}
+    most = 1 + max(len(encoder.tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    config.evaluation.max_new_tokens = most
+    check_room(config, questions)
+    config.evaluation.max_new_tokens = most - 1
+    told = rf"max_new_tokens = {most - 1}: .* \d+ questions is longer, in .*forward_test\.jsonl:\d+ {most} tokens"
+    with pytest.raises(ConfigError, match=told):
+        evaluate(config, None)
+    assert not list(Path(config.launch.output_dir).glob("base_*"))
 
 
 def test_an_unfinished_thought_is_unparsed_and_after_a_thought_the_answer_counts(small_config):

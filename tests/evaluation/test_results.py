@@ -88,7 +88,7 @@ def cut(path: Path, lines: int) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
 
 
-def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_written_again(tmp_path):
+def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_written_again(tmp_path, capsys):
     """Older rules read "It might be Correct" as Correct; today's read nothing."""
     folder = tmp_path / "run/eval/e"
     records = all_records()
@@ -97,6 +97,11 @@ def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_w
     write_jsonl(folder / "predictions.jsonl", records)
     complete(folder, {"task": "forward", "key": "k"})
     accuracy = json.loads((folder / "metrics.json").read_text())["none"]["reverse"]["all"]["accuracy"]
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = read_evaluation(folder)  # as set beside another run: judged so too, and the files left as they are
+    assert other.metrics["none"]["reverse"]["all"]["accuracy"] == 15 / 16
+    assert "1 of 80 kept answers are judged otherwise by today's rules" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     judge_anew(folder)
     (found,) = [one for one in read_evaluation(folder).records if one["answer"] == "It might be Correct"]
     assert (found["read_as"], found["right"]) == (None, False)
