@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from mmrev_kit.config.project import hide_secrets, model_path
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.model.base_files import read_config, weight_files
+from mmrev_kit.model.base_files import read_config, read_object, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
 FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
@@ -45,9 +46,35 @@ def model_folder(name: str, revision: str | None = None, weights: bool = True) -
     read_config(folder / "config.json", name)
     if weights:
         if on_hub:
+            check_room(folder, name)
             folder = _download(name, revision, SMALL_FILES + WEIGHTS)
         weight_files(folder)
     return folder
+
+
+def bytes_to_download(folder: Path) -> int:
+    """What a model's weight files still lack in the hub's cache, by their index; 0 for a model of one file, whose size
+    the small files do not tell.
+
+    Args:
+        folder: the cache's, with the small files.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return 0
+    values = read_object(index)
+    size, places = values.get("metadata", {}).get("total_size", 0), set(values.get("weight_map", {}).values())
+    return max(0, int(size) - sum((folder / name).stat().st_size for name in places if (folder / name).is_file()))
+
+
+def check_room(folder: Path, name: str) -> None:
+    """Raises ConfigError where the disk of the hub's cache has no room for the rest of a model's weights."""
+    needed, free = bytes_to_download(folder), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"model.name = {name!r}: {needed:,} bytes of it are not downloaded yet, and {free:,} are free in {folder}. "
+            "Free some space, or set HF_HOME to a folder on another disk."
+        )
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -67,13 +94,14 @@ def is_random(name: str) -> bool:
 
 
 def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
-    """Refuse an adapter whose model card names another base than `name`.
+    """Refuse an adapter whose model card names another base than `name`, or other files than its own.
 
     Args:
         base: gives that base's fingerprint for `version=...`, see `base_fingerprint`; the card decides which.
 
     Raises:
-        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; or it is not in safetensors.
+        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; it is not in safetensors; or
+            it was changed since.
     """
     card = adapter / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -86,6 +114,16 @@ def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
         raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.{renamed}")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
+    written = re.search(r"^adapter_sha256: ([0-9a-f]{64})$", text, re.MULTILINE)
+    if written and (adapter / "adapter_config.json").is_file() and written[1] != adapter_digest(adapter):
+        told = "adapter_config.json or adapter_model.safetensors is not what the run wrote"
+        raise ConfigError(f"{adapter}: {told} (adapter_sha256 in README.md). Restore the folder, or train again.")
+
+
+def adapter_digest(folder: Path) -> str:
+    """The SHA-256, in hex digits, of an adapter's configuration and then its tensors."""
+    names = "adapter_config.json", "adapter_model.safetensors"
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def version_of(fingerprint: str) -> int:

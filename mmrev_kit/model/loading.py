@@ -8,7 +8,6 @@ Usable alone; it knows nothing of the kit's data or of its training loop:
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.base_files import AGAIN, read_object, tensor_shapes
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
+from mmrev_kit.model.finite import refuse_not_finite, sums_of_quantized
 from mmrev_kit.model.fused import fuse
 from mmrev_kit.model.strict import strict
 from mmrev_kit.model.vision import use_fast_tower
@@ -121,35 +121,6 @@ def reshaped_in_4_bit(model) -> list[str]:
         if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
             found.append(f"{name}.weight")
     return found
-
-
-@contextmanager
-def sums_of_quantized():
-    """Within it what bitsandbytes quantizes leaves the sum of its 16-bit values as `quant_state.sum`: on a GPU the
-    largest value of a block is found without looking at a NaN, which then becomes a number like any other."""
-    from bitsandbytes import functional
-
-    quantize = functional.quantize_4bit
-
-    def noting(weight, *arguments, **options):
-        values, state = quantize(weight, *arguments, **options)
-        state.sum = weight.sum(dtype=torch.float32)
-        return values, state
-
-    functional.quantize_4bit = noting
-    try:
-        yield
-    finally:
-        functional.quantize_4bit = quantize
-
-
-def refuse_not_finite(where: str, model) -> None:
-    """Raises ConfigError where a weight holds NaN or infinity; a layer on disk is looked at when it is used."""
-    for name, weight in model.named_parameters():
-        total = getattr(getattr(weight, "quant_state", None), "sum", None)
-        total = weight.sum(dtype=torch.float32) if total is None else total  # takes no memory, as isfinite() would
-        if not total.is_meta and not total.isfinite():
-            raise ConfigError(f"{where}: {name} holds a value that is not finite. {AGAIN}")
 
 
 def base_arguments(config: Config, device) -> dict:

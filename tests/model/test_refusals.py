@@ -19,7 +19,7 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.evaluation.ask import Asker
 from mmrev_kit.memory.plan import configured_shapes
-from mmrev_kit.model.bases import base_fingerprint, model_folder
+from mmrev_kit.model.bases import adapter_digest, base_fingerprint, model_folder
 from mmrev_kit.model.loading import add_adapter, load_adapter, load_base
 from mmrev_kit.model.processor import load_processor
 from mmrev_kit.model.qwen3vl import read_architecture
@@ -341,6 +341,31 @@ def test_a_base_with_a_weight_that_is_not_finite_is_refused_before_it_is_quantiz
     one_sentence(caught)
 
 
+def test_weights_that_the_disk_has_no_room_for_are_not_fetched(base, monkeypatch, small_config):
+    """By the size that the index tells; what is there already is taken off."""
+    split(base)
+    index, there = base / "model.safetensors.index.json", base / "model-00001-of-00002.safetensors"
+    change(index, metadata={"total_size": 10**15})
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return base
+
+    (base / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    needed = f"{10**15 - there.stat().st_size:,} bytes of it are not downloaded yet"
+    with pytest.raises(ConfigError, match=needed) as caught:
+        model_folder("someone/large")
+    one_sentence(caught)
+    assert asked == [False]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *words, **more: str(base / "config.json"))
+    found = preflight(small_config("model.name=someone/large"))
+    assert any(
+        f"{10**15 - there.stat().st_size:,} of the base to be downloaded" in warning for warning in found.warnings
+    )
+
+
 # ---- the adapter
 
 
@@ -382,6 +407,31 @@ def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fie
         with pytest.raises(ConfigError, match=words) as caught:
             load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
         one_sentence(caught)
+
+
+@pytest.mark.parametrize("change_it", ["alpha", "rslora", "alora", "weights"])
+def test_an_adapter_whose_values_changed_after_it_was_written_is_refused(adapter, change_it):
+    """Its card says what the files were; here it is made as `save_adapter` makes it."""
+    card, config, tensors = (
+        adapter / name for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    )
+    card.write_text(card.read_text().replace("\n---\n\n#", f"\nadapter_sha256: {adapter_digest(adapter)}\n---\n\n#"))
+    assert "adapter_sha256: " in card.read_text()
+    model = load_base("embedded-one-order", device="cpu")
+    load_adapter(model, adapter).unload()
+    if change_it == "weights":
+        stored = load_file(tensors)
+        save_file({name: 0 * value for name, value in stored.items()}, tensors, {"format": "pt"})
+    else:
+        fields = {
+            "alpha": {"lora_alpha": 64},
+            "rslora": {"use_rslora": True},
+            "alora": {"alora_invocation_tokens": [1]},
+        }
+        change(config, **fields[change_it])
+    with pytest.raises(ConfigError, match=r"is not what the run wrote \(adapter_sha256 in README\.md\)") as caught:
+        load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
+    one_sentence(caught)
 
 
 def test_the_unchanged_adapter_and_base_are_read(adapter, base):
