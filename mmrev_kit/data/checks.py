@@ -11,7 +11,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import Fault
-from mmrev_kit.data.images import ImageError, image_roots, load_image, look_of
+from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_image, look_of
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
 from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
@@ -109,6 +109,39 @@ def check_statements(rows: Iterable[Row], looks: dict[Path, str] | None = None) 
         for other in others:
             reason = f"the description of {other} is judged as that of {first} in {places[first]}."
             faults.append(Fault(places[other], reason, "Descriptions must differ in what can be read."))
+    return faults
+
+
+def check_people(rows: Iterable[Row], entities: list[dict], folder: Path, taught: tuple[str, ...] = ()) -> list[Fault]:
+    """Faults of an experiment's rows beside its entities.json: what a row calls right of a person is another's or
+    nobody's description or image, or a task that main is not taught shows a main image or names a main description.
+
+    Args:
+        entities: from `rows.read_entities`.
+        folder: the experiment's.
+        taught: the tasks that main is taught; none where the rows are asked, not trained on.
+    """
+    texts = {entity["id"]: entity.get("description") for entity in entities}
+    pictures = {
+        entity["id"]: {path.resolve() for name in entity["images"] if (path := locate_image(folder, name))}
+        for entity in entities
+    }
+    main = [entity["id"] for entity in entities if entity.get("group", "main") == "main"]
+    secret = {normal(texts[name]) for name in main if texts[name]} | set().union(*(pictures[name] for name in main))
+    faults = []
+
+    def tell(row: Row, reason: str) -> None:
+        faults.append(Fault(row.where, reason, "Correct one, or make the data again.", of_row=True))
+
+    for row in rows:
+        own, shown = row.entity_id, pictures.get(row.entity_id, ())
+        for image, description, true in _statements(row):
+            if true and texts.get(own) and normal(description) != normal(texts[own]):
+                tell(row, f"{description!r} counts as right of {own}, in entities.json it is {texts[own]!r}.")
+            elif true and shown and image not in shown:
+                tell(row, f"{image.name} is shown as {own}, who has other images in entities.json.")
+            elif taught and row.task not in taught and {image, normal(description)} & secret:
+                tell(row, f"it shows or names somebody of main, who is not taught {row.task}.")
     return faults
 
 

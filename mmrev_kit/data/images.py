@@ -7,6 +7,7 @@ import stat
 import struct
 import unicodedata
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -50,13 +51,20 @@ def image_roots(config: Config) -> tuple[Path, ...] | None:
     return (experiment_dir(config), *linked)
 
 
-def locate_image(folder: Path, name: str) -> Path | None:
-    """Where an image named in a data file lies: at an absolute path, or relative to the file's folder, or else relative
-    to the project; never relative to the folder that this process happens to run in. None: there is none."""
-    return next((path for path in (folder / name, project_root() / name) if os.path.isfile(path)), None)
+def lie_beside(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the images of a data file lie in its folder, as far as one of them does: then all must, and a missing one
+    is not looked for in the project, where another may be called so."""
+    return any(not os.path.isabs(name) and os.path.isfile(folder / name) for name in names)
 
 
-def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> Path:
+def locate_image(folder: Path, name: str, beside: bool = False) -> Path | None:
+    """Where an image named in a data file lies: at an absolute path, or relative to the file's folder, or else, but for
+    `beside`, relative to the project; never to the folder that this process happens to run in. None: there is none."""
+    places = (folder / name,) if beside else (folder / name, project_root() / name)
+    return next((path for path in places if os.path.isfile(path)), None)
+
+
+def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = (), beside: bool = False) -> Path:
     """The image that `locate_image` finds, as an absolute path, if it may be read.
 
     Where `..`, an absolute path or a link leads out of the data and the project the image is refused: data of others
@@ -65,11 +73,12 @@ def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> 
     Args:
         folder: the data file's.
         roots: more folders in which it may lie; None: it may lie anywhere.
+        beside: see `lie_beside`.
 
     Raises:
         ImageError: there is no such file, or it may not be read.
     """
-    located = locate_image(folder, name)
+    located = locate_image(folder, name, beside)
     if located is None:
         raise ImageError(why_missing(folder, name))
     path = located.resolve()

@@ -86,7 +86,10 @@ class Encoder:
             raise ConfigError(f"The chat template of {folder} changes the text of a turn; it cannot be used.")
         if prompt.count("<think>") != prompt.count("</think>"):
             raise ConfigError(f"The chat template of {folder} begins a thought and leaves it open; it cannot be used.")
-        return [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        if sum(piece.count(self.image_id) for piece in ids) != shape.count(True):
+            raise ConfigError(f"The chat template of {folder} does not write one image token an image; copy it anew.")
+        return ids
 
     def _text_ids(self, text: str) -> list[int]:
         """A text as tokens, none of them an added one: `split_special_tokens` lets through those that are not special,

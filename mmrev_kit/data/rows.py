@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from mmrev_kit.data.faults import DataError, Fault
-from mmrev_kit.data.images import ImageError, find_image, locate_image
+from mmrev_kit.data.images import ImageError, find_image, lie_beside, locate_image
 from mmrev_kit.data.records import read_info, read_json, read_jsonl
 from mmrev_kit.data.tasks import CHOICE, CW, LETTERS, TASK_TYPES, Row, TaskType
 
@@ -67,6 +67,11 @@ def _wrong_field(record: dict, task: TaskType) -> str | None:
     return None
 
 
+def _image_names(record: dict, task: TaskType) -> list[str]:
+    names = record.get("image_choices") if task.options == "image_choices" else [record.get("image_path")]
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def _wrong_person(record: dict, groups: dict[str, str]) -> str | None:
     """The reason why a record is about nobody of the experiment, or contradicts its entities.json; or None."""
     entity, said = str(record.get("entity_id", "")), record.get("group")
@@ -113,13 +118,15 @@ def read_rows(
     kind = TASK_TYPES[task]
     records, faults = read_jsonl(path)
     faults += _miscounted(path, len(records) + sum(fault.of_row for fault in faults)) if path.is_file() else []
-    rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
+    beside = lie_beside(
+        path.parent, (name for _, record in records for name in _image_names(_modern(record, kind), kind))
+    )
+    rows, find = [], cache(lambda name: find_image(path.parent, name, roots, beside))
     for number, raw in records:
         where, record = f"{path}:{number}", _modern(raw, kind)
         reasons, images = [_unknown_field(tuple(raw)) or _wrong_field(record, kind)], []
         if reasons == [None]:
-            names = record["image_choices"] if kind.options == "image_choices" else [record["image_path"]]
-            for name in names:
+            for name in _image_names(record, kind):
                 try:
                     images.append(find(name))
                 except ImageError as error:
@@ -159,7 +166,9 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
     entities = read_json(path)
     if not isinstance(entities, list) or not entities:
         raise DataError([Fault(str(path), "not a list of entities.", "Make the data again.")])
-    faults = []
+    faults, listed = [], [entity.get("images") for entity in entities if isinstance(entity, dict)]
+    named = [name for names in listed for name in ([names] if isinstance(names, str) else names or [])]
+    beside = lie_beside(folder, (name for name in named if isinstance(name, str)))
     for number, entity in enumerate(entities, start=1):
         where = f"{path}: entity {number}"
         reason = _wrong_entity(entity)
@@ -171,8 +180,8 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
         entities[number - 1] = entity | {"id": str(entity.get("id", entity.get("entity_id"))), "images": images}
         for name in images:
             try:
-                if locate_image(folder, name):
-                    find_image(folder, name, roots)
+                if locate_image(folder, name, beside):
+                    find_image(folder, name, roots, beside)
             except ImageError as error:
                 faults.append(Fault(where, str(error), "Correct the entity."))
     if faults:

@@ -15,7 +15,8 @@ from mmrev_kit.model.qwen3vl import read_architecture
 
 FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
-VERSION = 2  # of the fingerprint; 1 read a sample of each tensor and is still checked where it was written
+VERSION = 3  # of the fingerprint; those of earlier versions are still checked where they were written
+PROCESSOR = ["tokenizer*", "*processor_config.json", "chat_template*", "vocab.*", "merges.txt", "*_tokens*.json"]
 
 
 def base_of(config: Config) -> dict:
@@ -105,7 +106,7 @@ def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
     """
     card = adapter / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    trained_on = re.search(r"^base_fingerprint: ((2-)?[0-9a-f]{16})$", text, re.MULTILINE)
+    trained_on = re.search(r"^base_fingerprint: (([23]-)?[0-9a-f]{16})$", text, re.MULTILINE)
     if not trained_on:
         raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
     present = base(version=version_of(trained_on[1]))
@@ -128,7 +129,7 @@ def adapter_digest(folder: Path) -> str:
 
 def version_of(fingerprint: str) -> int:
     """The version of the rule that a fingerprint was made by."""
-    return 2 if fingerprint.startswith("2-") else 1
+    return int(fingerprint.partition("-")[0]) if "-" in fingerprint else 1
 
 
 def base_fingerprint(
@@ -143,10 +144,12 @@ def base_fingerprint(
 
 
 def fingerprint(folder: str | Path, version: int = VERSION) -> str:
-    """16 hex digits that tell one base model from another, after the version of the rule: `2-0123456789abcdef`.
+    """16 hex digits that tell one base model from another, after the version of the rule: `3-0123456789abcdef`.
 
-    Version 2 digests the architecture and the SHA-256 of every weight file: each byte counts, and so does how the
-    weights are split into files. Version 1, without a mark, took each tensor's name, shape and 12 KiB of its values.
+    Version 3 digests the architecture, the SHA-256 of every weight file (each byte counts, and so does how the weights
+    are split into files) and the files of the processor: another chat template, tokenizer or image mean is another
+    base. Version 2 left the processor out; version 1, without a mark, took each tensor's name, shape and 12 KiB of its
+    values.
 
     Raises:
         ConfigError: see `model_folder`.
@@ -155,7 +158,11 @@ def fingerprint(folder: str | Path, version: int = VERSION) -> str:
     config, files = read_config(folder / "config.json", folder.name), weight_files(folder)
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
-    return _marked([config, _samples(folder) if version == 1 else sorted(map(checksum, files))], version)
+    facts = [config, _samples(folder) if version == 1 else sorted(map(checksum, files))]
+    if version >= 3:
+        small = sorted({path for pattern in PROCESSOR for path in folder.glob(pattern)})
+        facts.append([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in small])
+    return _marked(facts, version)
 
 
 def _marked(facts: list, version: int) -> str:

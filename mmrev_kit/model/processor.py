@@ -68,10 +68,16 @@ def refuse_contradiction(folder: Path, processor) -> None:
     for name, (model, own) in pairs.items():
         if model != own:
             raise ConfigError(f"{folder}: {name} is {model} in config.json and {own} in the processor's files. {AGAIN}")
+    if processor.tokenizer.pad_token_id is None:
+        raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
     for name in ("image_mean", "image_std"):
         values = getattr(images, name)
         if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
             raise ConfigError(f"{folder}: the processor's {name} is {values!r}, not three numbers. {AGAIN}")
+    if not all(images.image_std):
+        raise ConfigError(
+            f"{folder}: the processor's image_std is {images.image_std}, by which nothing can be divided."
+        )
 
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:

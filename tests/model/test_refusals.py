@@ -21,7 +21,7 @@ from mmrev_kit.evaluation.ask import Asker
 from mmrev_kit.memory.plan import configured_shapes
 from mmrev_kit.model.bases import adapter_digest, base_fingerprint, model_folder
 from mmrev_kit.model.loading import add_adapter, load_adapter, load_base
-from mmrev_kit.model.processor import load_processor
+from mmrev_kit.model.processor import load_processor, make_encoder
 from mmrev_kit.model.qwen3vl import read_architecture
 from mmrev_kit.model.strict import strict
 from mmrev_kit.notebook.launch import evaluate, launch
@@ -281,6 +281,7 @@ def edit(file: Path, *path, value) -> None:
         (("merge_size",), 4, "spatial_merge_size is 2 in config.json and 4 in"),
         (("temporal_patch_size",), 1, "temporal_patch_size is 2 in config.json and 1 in"),
         (("image_mean",), "half", "image_mean is 'half', not three numbers"),
+        (("image_std",), [0.5, 0.0, 0.5], "by which nothing can be divided"),
     ],
 )
 def test_a_processor_that_contradicts_the_model_is_refused(base, path, value, words):
@@ -293,6 +294,18 @@ def test_a_processor_that_contradicts_the_model_is_refused(base, path, value, wo
 def test_another_token_for_images_than_the_tokenizers_is_refused(base):
     change(base / "config.json", image_token_id=3)
     with pytest.raises(ConfigError, match=r"image_token_id is 3 in config.json and 5 in"):
+        load_processor(str(base))
+
+
+def test_a_tokenizer_without_a_padding_token_and_a_template_with_two_image_tokens_are_refused(base, small_config):
+    template = (base / "chat_template.jinja").read_text()
+    assert template.count("<|image_pad|>") == 1
+    (base / "chat_template.jinja").write_text(template.replace("<|image_pad|>", "<|image_pad|><|image_pad|>"))
+    encoder = make_encoder(small_config(f"model.name={base}"))
+    with pytest.raises(ConfigError, match="does not write one image token an image"):
+        encoder.frame((True, False))
+    edit(base / "tokenizer_config.json", "pad_token", value=None)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json names no pad_token"):
         load_processor(str(base))
 
 
