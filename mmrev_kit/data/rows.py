@@ -167,7 +167,7 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
     if not isinstance(entities, list) or not entities:
         raise DataError([Fault(str(path), "not a list of entities.", "Make the data again.")])
     faults, listed = [], [entity.get("images") for entity in entities if isinstance(entity, dict)]
-    named = [name for names in listed for name in ([names] if isinstance(names, str) else names or [])]
+    named = [name for names in listed for name in (names if isinstance(names, list) else [names])]
     beside = lie_beside(folder, (name for name in named if isinstance(name, str)))
     for number, entity in enumerate(entities, start=1):
         where = f"{path}: entity {number}"

@@ -158,6 +158,7 @@ def evaluate(
     base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
+        refuse_other_inputs(config, chosen.parent / "config.yaml")
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
@@ -187,6 +188,19 @@ def evaluate(
         complete(folder, facts)
         measured.unlink()
     return folder
+
+
+def refuse_other_inputs(config: Config, trained: Path) -> None:
+    """Raises ConfigError where the run's own configuration, as far as there is one, scales pictures or prompts in
+    another way than this one: the adapter would be asked what it was never shown."""
+    if not trained.is_file():
+        return
+    run = load_config(trained)
+    for section, name in (("model", "min_pixels"), ("model", "max_pixels"), ("training", "max_length")):
+        was, now = (getattr(getattr(one, section), name) for one in (run, config))
+        if was != now:
+            key = f"{section}.{name}"
+            raise ConfigError(f"{trained.parent} was trained with {key} = {was}, not {now}. Set {key}={was} to ask it.")
 
 
 def _holds(folder: Path, key: str) -> bool:

@@ -132,6 +132,7 @@ def test_rows_about_nobody_or_of_another_group_are_faults_line_by_line(folder):
         ('{"id": 1}', "entities.json: not a list of entities"),
         ('[{"id": 1}, {"name": "x"}]', "entity 2: its id is neither text nor a whole number"),
         ('[{"id": true}]', "entity 1: its id is neither"),
+        ('[{"id": 1, "images": 3}]', "entity 1: images is neither a path nor a list of paths"),
         ('[{"id": 1, "images": [3]}]', "entity 1: images is neither a path nor a list of paths"),
         ('[{"id": 1, "group": ["main"]}]', "entity 1: its group is not a text"),
         ('[{"id": 1, "description": ["a", "b"]}]', "entity 1: its description is not a text"),
