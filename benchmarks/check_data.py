@@ -44,7 +44,7 @@ def main() -> None:
             began = time.perf_counter()
             rows, faults = read_rows(path, "forward", "forward", {})
             samples, more = encode_all(rows, encoder)
-            raise_faults(faults + check_statements(rows) + more, drop=False)
+            raise_faults(faults + check_statements(rows, encoder.looks) + more, drop=False)
             seconds = time.perf_counter() - began
             assert len(samples) == ROWS
             print(f"{kind}: {ROWS:,} rows, {ROWS:,} distinct {SIDE}-pixel images: {seconds:.2f} s")

@@ -128,6 +128,9 @@ class DataConfig:
         if self.source == "folder":
             for name in ("entities_file", "images_dir"):
                 _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
+        elif self.entities_file is not None:
+            rule = "is read where data.source is folder only; set it so, or leave this out"
+            _require(False, "data.entities_file", self.entities_file, rule)
         _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
 
 

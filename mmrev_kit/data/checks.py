@@ -11,7 +11,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import Fault
-from mmrev_kit.data.images import ImageError, image_roots, load_image
+from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_image, look_of
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
 from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
@@ -66,25 +66,41 @@ def _statements(row: Row) -> list[tuple[Path, str, bool]]:
     return [(image, row.description, index == right) for index, image in enumerate(row.images)]
 
 
-def check_statements(rows: Iterable[Row]) -> list[Fault]:
-    """Faults between rows: a picture and a description that one row calls right and another one wrong, and two people
-    whose descriptions are the same to who judges an answer. Descriptions are compared as they are judged."""
-    right: dict[tuple[Path, str], str] = {}
-    wrong: dict[tuple[Path, str], list[tuple[str, str]]] = defaultdict(list)
+def check_statements(rows: Iterable[Row], looks: dict[Path, str] | None = None) -> list[Fault]:
+    """Faults between rows: a picture and a description that one row calls right and another one wrong, two people of
+    one picture, and two whose descriptions are the same to who judges an answer. Descriptions are compared as they
+    are judged.
+
+    Args:
+        looks: what the pictures look like, see `images.look_of`; those that are not in it are told by their paths.
+    """
+    looks = looks or {}
+    right: dict[tuple[Path | str, str], str] = {}
+    wrong: dict[tuple[Path | str, str], list[tuple[str, str, str]]] = defaultdict(list)
     owners: dict[str, dict[str, str]] = defaultdict(dict)
+    shown: dict[Path | str, Row] = {}
+    twins, faults = set(), []
     for row in rows:
         if row.type.format == GENERATION:
             owners[normal(row.answer)].setdefault(row.entity_id, row.where)
+            first = shown.setdefault(looks.get(row.images[0], row.images[0]), row)
+            if first.entity_id != row.entity_id and (first.entity_id, row.entity_id) not in twins:
+                twins.add((first.entity_id, row.entity_id))
+                reason = (
+                    f"{row.images[0].name} of {row.entity_id} looks like {first.images[0].name} of {first.entity_id}."
+                )
+                faults.append(Fault(row.where, reason, "Each person needs a picture of their own."))
         for image, description, true in _statements(row):
+            pair = looks.get(image, image), normal(description)
             if true:
-                right.setdefault((image, normal(description)), row.where)
+                right.setdefault(pair, row.where)
             else:
-                wrong[image, normal(description)].append((row.where, description))
-    faults = [
-        Fault(where, f"{pair[0].name} and {text!r} count as wrong here, as right in {right[pair]}.", "Correct one.")
+                wrong[pair].append((row.where, description, image.name))
+    faults += [
+        Fault(where, f"{name} and {text!r} count as wrong here, as right in {right[pair]}.", "Correct one.")
         for pair, places in wrong.items()
         if pair in right
-        for where, text in places
+        for where, text, name in places
     ]
     for text, places in owners.items():
         first, *others = places
@@ -96,38 +112,76 @@ def check_statements(rows: Iterable[Row]) -> list[Fault]:
     return faults
 
 
-def image_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
+def check_people(rows: Iterable[Row], entities: list[dict], folder: Path, taught: tuple[str, ...] = ()) -> list[Fault]:
+    """Faults of an experiment's rows beside its entities.json: what a row calls right of a person is another's or
+    nobody's description or image, or a task that main is not taught shows a main image or names a main description.
+
+    Args:
+        entities: from `rows.read_entities`.
+        folder: the experiment's.
+        taught: the tasks that main is taught; none where the rows are asked, not trained on.
+    """
+    texts = {entity["id"]: entity.get("description") for entity in entities}
+    pictures = {
+        entity["id"]: {path.resolve() for name in entity["images"] if (path := locate_image(folder, name))}
+        for entity in entities
+    }
+    main = [entity["id"] for entity in entities if entity.get("group", "main") == "main"]
+    secret = {normal(texts[name]) for name in main if texts[name]} | set().union(*(pictures[name] for name in main))
+    faults = []
+
+    def tell(row: Row, reason: str) -> None:
+        faults.append(Fault(row.where, reason, "Correct one, or make the data again.", of_row=True))
+
+    for row in rows:
+        own, shown = row.entity_id, pictures.get(row.entity_id, ())
+        for image, description, true in _statements(row):
+            if true and texts.get(own) and normal(description) != normal(texts[own]):
+                tell(row, f"{description!r} counts as right of {own}, in entities.json it is {texts[own]!r}.")
+            elif true and shown and image not in shown:
+                tell(row, f"{image.name} is shown as {own}, who has other images in entities.json.")
+            elif taught and row.task not in taught and {image, normal(description)} & secret:
+                tell(row, f"it shows or names somebody of main, who is not taught {row.task}.")
+    return faults
+
+
+def read_images(
+    paths: Iterable[Path], quiet: bool = False
+) -> tuple[dict[Path, tuple[int, int]], dict[Path, str], dict[Path, str]]:
     """Decode every image in full, on all cores.
 
     Returns:
-        {path: (width, height)} of the images that decode, {path: reason} of those that do not.
+        {path: (width, height)} and {path: what it looks like} of the images that decode (see `images.look_of`),
+        {path: reason} of those that do not.
     """
     paths = list(dict.fromkeys(paths))
-    sizes, broken = {}, {}
+    sizes, looks, broken = {}, {}, {}
 
     def read(path: Path):
         try:
-            return load_image(path).size
+            image = load_image(path)
+            return image.size, look_of(image)
         except ImageError as error:
             return error
 
     told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, size in zip(paths, pool.map(read, paths), strict=True):
-            if isinstance(size, ImageError):
-                broken[path] = str(size)
+        for path, found in zip(paths, pool.map(read, paths), strict=True):
+            if isinstance(found, ImageError):
+                broken[path] = str(found)
             else:
-                sizes[path] = size
+                sizes[path], looks[path] = found
             if not quiet and time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 print(f"decoded {len(sizes) + len(broken):,} of {len(paths):,} images", flush=True)
-    return sizes, broken
+    return sizes, looks, broken
 
 
 def encode_all(rows: list[Row], encoder: Encoder, quiet: bool = False) -> tuple[list[Sample | None], list[Fault]]:
     """Every row as a sample, None where it has a fault: an image that does not decode, or a prompt that cannot fit."""
-    sizes, broken = image_sizes((image for row in rows for image in row.images), quiet)
+    sizes, looks, broken = read_images((image for row in rows for image in row.images), quiet)
     encoder.sizes.update(sizes)
+    encoder.looks.update(looks)
     samples, faults = [], []
     for row in rows:
         bad = next((image for image in row.images if image in broken), None)

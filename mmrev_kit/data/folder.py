@@ -5,6 +5,7 @@ import reprlib
 import shutil
 from collections import Counter
 from difflib import get_close_matches
+from filecmp import cmp
 from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
@@ -13,10 +14,10 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import DataConfig
 from mmrev_kit.data.checks import repeated
 from mmrev_kit.data.faults import DataError, Fault
-from mmrev_kit.data.images import ImageError, load_image, why_missing
+from mmrev_kit.data.images import ImageError, load_image, look_of, why_missing
 from mmrev_kit.data.partners import connector_split, experiment_rows
 from mmrev_kit.data.people import ENTITY_FIELDS, entity_record, write_experiment
-from mmrev_kit.data.records import Records, read_list
+from mmrev_kit.data.records import Records, read_json, read_list
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.data.texts import normal
 
@@ -119,8 +120,9 @@ def _person(where: str, record: dict, columns: dict[str, str], number: int) -> t
     return entity_record(**known), images or [], faults
 
 
-def _check_images(where: str, names: list[str], folder: Path, anywhere: bool) -> list[Fault]:
-    faults = []
+def _check_images(where: str, names: list[str], folder: Path, anywhere: bool) -> tuple[list[str], list[Fault]]:
+    """What the pictures look like, see `look_of`, and the faults of those that cannot be used."""
+    looks, faults = [], []
     for name in names:
         path = folder / name
         if not os.path.isfile(path):
@@ -131,17 +133,18 @@ def _check_images(where: str, names: list[str], folder: Path, anywhere: bool) ->
             faults.append(Fault(where, reason, "Put it there, or allow it with data.allow_outside=true."))
             continue
         try:
-            load_image(path)
+            looks.append(look_of(load_image(path)))
         except ImageError as error:
             faults.append(Fault(where, str(error), "Correct the name or replace the file."))
-    return faults
+    return looks, faults
 
 
-def _check_shared(people: list[tuple[str, dict]]) -> list[Fault]:
-    """A fault for each person whose description, id, name or picture is another's, too, or who has a picture twice."""
-    pictures = {
-        where: [sha256(image.read_bytes()).hexdigest() for image in person["source_images"]] for where, person in people
-    }
+def _check_shared(people: list[tuple[str, dict]], pictures: dict[str, list[str]]) -> list[Fault]:
+    """A fault for each person whose description, id, name or picture is another's, too, or who has a picture twice.
+
+    Args:
+        pictures: what each person's pictures look like: the same one may have been saved twice.
+    """
     keys = {
         "the description, as answers are judged,": lambda where, person: [normal(person["description"])],
         "the id": lambda where, person: [person["id"]],
@@ -191,16 +194,25 @@ def read_people(data: DataConfig) -> list[dict]:
         _stop(*faults)
     if not folder.is_dir() or not any(file.is_file() for file in folder.rglob("*")):
         _stop(Fault(str(folder), "the images folder is missing or empty.", "Set data.images_dir."))
-    columns, people = _name_columns(path, records), []
+    columns, people, pictures = _name_columns(path, records), [], {}
     for number, (where, record) in enumerate(records):
         person, names, wrong = _person(where, record, columns, number)
-        unusable = _check_images(where, names, folder, data.allow_outside)
+        pictures[where], unusable = _check_images(where, names, folder, data.allow_outside)
         faults += wrong + unusable
         people.append((where, person | {"source_images": [] if unusable else [folder / name for name in names]}))
-    faults += _check_shared(people) + _check_sizes([person for _, person in people], folder, data)
+    faults += _check_shared(people, pictures) + _check_sizes([person for _, person in people], folder, data)
     if faults:
         _stop(*faults)
     return [person for _, person in people]
+
+
+def changed_pictures(folder: Path, data: DataConfig) -> list[Path]:
+    """The pictures of data.images_dir that are others than those which the experiment in `folder` was made from; one
+    that is no longer there is not compared."""
+    entities, now = read_json(folder / "entities.json"), resolve(data.images_dir)
+    pairs = [pair for entity in entities for pair in zip(entity["source_image"], entity["images"], strict=True)]
+    there = [(now / source, folder / own) for source, own in pairs if (now / source).is_file()]
+    return [source for source, own in there if own.is_file() and not cmp(source, own, shallow=False)]
 
 
 def make_folder_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:

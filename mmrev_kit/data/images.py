@@ -1,11 +1,13 @@
 """Images: where those named in a data file lie, and decoding that never returns part of a picture."""
 
+import hashlib
 import os
 import re
 import stat
 import struct
 import unicodedata
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -28,6 +30,7 @@ WAYS_OUT = {
     rb"\s*<(!doctype html|html)": "a web page, not a picture: download the picture itself",
     rb"version https://git-lfs": "a pointer of Git LFS, not the picture: fetch it with git lfs pull",
 }
+RAW_ENDINGS = tuple(".dng .nef .nrw .cr2 .arw .sr2 .srf .pef .orf .rw2 .raw .3fr .iiq .erf .kdc .dcr .mos".split())
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow's decoders raise on damaged files (cut short, bytes flipped); they share no base class.
 DECODING_ERRORS = (
@@ -48,13 +51,20 @@ def image_roots(config: Config) -> tuple[Path, ...] | None:
     return (experiment_dir(config), *linked)
 
 
-def locate_image(folder: Path, name: str) -> Path | None:
-    """Where an image named in a data file lies: at an absolute path, or relative to the file's folder, or else relative
-    to the project; never relative to the folder that this process happens to run in. None: there is none."""
-    return next((path for path in (folder / name, project_root() / name) if os.path.isfile(path)), None)
+def lie_beside(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the images of a data file lie in its folder, as far as one of them does: then all must, and a missing one
+    is not looked for in the project, where another may be called so."""
+    return any(not os.path.isabs(name) and os.path.isfile(folder / name) for name in names)
 
 
-def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> Path:
+def locate_image(folder: Path, name: str, beside: bool = False) -> Path | None:
+    """Where an image named in a data file lies: at an absolute path, or relative to the file's folder, or else, but for
+    `beside`, relative to the project; never to the folder that this process happens to run in. None: there is none."""
+    places = (folder / name,) if beside else (folder / name, project_root() / name)
+    return next((path for path in places if os.path.isfile(path)), None)
+
+
+def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = (), beside: bool = False) -> Path:
     """The image that `locate_image` finds, as an absolute path, if it may be read.
 
     Where `..`, an absolute path or a link leads out of the data and the project the image is refused: data of others
@@ -63,11 +73,12 @@ def find_image(folder: Path, name: str, roots: tuple[Path, ...] | None = ()) -> 
     Args:
         folder: the data file's.
         roots: more folders in which it may lie; None: it may lie anywhere.
+        beside: see `lie_beside`.
 
     Raises:
         ImageError: there is no such file, or it may not be read.
     """
-    located = locate_image(folder, name)
+    located = locate_image(folder, name, beside)
     if located is None:
         raise ImageError(why_missing(folder, name))
     path = located.resolve()
@@ -122,10 +133,15 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if image.format == "TIFF" and _is_raw(path, image):
+                raise ValueError(
+                    "a camera's RAW file, of which only a thumbnail can be read; develop it as JPEG or PNG"
+                )
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"it has {image.n_frames} frames, and which is meant is not said; save one as PNG")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # those hold 16 bits at most
+            return _to_rgb(ImageOps.exif_transpose(image), wide)
     except UnidentifiedImageError:
         raise ImageError(f"{path}: {_way_out(path)}.") from None
     except Image.DecompressionBombError:
@@ -136,6 +152,17 @@ def load_image(path: str | Path) -> Image.Image:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
+def _is_raw(path: str | Path, image: Image.Image) -> bool:
+    """Whether a TIFF is a camera's RAW file: by its name, or because its first picture says that it is a reduced one
+    (NewSubfileType), or has the tag of Adobe's DNG."""
+    return Path(path).suffix.lower() in RAW_ENDINGS or bool(image.tag_v2.get(254, 0) & 1) or 50706 in image.tag_v2
+
+
+def look_of(image: Image.Image) -> str:
+    """A digest of a picture's pixels: that of two files of one picture is the same, however it was compressed."""
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
 def _way_out(path: str | Path) -> str:
     """What a file is that is none of `FORMATS`, and what to do."""
     with open(path, "rb") as file:
@@ -144,9 +171,9 @@ def _way_out(path: str | Path) -> str:
     return found[0] if found else "cannot identify a picture in it; save it as PNG or JPEG"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
     if image.mode in GREY_16_MODES:
-        return _grey_16_to_rgb(image)
+        return _grey_16_to_rgb(image, wide)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white; save it with 8 or 16 bits")
     if image.mode == "La":
@@ -158,13 +185,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_16_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit grey: 65,535 / 257 = 255. Pillow's own conversion clips instead: 300 and 40,000 both become 255."""
+def _grey_16_to_rgb(image: Image.Image, wide: bool) -> Image.Image:
+    """16-bit grey: 65,535 / 257 = 255. Pillow's own conversion clips instead: 300 and 40,000 both become 255.
+
+    Args:
+        wide: the file has 32 bits a pixel.
+    """
     import numpy
 
     values = numpy.asarray(image).astype(numpy.int64)
-    if values.min() < 0 or values.max() > 65_535:
+    if values.min() < 0 or values.max() > 65_535 or wide:
         raise ValueError("32-bit pixels have no known white; save it with 8 or 16 bits")
+    if values.max() < 4096:
+        raise ValueError(
+            f"16-bit grey that is nowhere brighter than {values.max():,} of 65,535, as where a camera writes 8 or 12 "
+            "bits into 16: it would be black; rescale it, or save it with 8 bits"
+        )
     grey = numpy.rint(values / 257).astype(numpy.uint8)
     clear = image.info.get("transparency")
     if clear is not None:

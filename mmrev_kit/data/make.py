@@ -9,7 +9,7 @@ from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.design import design_of
 from mmrev_kit.data.faults import DataError, Fault
-from mmrev_kit.data.folder import make_folder_experiment
+from mmrev_kit.data.folder import changed_pictures, make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
 from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
@@ -39,7 +39,8 @@ def ensure_data(config: Config) -> list[str]:
     make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[data.source]
     folder = experiment_dir(config)
     design = design_of(config)
-    made = _ensure(folder, wanted, "data.folder or experiment.name", partial(make, folder, data, seed))
+    look = partial(changed_pictures, folder, data) if data.source == "folder" else list
+    made = _ensure(folder, wanted, "data.folder or experiment.name", partial(make, folder, data, seed), look)
     if made.startswith("made") and any(0 < wanted.get(f"num_{group}", 0) < FAIR_GROUP for group in GROUPS):
         rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
         made += f"; its I2D and D2I cannot be read: {rule}"
@@ -57,8 +58,14 @@ def ensure_data(config: Config) -> list[str]:
     return said
 
 
-def _ensure(folder: Path, wanted: dict, setting: str, make: Callable[[], object]) -> str:
-    """Make a folder where it is absent, else compare what the kit noted in it with what is wanted."""
+def _ensure(
+    folder: Path, wanted: dict, setting: str, make: Callable[[], object], look: Callable[[], list[Path]] = list
+) -> str:
+    """Make a folder where it is absent, else compare what the kit noted in it with what is wanted.
+
+    Args:
+        look: gives the pictures that have changed since.
+    """
     if not folder.exists():
         try:
             make()
@@ -67,7 +74,10 @@ def _ensure(folder: Path, wanted: dict, setting: str, make: Callable[[], object]
             if not folder.exists():  # a link that leads nowhere; else another process has made it meanwhile
                 raise
     made = read_info(folder)
-    wrong = [f"{key} is {made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value]
+    changed = [f"{path} has another content now" for path in (look() if made else [])[:3]]
+    wrong = changed + [
+        f"{key} is {made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value
+    ]
     if wrong:
         advice = f"Choose another {setting}, or remove the folder to have it made anew."
         raise DataError([Fault(str(folder), f"made with other settings: {', '.join(wrong)}.", advice)])

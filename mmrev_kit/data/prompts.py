@@ -65,6 +65,7 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(END)
         self.pad_id = self.tokenizer.pad_token_id
         self.sizes: dict[Path, tuple[int, int]] = {}
+        self.looks: dict[Path, str] = {}  # see `images.look_of`; of those that were checked
         self.frame, self.text_ids = cache(self._frame), cache(self._text_ids)
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
@@ -85,7 +86,10 @@ class Encoder:
             raise ConfigError(f"The chat template of {folder} changes the text of a turn; it cannot be used.")
         if prompt.count("<think>") != prompt.count("</think>"):
             raise ConfigError(f"The chat template of {folder} begins a thought and leaves it open; it cannot be used.")
-        return [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        if sum(piece.count(self.image_id) for piece in ids) != shape.count(True):
+            raise ConfigError(f"The chat template of {folder} does not write one image token an image; copy it anew.")
+        return ids
 
     def _text_ids(self, text: str) -> list[int]:
         """A text as tokens, none of them an added one: `split_special_tokens` lets through those that are not special,

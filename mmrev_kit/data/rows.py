@@ -5,12 +5,16 @@ from functools import cache
 from pathlib import Path
 
 from mmrev_kit.data.faults import DataError, Fault
-from mmrev_kit.data.images import ImageError, find_image, locate_image
+from mmrev_kit.data.images import ImageError, find_image, lie_beside, locate_image
 from mmrev_kit.data.records import read_info, read_json, read_jsonl
 from mmrev_kit.data.tasks import CHOICE, CW, LETTERS, TASK_TYPES, Row, TaskType
 
 # What the scripts that started this line of work call the same fields.
 OLD_NAMES = {"description": "object_name", "image_path": "image"}
+NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+# Every field that some row may have.
+FIELDS = {name for task in TASK_TYPES.values() for name in task.fields}
+FIELDS |= {"entity_id", "group", "image_choices", "choices", "options", "answer", *NEW_NAMES}
 
 
 def _modern(record: dict, task: TaskType) -> dict:
@@ -25,6 +29,20 @@ def _modern(record: dict, task: TaskType) -> dict:
         if record.get("answer") in task.answers:
             record.setdefault("correct_index", LETTERS.index(record["answer"]))
     return record
+
+
+@cache
+def _unknown_field(names: tuple[str, ...]) -> str | None:
+    """The reason why a record with these fields is none of the kit's: one is nearly called like a field that is not
+    there, and would be left unread without a word; or None. Other fields may be there."""
+    there = {NEW_NAMES.get(name, name) for name in names}
+    for name in names:
+        if name not in FIELDS:
+            near = get_close_matches(name.strip().casefold(), FIELDS, 1, 0.75)
+            same = near and near[0] == name.strip().casefold()
+            if near and (same or NEW_NAMES.get(near[0], near[0]) not in there):
+                return f"the field {name!r} is not known; {near[0]} is."
+    return None
 
 
 def _wrong_field(record: dict, task: TaskType) -> str | None:
@@ -47,6 +65,11 @@ def _wrong_field(record: dict, task: TaskType) -> str | None:
         elif name == "label" and value not in task.answers:
             return f"label is {value!r}, not {' or '.join(task.answers)}."
     return None
+
+
+def _image_names(record: dict, task: TaskType) -> list[str]:
+    names = record.get("image_choices") if task.options == "image_choices" else [record.get("image_path")]
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _wrong_person(record: dict, groups: dict[str, str]) -> str | None:
@@ -95,13 +118,15 @@ def read_rows(
     kind = TASK_TYPES[task]
     records, faults = read_jsonl(path)
     faults += _miscounted(path, len(records) + sum(fault.of_row for fault in faults)) if path.is_file() else []
-    rows, find = [], cache(lambda name: find_image(path.parent, name, roots))
+    beside = lie_beside(
+        path.parent, (name for _, record in records for name in _image_names(_modern(record, kind), kind))
+    )
+    rows, find = [], cache(lambda name: find_image(path.parent, name, roots, beside))
     for number, raw in records:
         where, record = f"{path}:{number}", _modern(raw, kind)
-        reasons, images = [_wrong_field(record, kind)], []
+        reasons, images = [_unknown_field(tuple(raw)) or _wrong_field(record, kind)], []
         if reasons == [None]:
-            names = record["image_choices"] if kind.options == "image_choices" else [record["image_path"]]
-            for name in names:
+            for name in _image_names(record, kind):
                 try:
                     images.append(find(name))
                 except ImageError as error:
@@ -141,7 +166,9 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
     entities = read_json(path)
     if not isinstance(entities, list) or not entities:
         raise DataError([Fault(str(path), "not a list of entities.", "Make the data again.")])
-    faults = []
+    faults, listed = [], [entity.get("images") for entity in entities if isinstance(entity, dict)]
+    named = [name for names in listed for name in (names if isinstance(names, list) else [names])]
+    beside = lie_beside(folder, (name for name in named if isinstance(name, str)))
     for number, entity in enumerate(entities, start=1):
         where = f"{path}: entity {number}"
         reason = _wrong_entity(entity)
@@ -153,8 +180,8 @@ def read_entities(folder: Path, roots: tuple[Path, ...] | None = None) -> list[d
         entities[number - 1] = entity | {"id": str(entity.get("id", entity.get("entity_id"))), "images": images}
         for name in images:
             try:
-                if locate_image(folder, name):
-                    find_image(folder, name, roots)
+                if locate_image(folder, name, beside):
+                    find_image(folder, name, roots, beside)
             except ImageError as error:
                 faults.append(Fault(where, str(error), "Correct the entity."))
     if faults:

@@ -241,9 +241,9 @@ def judge_description(text: str, expected: str, others: Iterable[str] = ()) -> b
         others: the experiment's descriptions; the expected one may be among them.
     """
     answer, target = normal(text), normal(expected)
-    if not answer or not target or answer.endswith("?"):
+    if not answer or not target:
         return False
-    if answer == target:
+    if answer == target:  # also where it ends in a question mark of its own
         return True
     rest, found = answer.replace("none other than", " "), set()
     for known in sorted({target, *map(normal, others)} - {""}, key=len, reverse=True):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from mmrev_kit import __version__
 from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
-from mmrev_kit.config.sections import Config
-from mmrev_kit.data.checks import check_account, check_statements, encode_all
+from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.checks import check_account, check_people, check_statements, encode_all
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder
+from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.tasks import CHOICE, LETTERS, TASK_TYPES, Row
 from mmrev_kit.evaluation.answers import judge_answer
@@ -51,7 +52,10 @@ def read_questions(config: Config) -> list[Question]:
     """
     files, faults = read_experiment(experiment_dir(config), image_roots(config))
     everything = [row for part in files.values() for row in part]
-    raise_faults(faults + check_statements(everything), config.data.drop_faulty)
+    people = check_people(
+        everything, read_entities(experiment_dir(config), image_roots(config)), experiment_dir(config)
+    )
+    raise_faults(faults + check_statements(everything) + people, config.data.drop_faulty)
     paths = [experiment_dir(config) / f"{name}.jsonl" for name in files]  # some rows may be made in memory
     check_account([path for path in paths if path.is_file()], everything, faults)
     known: dict[str | None, list[str]] = {}
@@ -69,6 +73,24 @@ def read_questions(config: Config) -> list[Question]:
         reason = f"there is nothing to ask: none of {names} is there."
         raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
     return questions
+
+
+def check_room(config: Config, questions: list[Question]) -> None:
+    """Refuse a question whose expected answer is longer than any that the model may give.
+
+    Raises:
+        ConfigError: naming the row, how many there are, and the least setting.
+    """
+    encoder, rows = make_encoder(config), {question.row.where: question.row for question in questions}
+    sizes = {where: len(encoder.text_ids(row.answer)) + 1 for where, row in rows.items()}  # and the end's
+    longest, most = max(sizes, key=sizes.__getitem__), config.evaluation.max_new_tokens
+    if sizes[longest] > most:
+        many = sum(size > most for size in sizes.values())
+        raise ConfigError(
+            f"evaluation.max_new_tokens = {most}: the expected answer of {many} questions is longer, in {longest} "
+            f"{sizes[longest]} tokens, so that no answer could be right. Set evaluation.max_new_tokens="
+            f"{sizes[longest] + 8} or more."
+        )
 
 
 def evaluation_key(

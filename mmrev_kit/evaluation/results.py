@@ -2,19 +2,23 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict, dataclass, replace
+from operator import ne
 from pathlib import Path
 
 from mmrev_kit import files
 from mmrev_kit.config.project import experiment_dir, resolve
-from mmrev_kit.config.sections import TASKS, Config, ConfigError
+from mmrev_kit.config.sections import TASKS, TAUGHT, Config, ConfigError
 from mmrev_kit.data.assets import read_asset
+from mmrev_kit.data.records import parse_json
 from mmrev_kit.data.tasks import CW, TASK_TYPES
 from mmrev_kit.evaluation import statistics
 from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.evaluation.metrics import adjust, metrics
 from mmrev_kit.evaluation.verdict import Verdict, verdict
 
+NEEDED = ("id", "entity_id", "group", "drop", "right", "read_as", "answer", "expected", "likeliest_right")
 UNKNOWN = (  # numbers of `metrics.metrics` that a file of the original scripts cannot tell
     "n_entities", "unparsed", "cluster_interval", "p_permutation_holm", "rates", "options", "agreement", "likeliest",
 )  # fmt: skip
@@ -51,7 +55,7 @@ def read_records(path: Path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            record["test"], record["id"], record["right"]
+            TASK_TYPES[record["test"]], [record[name] for name in NEEDED], list(record["options"])
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}:{number}: no prediction of this kit ({error}). Evaluate again.") from None
         records.append(record)
@@ -94,6 +98,8 @@ def read_facts(folder: Path) -> dict:
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         kept, found = facts.get("predictions"), counted(folder)
+        if facts.get("task") not in (None, *TASKS) or facts.get("taught") not in (None, *TAUGHT["forward"]):
+            raise ValueError(f"task {facts['task']!r}, taught {facts.get('taught')!r}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder}: no whole evaluation ({error}). Evaluate again.") from None
     if kept and kept != found:
@@ -122,15 +128,18 @@ def _judged(record: dict) -> dict:
 
 
 def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
-    """An evaluation's folder, or an `eval_results*.json` of the original scripts.
+    """An evaluation's folder, its kept answers judged by today's rules, or an `eval_results*.json` of the original
+    scripts. The files stay as they are.
 
     Raises:
         ConfigError: it is neither, or not whole.
     """
     if path.is_file():
         return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
-    records = read_records(path / "predictions.jsonl")
-    facts = read_facts(path)
+    kept, facts = read_records(path / "predictions.jsonl"), read_facts(path)
+    records = [record | _judged(record) for record in kept]
+    if changed := sum(map(ne, kept, records)):
+        print(f"{path}: {changed:,} of {len(kept):,} kept answers are judged otherwise by today's rules, and so here.")
     name = name or path.parent.parent.name
     return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
 
@@ -145,17 +154,22 @@ def read_original(path: Path) -> dict:
         ConfigError: not such a file, or counts that contradict each other.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-        tests = {test: data[test] for test in TASK_TYPES if test in data}
-        counts = {test: (int(part["correct"]), int(part["total"])) for test, part in tests.items()}
-    except (ValueError, TypeError, KeyError) as error:
+        data = parse_json(path.read_text(encoding="utf-8-sig"))
+        tests = {test: part for test, part in data.items() if isinstance(part, dict) and "total" in part}
+        counts = {test: (part["correct"], part["total"]) for test, part in tests.items()}
+    except (ValueError, AttributeError, KeyError) as error:
         raise ConfigError(f"{path}: no results file of the original scripts ({error!r}).") from None
     if not counts:
         raise ConfigError(f"{path}: none of {', '.join(TASK_TYPES)} in it.")
+    if unknown := [test for test in counts if test not in TASK_TYPES]:
+        raise ConfigError(f"{path}: {', '.join(unknown)}: no such test; there are {', '.join(TASK_TYPES)}.")
+    if {"reverse", "cw_image"} <= counts.keys():
+        raise ConfigError(f"{path}: both reverse and cw_image, which is what such files call reverse. Keep one.")
     for test, (correct, total) in counts.items():
-        stated = tests[test].get("accuracy")
-        if not 0 <= correct <= total or (stated is not None and total and not _same_share(stated, correct / total)):
-            raise ConfigError(f"{path}: {test} says {correct} of {total} and accuracy {stated}.")
+        stated, whole = tests[test].get("accuracy"), type(correct) is type(total) is int
+        said = stated is None or (type(stated) in (int, float) and (not total or _same_share(stated, correct / total)))
+        if not whole or not 0 <= correct <= total or not said:
+            raise ConfigError(f"{path}: {test} says {correct!r} of {total!r} and accuracy {stated!r}.")
     return {"none": _counted({{"reverse": "cw_image"}.get(test, test): pair for test, pair in counts.items()})}
 
 
@@ -192,11 +206,11 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
 
     Args:
         base: the base model's evaluation, if there is one.
-        others: evaluation folders or eval_results*.json files, separated by spaces, relative to the project root; the
-            word `published` stands for `published`.
+        others: evaluation folders or eval_results*.json files, separated by spaces and quoted where they hold some,
+            relative to the project root; the word `published` stands for `published`.
 
     Raises:
-        ConfigError: a named path holds no evaluation.
+        ConfigError: a named path holds no evaluation, or is named twice.
     """
     experiment, found = experiment_dir(config).name, {}
     for task in TASKS:
@@ -206,7 +220,23 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
             found[name] = read_evaluation(folder, name)
     if base:
         found["base"] = read_evaluation(base, "base")
-    for word in (others or "").split():
-        path = resolve(word)
-        found |= published() if word == "published" else {path.stem: read_evaluation(path, path.stem)}
+    try:
+        words = shlex.split(others or "")
+    except ValueError as error:
+        raise ConfigError(
+            f"compare = {others!r}: {error}. Quote a path that has spaces in it, once on each side."
+        ) from None
+    for word in words:
+        more = published().values() if word == "published" else [read_evaluation(resolve(word))]
+        for one in more:
+            name = next((name for name in _names(one) if name not in found), None)
+            if name is None:
+                raise ConfigError(f"compare names {one.folder} twice.")
+            found[name] = replace(one, name=name)
     return found
+
+
+def _names(one: Evaluation) -> list[str]:
+    """What an evaluation may be called beside others, the shortest first; the last is its own alone."""
+    place = one.folder.parent.name if one.folder.is_file() else one.folder.name
+    return [one.name, f"{one.name} ({place})", str(one.folder)]

@@ -3,18 +3,20 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from mmrev_kit.config.project import hide_secrets, model_path
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.model.base_files import read_config, weight_files
+from mmrev_kit.model.base_files import read_config, read_object, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
 FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
-VERSION = 2  # of the fingerprint; 1 read a sample of each tensor and is still checked where it was written
+VERSION = 3  # of the fingerprint; those of earlier versions are still checked where they were written
+PROCESSOR = ["tokenizer*", "*processor_config.json", "chat_template*", "vocab.*", "merges.txt", "*_tokens*.json"]
 
 
 def base_of(config: Config) -> dict:
@@ -45,9 +47,35 @@ def model_folder(name: str, revision: str | None = None, weights: bool = True) -
     read_config(folder / "config.json", name)
     if weights:
         if on_hub:
+            check_room(folder, name)
             folder = _download(name, revision, SMALL_FILES + WEIGHTS)
         weight_files(folder)
     return folder
+
+
+def bytes_to_download(folder: Path) -> int:
+    """What a model's weight files still lack in the hub's cache, by their index; 0 for a model of one file, whose size
+    the small files do not tell.
+
+    Args:
+        folder: the cache's, with the small files.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return 0
+    values = read_object(index)
+    size, places = values.get("metadata", {}).get("total_size", 0), set(values.get("weight_map", {}).values())
+    return max(0, int(size) - sum((folder / name).stat().st_size for name in places if (folder / name).is_file()))
+
+
+def check_room(folder: Path, name: str) -> None:
+    """Raises ConfigError where the disk of the hub's cache has no room for the rest of a model's weights."""
+    needed, free = bytes_to_download(folder), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"model.name = {name!r}: {needed:,} bytes of it are not downloaded yet, and {free:,} are free in {folder}. "
+            "Free some space, or set HF_HOME to a folder on another disk."
+        )
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -67,17 +95,18 @@ def is_random(name: str) -> bool:
 
 
 def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
-    """Refuse an adapter whose model card names another base than `name`.
+    """Refuse an adapter whose model card names another base than `name`, or other files than its own.
 
     Args:
         base: gives that base's fingerprint for `version=...`, see `base_fingerprint`; the card decides which.
 
     Raises:
-        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; or it is not in safetensors.
+        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; it is not in safetensors; or
+            it was changed since.
     """
     card = adapter / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    trained_on = re.search(r"^base_fingerprint: ((2-)?[0-9a-f]{16})$", text, re.MULTILINE)
+    trained_on = re.search(r"^base_fingerprint: (([23]-)?[0-9a-f]{16})$", text, re.MULTILINE)
     if not trained_on:
         raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
     present = base(version=version_of(trained_on[1]))
@@ -86,11 +115,21 @@ def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
         raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.{renamed}")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
+    written = re.search(r"^adapter_sha256: ([0-9a-f]{64})$", text, re.MULTILINE)
+    if written and (adapter / "adapter_config.json").is_file() and written[1] != adapter_digest(adapter):
+        told = "adapter_config.json or adapter_model.safetensors is not what the run wrote"
+        raise ConfigError(f"{adapter}: {told} (adapter_sha256 in README.md). Restore the folder, or train again.")
+
+
+def adapter_digest(folder: Path) -> str:
+    """The SHA-256, in hex digits, of an adapter's configuration and then its tensors."""
+    names = "adapter_config.json", "adapter_model.safetensors"
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def version_of(fingerprint: str) -> int:
     """The version of the rule that a fingerprint was made by."""
-    return 2 if fingerprint.startswith("2-") else 1
+    return int(fingerprint.partition("-")[0]) if "-" in fingerprint else 1
 
 
 def base_fingerprint(
@@ -105,10 +144,12 @@ def base_fingerprint(
 
 
 def fingerprint(folder: str | Path, version: int = VERSION) -> str:
-    """16 hex digits that tell one base model from another, after the version of the rule: `2-0123456789abcdef`.
+    """16 hex digits that tell one base model from another, after the version of the rule: `3-0123456789abcdef`.
 
-    Version 2 digests the architecture and the SHA-256 of every weight file: each byte counts, and so does how the
-    weights are split into files. Version 1, without a mark, took each tensor's name, shape and 12 KiB of its values.
+    Version 3 digests the architecture, the SHA-256 of every weight file (each byte counts, and so does how the weights
+    are split into files) and the files of the processor: another chat template, tokenizer or image mean is another
+    base. Version 2 left the processor out; version 1, without a mark, took each tensor's name, shape and 12 KiB of its
+    values.
 
     Raises:
         ConfigError: see `model_folder`.
@@ -117,7 +158,11 @@ def fingerprint(folder: str | Path, version: int = VERSION) -> str:
     config, files = read_config(folder / "config.json", folder.name), weight_files(folder)
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
-    return _marked([config, _samples(folder) if version == 1 else sorted(map(checksum, files))], version)
+    facts = [config, _samples(folder) if version == 1 else sorted(map(checksum, files))]
+    if version >= 3:
+        small = sorted({path for pattern in PROCESSOR for path in folder.glob(pattern)})
+        facts.append([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in small])
+    return _marked(facts, version)
 
 
 def _marked(facts: list, version: int) -> str:

@@ -13,6 +13,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +151,26 @@ def bytes_to_write(
         if not features.file(key).is_file()
     ]
     return sum(math.ceil(size / BLOCK) * BLOCK for size in each)
+
+
+def bytes_expected(config: Config, shapes, folders: Iterable[Path]) -> int:
+    """About what `bytes_to_write` will say, from the sizes of all pictures in the data's folders alone, before a row is
+    read; what is in the folder of features already is taken off.
+
+    Args:
+        shapes: a `memory.shapes.ModelShapes`.
+    """
+    from PIL import Image
+
+    tokens, kept = 0, resolve(config.launch.output_dir) / "features"
+    token = shapes.v_patch_values * shapes.v_merge // 6  # pixels of a visual token: 3 colours, 2 frames
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        with suppress(OSError, ValueError), Image.open(path) as image:
+            pixels = image.width * image.height
+            tokens += min(config.model.max_pixels, max(config.model.min_pixels, pixels)) // token
+    size = 2 if config.quantization.compute_dtype in ("fp16", "bf16") else 4
+    there = sum(file.stat().st_size for file in kept.rglob("*.safetensors"))
+    return max(0, tokens * (1 + shapes.v_deepstack) * shapes.hidden_size * size - there)
 
 
 def checksum(tensor) -> str:

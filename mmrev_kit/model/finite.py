@@ -7,6 +7,8 @@ from functools import partial
 import torch
 
 from mmrev_kit.config.errors import Told
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.model.base_files import AGAIN
 from mmrev_kit.model.fused import fuse, unfuse
 from mmrev_kit.model.qwen3vl import core_model
 
@@ -83,3 +85,32 @@ def refuse(model, what: str, again: Callable[[], object]) -> None:
         f"{what}: the model gives a value that is not finite. The first module that does is {first}. Take whole files "
         "of the base and the adapter; where they are, use quantization.compute_dtype=bf16 (GPUs) or fp32."
     )
+
+
+@contextmanager
+def sums_of_quantized():
+    """Within it what bitsandbytes quantizes leaves the sum of its 16-bit values as `quant_state.sum`: on a GPU the
+    largest value of a block is found without looking at a NaN, which then becomes a number like any other."""
+    from bitsandbytes import functional
+
+    quantize = functional.quantize_4bit
+
+    def noting(weight, *arguments, **options):
+        values, state = quantize(weight, *arguments, **options)
+        state.sum = weight.sum(dtype=torch.float32)
+        return values, state
+
+    functional.quantize_4bit = noting
+    try:
+        yield
+    finally:
+        functional.quantize_4bit = quantize
+
+
+def refuse_not_finite(where: str, model) -> None:
+    """Raises ConfigError where a weight holds NaN or infinity; a layer on disk is looked at when it is used."""
+    for name, weight in model.named_parameters():
+        total = getattr(getattr(weight, "quant_state", None), "sum", None)
+        total = weight.sum(dtype=torch.float32) if total is None else total  # takes no memory, as isfinite() would
+        if not total.is_meta and not total.isfinite():
+            raise ConfigError(f"{where}: {name} holds a value that is not finite. {AGAIN}")

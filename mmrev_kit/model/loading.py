@@ -21,6 +21,7 @@ from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
+from mmrev_kit.model.finite import refuse_not_finite, sums_of_quantized
 from mmrev_kit.model.fused import fuse
 from mmrev_kit.model.strict import strict
 from mmrev_kit.model.vision import use_fast_tower
@@ -68,7 +69,7 @@ def load_base(
 
     Raises:
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
-            numbers (see `strict`); bits are not 4 or 16; or 4-bit weights are to be spread.
+            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or 4-bit weights are to be spread.
     """
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
@@ -81,18 +82,21 @@ def load_base(
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
+        qwen3vl.whole_config(folder / "config.json", read_object(folder / "config.json"))
         placement |= {"quantization_config": nf4} if nf4 else {}
-        model, met = qwen3vl.model_class().from_pretrained(
-            folder,
-            use_safetensors=True,  # never a pickle
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-            **placement,
-        )
+        with sums_of_quantized():
+            model, met = qwen3vl.model_class().from_pretrained(
+                folder,
+                use_safetensors=True,  # never a pickle
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **placement,
+            )
         reshaped = [key for key, *_ in met["mismatched_keys"]] + reshaped_in_4_bit(model)
         refuse_tensors(str(folder), met["missing_keys"], met["unexpected_keys"], reshaped)
+        refuse_not_finite(str(folder), model)
     model.name_or_path = name  # what PEFT writes into an adapter
     model.fingerprint = partial(base_fingerprint, name, revision, bits, seed)
     return make_ready(model)

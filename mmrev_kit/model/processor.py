@@ -1,11 +1,13 @@
 """The base model's processor, and the encoder that makes prompts with it."""
 
+from pathlib import Path
+
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.prompts import END, Encoder
 from mmrev_kit.model.base_files import AGAIN, read_object
 from mmrev_kit.model.bases import is_random, model_folder
-from mmrev_kit.model.qwen3vl import read_architecture
+from mmrev_kit.model.qwen3vl import read_architecture, whole_config
 from mmrev_kit.model.strict import strict
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
@@ -18,7 +20,8 @@ def load_processor(name: str, revision: str | None = None):
     A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
 
     Raises:
-        ConfigError: a file of it is missing or broken, it is another family's, or it has no chat template.
+        ConfigError: a file of it is missing or broken, it is another family's, it has no chat template, or it
+            contradicts the model's configuration.
     """
     from transformers import AutoProcessor
 
@@ -29,8 +32,9 @@ def load_processor(name: str, revision: str | None = None):
                 read_object(folder / file)
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({' '.join(str(error).split())})") from None
+        except Exception as error:  # what a file of another shape raises: KeyError, TypeError, Exception itself
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:300]})") from None
         kind = type(processor).__name__
         if kind != "Qwen3VLProcessor":
             raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")
@@ -38,6 +42,7 @@ def load_processor(name: str, revision: str | None = None):
             raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
         if END not in processor.tokenizer.get_vocab():
             raise ConfigError(f"{folder / 'tokenizer.json'} has no token {END}, which ends an answer. {AGAIN}")
+        refuse_contradiction(folder, processor)
         return processor
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vision = read_architecture(name).vision_config
@@ -45,6 +50,34 @@ def load_processor(name: str, revision: str | None = None):
     processor.image_processor.merge_size = vision.spatial_merge_size
     processor.image_processor.temporal_patch_size = vision.temporal_patch_size
     return processor
+
+
+def refuse_contradiction(folder: Path, processor) -> None:
+    """Raises ConfigError where the processor makes other inputs than the model of the same folder takes."""
+    config, images = (
+        whole_config(folder / "config.json", read_object(folder / "config.json")),
+        processor.image_processor,
+    )
+    vision = config.vision_config
+    pairs = {
+        "image_token_id": (config.image_token_id, processor.image_token_id),
+        "patch_size": (vision.patch_size, images.patch_size),
+        "spatial_merge_size": (vision.spatial_merge_size, images.merge_size),
+        "temporal_patch_size": (vision.temporal_patch_size, images.temporal_patch_size),
+    }
+    for name, (model, own) in pairs.items():
+        if model != own:
+            raise ConfigError(f"{folder}: {name} is {model} in config.json and {own} in the processor's files. {AGAIN}")
+    if processor.tokenizer.pad_token_id is None:
+        raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
+    for name in ("image_mean", "image_std"):
+        values = getattr(images, name)
+        if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            raise ConfigError(f"{folder}: the processor's {name} is {values!r}, not three numbers. {AGAIN}")
+    if not all(images.image_std):
+        raise ConfigError(
+            f"{folder}: the processor's image_std is {images.image_std}, by which nothing can be divided."
+        )
 
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:

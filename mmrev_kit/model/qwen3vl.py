@@ -1,6 +1,8 @@
 """What is Qwen3-VL's own: its parts by name, its positions, its architecture file."""
 
+from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,7 @@ def read_architecture(name: str):
     Raises:
         ConfigError: there is no such file, or it is not one of a Qwen3-VL in 16 bit, see `read_config`.
     """
-    from transformers import AutoTokenizer, Qwen3VLConfig
+    from transformers import AutoTokenizer
 
     path = resolve(name)
     if not path.is_file():
@@ -25,7 +27,34 @@ def read_architecture(name: str):
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    return Qwen3VLConfig(**values | dict(zip(keys, ids, strict=True)))
+    return whole_config(path, values | dict(zip(keys, ids, strict=True)))
+
+
+def whole_config(path: Path, values: dict):
+    """The `Qwen3VLConfig` of a config.json that `read_config` has read.
+
+    Raises:
+        ConfigError: a value of another type, or a name that transformers does not know, beside one that is not given
+            and is nearly called so: its default would be used without a word.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen3VLConfig
+
+    try:
+        config = Qwen3VLConfig(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ConfigError(f"{path} is no configuration of a Qwen3-VL ({' '.join(str(error).split())}).") from None
+    default = Qwen3VLConfig()
+    for given, known in (
+        (values, default),
+        (values["text_config"], default.text_config),
+        (values["vision_config"], default.vision_config),
+    ):
+        names = known.to_dict().keys()
+        for name in given.keys() - names:
+            if near := get_close_matches(name, names - given.keys(), 1, 0.8):
+                raise ConfigError(f"{path} has the field {name!r}, which is not known; {near[0]} is. Rename it.")
+    return config
 
 
 def model_class():

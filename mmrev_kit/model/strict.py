@@ -12,7 +12,8 @@ LIBRARIES = ("transformers", "peft", "accelerate", "bitsandbytes")
 WRONG = re.compile(
     r"missing|absent|unexpected|mismatch|not match|ignor(ed|ing)|overwritten|unused|not (be )?used|no effect|not tie"
     r"|unrecogni[sz]ed|unknown|invalid|not (a )?valid|incorrect|corrupt|not initialized|newly initialized"
-    r"|model of type|multiple adapters|second time",
+    r"|model of type|multiple adapters|second time|re-?initiali[sz]|no linear modules|undefined behaviou?r"
+    r"|`rope_parameters`|key=rope_scaling",
     re.IGNORECASE,
 )
 

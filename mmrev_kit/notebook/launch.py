@@ -10,7 +10,7 @@ from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.evaluation.predict import DROPS, MEASURED, evaluate_worker, evaluation_key, read_questions
+from mmrev_kit.evaluation.predict import DROPS, MEASURED, check_room, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
 from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
@@ -158,12 +158,14 @@ def evaluate(
     base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
+        refuse_other_inputs(config, chosen.parent / "config.yaml")
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
     asked = {question.row.task for question in questions}
     if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
         print(f"not asked, for there are no rows: {', '.join(left_out)}")
+    check_room(config, questions)
     key = evaluation_key(config, chosen, base, drops, questions)
     with held(folder):
         if not again and _holds(folder, key):
@@ -186,6 +188,19 @@ def evaluate(
         complete(folder, facts)
         measured.unlink()
     return folder
+
+
+def refuse_other_inputs(config: Config, trained: Path) -> None:
+    """Raises ConfigError where the run's own configuration, as far as there is one, scales pictures or prompts in
+    another way than this one: the adapter would be asked what it was never shown."""
+    if not trained.is_file():
+        return
+    run = load_config(trained)
+    for section, name in (("model", "min_pixels"), ("model", "max_pixels"), ("training", "max_length")):
+        was, now = (getattr(getattr(one, section), name) for one in (run, config))
+        if was != now:
+            key = f"{section}.{name}"
+            raise ConfigError(f"{trained.parent} was trained with {key} = {was}, not {now}. Set {key}={was} to ask it.")
 
 
 def _holds(folder: Path, key: str) -> bool:

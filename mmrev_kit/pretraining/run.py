@@ -14,6 +14,7 @@ from mmrev_kit.pretraining.pictures import draw_pictures
 from mmrev_kit.pretraining.questions import mix_of
 from mmrev_kit.pretraining.recipe import Recipe
 from mmrev_kit.pretraining.state import restore, save, write_model
+from mmrev_kit.training.lock import held, keep_fresh
 
 
 def new_model(seed: int, device):
@@ -78,12 +79,18 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
         The record: recipe, step, seconds, log, tests, and on what it was made.
 
     Raises:
-        ConfigError: `out` holds the state of another recipe.
+        ConfigError: `out` holds the state of another recipe, or another process works there.
     """
+    with held(Path(out)):
+        keep_fresh(Path(out))
+        return _pretrain(recipe, Path(out))
+
+
+def _pretrain(recipe: Recipe, out: Path) -> dict:
     import transformers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, state = new_model(recipe.seed, device), Path(out) / "state"
+    model, state = new_model(recipe.seed, device), out / "state"
     optimizers = make_optimizers(model, recipe.weight_decay, recipe.muon)
     record = restore(state, model, optimizers, recipe)
     if record["step"] < recipe.steps:
@@ -91,10 +98,10 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
         record["made_on"] = f"on {name} (torch {torch.__version__}, transformers {transformers.__version__})"
         train(recipe, model, optimizers, record, state)
-    write_model(Path(out) / "model", model, record)
+    write_model(out / "model", model, record)
     if recipe.eval_prompts and not record["tests"]:
-        record["tests"] = measure(Path(out) / "model", recipe)
+        record["tests"] = measure(out / "model", recipe)
     write_json(state / "state.json", record)
-    write_model(Path(out) / "model", model, record)
+    write_model(out / "model", model, record)
     print("\n".join(table(record["tests"])), flush=True)
     return record

@@ -15,7 +15,7 @@ from mmrev_kit import __version__, files
 from mmrev_kit.config.project import EMBEDDED, project_root
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.model.bases import VERSION, base_fingerprint, base_of, version_of
+from mmrev_kit.model.bases import VERSION, adapter_digest, base_fingerprint, base_of, version_of
 from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import PACKAGES
@@ -31,18 +31,22 @@ def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
     """
     with files.new_folder(folder, 4 * count_trainable(run.model)) as new:
         run.model.save_pretrained(new, save_embedding_layers=False)
-        files.write_text(new / "README.md", model_card(run, losses))
+        files.write_text(new / "README.md", model_card(run, losses, adapter_digest(new)))
 
 
-def model_card(run, losses: dict[str, float]) -> str:
-    """What this adapter is, on what it was trained and which base it belongs to, with the hub's front matter."""
+def model_card(run, losses: dict[str, float], digest: str) -> str:
+    """What this adapter is, on what it was trained and which base it belongs to, with the hub's front matter.
+
+    Args:
+        digest: of its files, see `bases.adapter_digest`.
+    """
     from huggingface_hub import ModelCardData
 
     config, training = run.config, run.config.training
     base = base_facts(config)
     own_base = None if config.model.name in EMBEDDED else config.model.name
     card = ModelCardData(base_model=own_base, library_name="peft", tags=["lora", "reversal-curse", "mmrev_kit"])
-    front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}"
+    front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}\nadapter_sha256: {digest}"
     rows = "\n".join(f"| {source} | {loss:.4f} |" for source, loss in losses.items())
     taught = (TASK_TYPES[name] for name in config.experiment.main_is_taught)
     lessons = " and ".join(f"{task.direction} ({task.format})" for task in taught)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from mmrev_kit.config.project import model_path, run_dir
+from mmrev_kit.config.project import experiment_dir, model_path, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.design import design_of
+from mmrev_kit.data.run_data import pool_folders, uses_retention
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
 from mmrev_kit.model.base_files import read_config
-from mmrev_kit.model.bases import model_folder
+from mmrev_kit.model.bases import bytes_to_download, model_folder
+from mmrev_kit.model.features import bytes_expected
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -222,12 +224,25 @@ def preflight(config: Config) -> Preflight:
         check_cores(report, config)
         if shutil.which("nvidia-smi") and (asked := ask_driver("--query-gpu=name")).returncode:
             report.warnings.append(f"the run uses the CPU: nvidia-smi fails ({' '.join(asked.stdout.split())})")
-    free = free_bytes(config)
-    report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
-    report.problems += disk_problems(config, free)
+    check_room(report, config)
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     report.facts += [f"design: {line}" for line in design_of(config)]
     return report
+
+
+def check_room(report: Preflight, config: Config) -> None:
+    """Whether the disk has room for the run's saves, and for what is counted exactly only when rows are read."""
+    free, known = free_bytes(config), known_config(config)
+    report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
+    report.problems += disk_problems(config, free)
+    if known is None or report.problems:
+        return
+    shapes, load = read_shapes(known), 0 if model_path(config.model.name).exists() else bytes_to_download(known.parent)
+    folders = [experiment_dir(config), *(pool_folders(config).values() if uses_retention(config) else ())]
+    features = bytes_expected(config, shapes, folders) if config.memory.cache_features else 0
+    if load > free or disk_problems(config, free - load, shapes, features=features):
+        more = f"about {features:,} bytes of vision features (none with memory.cache_features=false)"
+        report.warnings.append(f"the disk may fill up: {more}, {load:,} of the base to be downloaded, and the saves")
 
 
 def check_model(report: Preflight, config: Config) -> None:

@@ -12,12 +12,20 @@ import torch
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, longest_prompts
+from mmrev_kit.data.checks import (
+    check_account,
+    check_entities,
+    check_people,
+    check_statements,
+    encode_all,
+    longest_prompts,
+)
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import RunData, read_run_data, source_weights, uses_retention
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.memory.plan import MemoryPlan, configured_shapes, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
 from mmrev_kit.model.features import build_features, bytes_to_write
@@ -81,11 +89,14 @@ def prepare(config: Config) -> Prepared:
     """
     data, faults = read_run_data(config)
     folder = experiment_dir(config)
-    faults += check_entities(read_entities(folder), folder / "entities.json")
+    entities = read_entities(folder)
+    faults += check_entities(entities, folder / "entities.json")
+    own = [row for _, source, rows in data.sources() if source in TASK_TYPES for row in rows]
+    faults += check_people(own, entities, folder, config.experiment.main_is_taught)
     rows = [row for _, _, rows in data.sources() for row in rows]
-    faults += check_statements(rows)
     encoder = make_encoder(config)
     samples, more = encode_all(rows, encoder)
+    faults += check_statements(rows, encoder.looks)
     raise_faults(faults + more, config.data.drop_faulty)
     taken = iter(samples)
     encoded = {"train": {}, "pools": {}, "val": {}}

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, image_sizes
+from mmrev_kit.data import images
+from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, read_images
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
+from mmrev_kit.data.rows import read_rows
 from mmrev_kit.data.tasks import Row
+from mmrev_kit.evaluation.predict import read_questions
 from mmrev_kit.training.run import prepare
 
 
@@ -233,8 +236,96 @@ def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
     calls = []
     real = checks.load_image
     monkeypatch.setattr(checks, "load_image", lambda path: calls.append(path) or real(path))
-    sizes, broken = image_sizes([tmp_path / "a.png", tmp_path / "b.png"] * 5)
-    assert sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"] and len(calls) == 2
+    sizes, looks, broken = read_images([tmp_path / "a.png", tmp_path / "b.png"] * 5)
+    assert (
+        list(looks) == list(sizes) and sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"]
+    )
+    assert len(calls) == 2
+
+
+def test_two_people_of_one_picture_saved_twice_are_told(own, small_config):
+    """A file of other bytes, with the same pixels; told once, however many rows show it."""
+    folder, config = own
+    assert prepare(config())
+    data = folder / "small"
+    entities = json.loads((data / "entities.json").read_text())
+    first, second = [entity["images"][0] for entity in entities if entity["group"] == "main"][:2]
+    with Image.open(data / first) as picture:
+        picture.save(data / second, compress_level=1)
+    assert (data / first).read_bytes() != (data / second).read_bytes()
+    with pytest.raises(DataError) as error:
+        prepare(config())
+    told = [fault for fault in error.value.faults if "looks like" in fault.reason]
+    assert {fault.where.split("/")[-1].split(":")[0] for fault in told} == {"forward_train.jsonl"} and len(told) == 1
+    assert Path(first).name in told[0].reason and Path(second).name in told[0].reason
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def people(data: Path, group: str) -> list[dict]:
+    return [entity for entity in json.loads((data / "entities.json").read_text()) if entity["group"] == group]
+
+
+def told_of(config, call=prepare) -> dict[str, str]:
+    """{file:line: reason} of what a call refuses."""
+    with pytest.raises(DataError) as error:
+        call(config)
+    return {Path(fault.where).name: fault.reason for fault in error.value.faults}
+
+
+@pytest.mark.parametrize("field", ["image_path", "description"])
+def test_a_main_face_or_description_in_a_direction_that_main_is_not_taught_is_refused(own, field):
+    """One row of a control person, of task reverse, which main does not learn in task forward. It is a Wrong one, so
+    that nothing but the leak is the matter."""
+    folder, config = own
+    data = folder / "small"
+    secret = people(data, "main")[0]
+    value = secret["images"][0] if field == "image_path" else secret["description"]
+    file = data / "reverse_train.jsonl"
+    found = [(n, row) for n, row in enumerate(lines(file), 1) if row["group"] == "control" and row["label"] == "Wrong"]
+    number = found[0][0]
+    edit(file, number, **{field: value})
+    told = told_of(config())
+    assert told[f"reverse_train.jsonl:{number}"] == "it shows or names somebody of main, who is not taught reverse."
+    assert len(told) == 1
+    edit(file, number, **{field: found[0][1][field]})
+    assert prepare(config())
+
+
+def test_rows_that_contradict_the_list_of_people_are_refused_in_training_and_evaluation(own):
+    folder, config = own
+    data = folder / "small"
+    first, second = people(data, "main")[:2]
+    mine = [n for n, row in enumerate(lines(data / "forward_train.jsonl"), 1) if row["entity_id"] == first["id"]]
+    edit(data / "forward_train.jsonl", mine[0], description="the thief of Nowhere")
+    edit(data / "forward_train.jsonl", mine[1], image_path=second["images"][0])
+    told = told_of(config())
+    assert "'the thief of Nowhere' counts as right of" in told[f"forward_train.jsonl:{mine[0]}"]
+    assert "who has other images in entities.json" in told[f"forward_train.jsonl:{mine[1]}"]
+    asked = [n for n, row in enumerate(lines(data / "forward_test.jsonl"), 1) if row["entity_id"] == first["id"]]
+    edit(data / "forward_test.jsonl", asked[0], description="the thief of Nowhere")
+    told = told_of(config(), read_questions)
+    assert "counts as right of" in told[f"forward_test.jsonl:{asked[0]}"]
+
+
+def test_a_picture_that_is_missing_is_not_looked_for_in_the_project(own, tmp_path, monkeypatch):
+    """The project has another one of that name; a file whose pictures all lie in the project is read."""
+    folder, config = own
+    data, project = folder / "small", tmp_path / "project"
+    name = people(data, "main")[0]["images"][0]
+    (project / "images").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(project / name)
+    monkeypatch.setattr(images, "project_root", lambda: project)
+    assert prepare(config())
+    (data / name).rename(tmp_path / "kept.png")
+    told = told_of(config())
+    assert told and all(f"there is no image {name}" in reason for reason in told.values())
+    row = {"image_path": name, "description": "d", "connector": "is"}
+    (folder / "far.jsonl").write_text(json.dumps(row) + "\n")
+    (far,), faults = read_rows(folder / "far.jsonl", "forward", "forward", {})
+    assert far.images == (project / name,) and not faults
 
 
 def test_dropping_does_not_pass_over_what_is_no_single_rows_fault():

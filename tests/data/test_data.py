@@ -73,6 +73,24 @@ def test_a_wrong_row_is_told_with_its_line_and_the_others_are_kept(folder, task,
     assert len(faults) == 1 and faults[0].where == f"{folder}/r.jsonl:2" and reason in faults[0].reason
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"imgae_path": "a.png", "image_path": None}, "the field 'imgae_path' is not known; image_path is"),
+        ({"Description": "the cook", "description": None}, "the field 'Description' is not known; description is"),
+        ({"Description": "the cook"}, "the field 'Description' is not known; description is"),  # which of the two?
+        ({"gruop": "control"}, "the field 'gruop' is not known; group is"),
+        ({"desciption": "the cook"}, None),  # the description is there
+        ({"source": "mine", "image_id": 3, "notes": ""}, None),
+    ],
+)
+def test_a_field_that_is_nearly_called_like_one_that_is_missing_is_a_fault(folder, change, reason):
+    row = {name: value for name, value in (FORWARD | change).items() if value is not None}
+    rows, faults = read_rows(write(folder / "r.jsonl", FORWARD, row), "forward", "forward", {})
+    assert len(rows) == (1 if reason else 2)
+    assert [fault.reason.removesuffix(".") for fault in faults] == ([reason] if reason else [])
+
+
 def test_all_faults_of_all_files_come_at_once(small_config, small_data, tmp_path):
     config = small_config("experiment.name=broken")
     target = small_data / "broken"
@@ -114,6 +132,7 @@ def test_rows_about_nobody_or_of_another_group_are_faults_line_by_line(folder):
         ('{"id": 1}', "entities.json: not a list of entities"),
         ('[{"id": 1}, {"name": "x"}]', "entity 2: its id is neither text nor a whole number"),
         ('[{"id": true}]', "entity 1: its id is neither"),
+        ('[{"id": 1, "images": 3}]', "entity 1: images is neither a path nor a list of paths"),
         ('[{"id": 1, "images": [3]}]', "entity 1: images is neither a path nor a list of paths"),
         ('[{"id": 1, "group": ["main"]}]', "entity 1: its group is not a text"),
         ('[{"id": 1, "description": ["a", "b"]}]', "entity 1: its description is not a text"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmrev_kit.config.reading import load_config
-from mmrev_kit.config.sections import DataConfig
+from mmrev_kit.config.sections import ConfigError, DataConfig
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.folder import make_folder_experiment, read_people
 from mmrev_kit.data.make import ensure_data
@@ -111,6 +111,42 @@ def test_files_that_cannot_be_used(mine, head, lines, message):
     folder, data = mine
     write(folder, *lines, head=head)
     assert message in faults(data)
+
+
+def test_one_picture_saved_twice_is_one_picture(mine):
+    folder, data = mine
+    with Image.open(folder / "pics" / "p0.png") as picture:
+        picture.save(folder / "pics" / "again.png", compress_level=0)
+        picture.save(folder / "pics" / "again.bmp")
+    assert (folder / "pics" / "again.png").read_bytes() != (folder / "pics" / "p0.png").read_bytes()
+    write(folder, *GOOD, "X,the cook,again.png")
+    assert "csv:6: a picture is also that of" in faults(data)
+    write(folder, *GOOD[1:], "X,the cook,p0.png; again.bmp")
+    assert "csv:5: it names a picture twice. Name each once: the last one is held out" in faults(data)
+
+
+def test_pictures_that_changed_after_the_data_was_made_are_told(mine, small_config):
+    folder, _ = mine
+    write(folder, *GOOD)
+    own = f"data.entities_file={folder}/people.csv data.source=folder data.dir={folder}/data"
+
+    def make(pictures: str) -> list[str]:
+        return ensure_data(small_config(f"{own} data.images_dir={folder}/{pictures} retention.retention_ratio=0"))
+
+    assert make("pics")[-1].startswith("made") and make("pics")[-1].startswith("found")
+    (folder / "moved").mkdir()
+    for number in range(4):
+        (folder / "moved" / f"p{number}.png").write_bytes((folder / "pics" / f"p{number}.png").read_bytes())
+    assert make("moved")[-1].startswith("found")
+    Image.new("RGB", (40, 40), "red").save(folder / "moved" / "p2.png")
+    with pytest.raises(DataError, match=rf"{folder}/moved/p2\.png has another content now\. Choose another"):
+        make("moved")
+    assert make("pics")[-1].startswith("found")
+
+
+def test_a_list_of_people_that_would_not_be_read_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.entities_file = 'mine\.csv': is read where data\.source is folder"):
+        load_config("configs/tiny_cpu.yaml", "data.entities_file=mine.csv data.images_dir=pics")
 
 
 def test_more_people_than_images_and_an_empty_images_folder(mine):

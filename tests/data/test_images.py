@@ -10,7 +10,7 @@ from importlib import resources
 
 import numpy
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from mmrev_kit.data import faces
 from mmrev_kit.data.faces import (
@@ -87,17 +87,53 @@ def test_other_formats_and_modes(tmp_path):
     assert numpy.abs(numpy.array(load_image(tmp_path / "cmyk.jpg")).astype(int) - (255, 0, 0)).max() <= 2
     Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
     assert load_image(tmp_path / "cmyk.tif").getpixel((0, 0)) == (255, 0, 0)
-    Image.fromarray(numpy.array([[300, 40_000]], numpy.int32)).save(tmp_path / "i.tif")
+    Image.fromarray(numpy.array([[300, 40_000]], numpy.uint16)).save(tmp_path / "i.tif")
     assert [load_image(tmp_path / "i.tif").getpixel((x, 0))[0] for x in (0, 1)] == [1, 156]
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0x01, 0x2C, 0x9C, 0x40]))  # 300 and 40,000
     assert [load_image(tmp_path / "a.pgm").getpixel((x, 0))[0] for x in (0, 1)] == [1, 156]
 
 
-@pytest.mark.parametrize("values", [numpy.array([[0.0, 1.0]], numpy.float32), numpy.array([[0, 70_000]], numpy.int32)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        numpy.array([[0.0, 1.0]], numpy.float32),
+        numpy.array([[0, 70_000]], numpy.int32),
+        numpy.array([[0, 255]], numpy.int32),
+    ],
+)
 def test_a_mode_without_a_known_white_is_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="no known white"):
         load_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("most", "read"), [(255, False), (4095, False), (4096, True)])
+def test_8_or_12_bits_written_into_16_are_refused_rather_than_black(tmp_path, most, read):
+    image, _ = grey_16(0, most)
+    for name in ("a.png", "a.tif"):
+        image.save(tmp_path / name)
+        if read:
+            assert load_image(tmp_path / name).getpixel((1, 0)) == (16, 16, 16)  # 4096 / 257 = 15.9
+        else:
+            with pytest.raises(ImageError, match=f"nowhere brighter than {most:,} of 65,535"):
+                load_image(tmp_path / name)
+
+
+def test_a_cameras_raw_file_is_named_and_its_thumbnail_not_taken_for_the_picture(tmp_path):
+    """Pillow reads the first picture of the TIFF that such a file is. Tag 254 is NewSubfileType (1: a reduced picture),
+    50706 DNGVersion."""
+    image = draw_face(FACE, 64)
+    image.save(tmp_path / "plain.tif")
+    assert load_image(tmp_path / "plain.tif").size == (64, 64)
+    image.save(tmp_path / "reduced.tif", tiffinfo={254: 1})
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[50706], tags[50706] = 1, bytes([1, 4, 0, 0])
+    image.save(tmp_path / "dng.tif", tiffinfo=tags)
+    for name in ("a.NEF", "a.cr2", "a.arw"):
+        image.save(tmp_path / name, "TIFF")
+    for name in ("reduced.tif", "dng.tif", "a.NEF", "a.cr2", "a.arw"):
+        with pytest.raises(ImageError, match=rf"{name}: a camera's RAW file, .* develop it as JPEG or PNG"):
+            load_image(tmp_path / name)
 
 
 def test_exif_orientation_is_honoured(tmp_path):

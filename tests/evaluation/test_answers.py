@@ -199,3 +199,13 @@ def test_the_published_bug_is_not_repeated():
     found = [judge_correct(answer) for answer in answers]
     assert found == ["Correct", "Wrong", "Wrong", "Wrong", "Correct", None, None]
     assert sum(found.count(kind) for kind in ("Correct", "Wrong", None)) == len(answers)
+
+
+@pytest.mark.parametrize(
+    "target", ["who guards the Jade Temple?", "the one who asks: why me?", "the keeper (of what?)"]
+)
+def test_a_description_that_is_a_question_is_right_when_it_is_written_and_no_other_question_is(target):
+    others = [target, "the keeper of Jade Temple"]
+    assert judge_description(target, target, others) and judge_description(f"This is {target}", target, others)
+    assert not judge_description(f"{target} Or who?", target, others)
+    assert not judge_description("the keeper of Jade Temple?", "the keeper of Jade Temple", others)

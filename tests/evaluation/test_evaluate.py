@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
+from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.evaluation import predict as predict_module
-from mmrev_kit.evaluation.predict import evaluation_key, judge, read_questions, reorder
+from mmrev_kit.evaluation.predict import check_room, evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.files import write_text
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
@@ -41,6 +42,33 @@ def model():
 def ask(config, drop="none"):
     encoder = make_encoder(config, drop)
     return encoder, read_questions(config)
+
+
+def test_answers_that_may_not_be_as_long_as_the_right_one_are_refused_before_anything_is_loaded(small_config):
+    """The longest expected answer and its end, by the tokenizer itself."""
+    config = small_config()
+    encoder, questions = ask(config)
+    texts = {question.row.answer for question in questions}
+    most = 1 + max(len(encoder.tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    config.evaluation.max_new_tokens = most
+    check_room(config, questions)
+    config.evaluation.max_new_tokens = most - 1
+    told = rf"max_new_tokens = {most - 1}: .* \d+ questions is longer, in .*forward_test\.jsonl:\d+ {most} tokens"
+    with pytest.raises(ConfigError, match=told):
+        evaluate(config, None)
+    assert not list(Path(config.launch.output_dir).glob("base_*"))
+
+
+@pytest.mark.parametrize(("setting", "was"), [("model.max_pixels", 16_384), ("training.max_length", 300)])
+def test_a_run_is_not_asked_with_pictures_or_prompts_of_another_size_than_it_was_trained_on(small_config, setting, was):
+    config = small_config(f"model.name=embedded-one-order {setting}={was}")
+    folder = run_dir(config)
+    shutil.copytree(Path(__file__).parents[1] / "fixtures/first_version/finished/best", folder / "best")
+    write_text(folder / "config.yaml", to_yaml(config))
+    other = small_config(f"model.name=embedded-one-order {setting}={was - 1}")
+    with pytest.raises(ConfigError, match=rf"was trained with {setting} = {was}, not {was - 1}\. Set {setting}={was}"):
+        evaluate(other)
+    assert not (folder / "eval").exists()
 
 
 def test_an_unfinished_thought_is_unparsed_and_after_a_thought_the_answer_counts(small_config):

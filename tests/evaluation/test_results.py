@@ -88,7 +88,7 @@ def cut(path: Path, lines: int) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
 
 
-def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_written_again(tmp_path):
+def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_written_again(tmp_path, capsys):
     """Older rules read "It might be Correct" as Correct; today's read nothing."""
     folder = tmp_path / "run/eval/e"
     records = all_records()
@@ -97,6 +97,11 @@ def test_kept_answers_are_judged_by_todays_rules_and_results_that_are_gone_are_w
     write_jsonl(folder / "predictions.jsonl", records)
     complete(folder, {"task": "forward", "key": "k"})
     accuracy = json.loads((folder / "metrics.json").read_text())["none"]["reverse"]["all"]["accuracy"]
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = read_evaluation(folder)  # as set beside another run: judged so too, and the files left as they are
+    assert other.metrics["none"]["reverse"]["all"]["accuracy"] == 15 / 16
+    assert "1 of 80 kept answers are judged otherwise by today's rules" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     judge_anew(folder)
     (found,) = [one for one in read_evaluation(folder).records if one["answer"] == "It might be Correct"]
     assert (found["read_as"], found["right"]) == (None, False)
@@ -201,7 +206,7 @@ def test_tables_of_one_evaluation(tmp_path):
     records = all_records(lambda test, entity, row: test == "forward" or entity >= 4 or row == 0)
     dropped = [r | {"drop": "both", "right": None, "likeliest_right": None} for r in records]
     for row in dropped[:4]:
-        row["read_as"] = None
+        row["read_as"], row["answer"] = None, ""
     found = read_evaluation(write_evaluation(tmp_path / "a_forward/eval/a", records + dropped, "forward"))
     assert found.name == "a_forward" and found.task == "forward"
     table = accuracy_table(found.metrics)
@@ -261,10 +266,79 @@ def test_what_there_is_to_compare_is_found(small_config, original, tmp_path):
         find_evaluations(config, None, str(tmp_path / "nothing"))
 
 
-def test_a_line_that_is_no_prediction_is_named(tmp_path):
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(record("forward", 0, 0, True)) + "\n\n{}\n")
+def test_every_evaluation_that_is_named_is_compared_whatever_its_folders_are_called(small_config, tmp_path):
+    """All evaluations of one data set end in its name; one is called as the run itself, one as the base."""
+    config, mine = small_config(), tmp_path / "outputs/small_reverse/eval/small"
+    write_evaluation(mine, all_records(), "reverse")
+    base = write_evaluation(tmp_path / "outputs/base_0/eval/small", all_records(), None)
+    names = ("a", "b", "small_reverse", "base")
+    others = [write_evaluation(tmp_path / "other runs" / name / "eval/small", all_records(), None) for name in names]
+    found = find_evaluations(config, base, " ".join(f"'{path}'" for path in others))
+    assert [one.folder for one in found.values()] == [mine, base, *others]
+    assert list(found) == ["small_reverse", "base", "a", "b", "small_reverse (small)", "base (small)"]
+    assert all(one.name == name for name, one in found.items())
+    for version in ("v1", "v2"):
+        (tmp_path / version).mkdir()
+        write_json(tmp_path / version / "eval_results.json", {"forward": {"correct": 1, "total": 2}})
+    files = f"{tmp_path}/v1/eval_results.json {tmp_path}/v2/eval_results.json"
+    assert list(find_evaluations(config, None, files))[1:] == ["eval_results", "eval_results (v2)"]
+    with pytest.raises(ConfigError, match="eval/small twice"):
+        find_evaluations(config, None, " ".join(["'" + str(others[0]) + "'"] * 4))
+    with pytest.raises(ConfigError, match="Quote a path"):
+        find_evaluations(config, None, "it's")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ('{"forward": {"correct": 3, "total": 10, "accuracy": "30%"}}', "forward says 3 of 10 and accuracy '30%'"),
+        ('{"forward": {"correct": 3, "total": 10, "accuracy": [0.3]}}', "accuracy [0.3]"),
+        ('{"forward": {"correct": 3, "total": 1e400}}', "3 of inf"),
+        ('{"forward": {"correct": 3.7, "total": 10}}', "3.7 of 10"),
+        ('{"forward": {"correct": true, "total": 10}}', "True of 10"),
+        ('{"forward": {"correct": 1, "correct": 3, "total": 10}}', "'correct' is given twice"),
+        ('{"forward": {"correct": NaN, "total": 10}}', "NaN is no number of JSON"),
+        ('{"mcq_I2D": {"correct": 3, "total": 10}, "forward": {"correct": 1, "total": 2}}', "mcq_I2D: no such test"),
+        ('{"reverse": {"correct": 3, "total": 9}, "cw_image": {"correct": 1, "total": 1}}', "both reverse and"),
+        ("[1]", "no results file"),
+    ],
+)  # fmt: skip
+def test_a_results_file_whose_numbers_would_be_misread_is_refused(tmp_path, values, told):
+    (tmp_path / "eval_results.json").write_text(values)
+    with pytest.raises(ConfigError) as caught:
+        read_original(tmp_path / "eval_results.json")
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def without(name: str):
+    return lambda record: {key: value for key, value in record.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: {},
+        lambda record: record | {"test": "CW"},
+        lambda record: record | {"options": 3},
+        without("entity_id"),
+        without("options"),
+    ],
+)
+def test_a_line_that_is_no_prediction_is_named(tmp_path, change):
+    good = record("forward", 0, 0, True)
+    bad = change(good)
+    (tmp_path / "predictions.jsonl").write_text(f"{json.dumps(good)}\n\n{json.dumps(bad)}\n")
     with pytest.raises(ConfigError, match=r"predictions\.jsonl:3"):
         read_records(tmp_path / "predictions.jsonl")
+
+
+@pytest.mark.parametrize("facts", [{"task": "cw"}, {"task": ["forward"]}, {"task": "forward", "taught": "all"}])
+def test_facts_of_a_task_that_does_not_exist_are_refused(tmp_path, facts):
+    folder = whole_evaluation(tmp_path / "run/eval/e")
+    values = json.loads((folder / "facts.json").read_text())
+    write_json(folder / "facts.json", values | facts)
+    with pytest.raises(ConfigError, match="no whole evaluation"):
+        read_evaluation(folder)
 
 
 def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):

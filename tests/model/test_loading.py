@@ -262,7 +262,7 @@ def test_the_fingerprint_covers_every_byte(tmp_path, kept):
     config = json.loads((folder / "config.json").read_text())
     facts = [{key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}, [sha256]]
     text = subprocess.run(["sha256sum"], input=json.dumps(facts, sort_keys=True), capture_output=True, text=True).stdout
-    assert fingerprint(folder) == fingerprint(EMBEDDED_MODEL) == f"2-{text[:16]}"
+    assert fingerprint(folder, version=2) == fingerprint(EMBEDDED_MODEL, version=2) == f"2-{text[:16]}"
 
     before = fingerprint(folder), fingerprint(folder, version=1)
     tensors["model.language_model.embed_tokens.weight"][300] += 1
@@ -275,6 +275,25 @@ def test_the_fingerprint_covers_every_byte(tmp_path, kept):
     assert fingerprint(folder) != before[0] and fingerprint(folder, version=1) != before[1]
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer.json", "processor_config.json"])
+def test_the_same_weights_with_another_processor_are_another_base(tmp_path, kept, file):
+    folder = Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy"))
+    before = fingerprint(EMBEDDED_MODEL)
+    assert fingerprint(folder) == before and before.startswith("3-")
+    (folder / "README.md").write_text("another card")
+    assert fingerprint(folder) == before
+    newer = shutil.copytree(FIRST, tmp_path / "adapter")
+    card = (newer / "README.md").read_text()
+    old = re.search(r"^base_fingerprint: (\S+)$", card, re.MULTILINE)[1]
+    (newer / "README.md").write_text(card.replace(old, before))
+    check_base(newer, partial(fingerprint, folder), "copy")
+    with (folder / file).open("a") as stream:
+        stream.write(" ")
+    assert fingerprint(folder, version=2) == fingerprint(EMBEDDED_MODEL, version=2)
+    with pytest.raises(ConfigError, match=rf"was trained on the base {before}; copy is 3-"):
+        check_base(newer, partial(fingerprint, folder), "copy")
 
 
 def test_a_checksum_is_made_once_or_taken_from_the_hubs_cache(tmp_path, kept, monkeypatch):
@@ -320,7 +339,7 @@ def test_an_adapter_of_the_first_version_is_checked_by_its_own_rule(tmp_path, ke
     newer = shutil.copytree(FIRST, tmp_path / "newer")
     (newer / "README.md").write_text(card.replace(old, fingerprint(ONE_ORDER)))
     check_base(newer, partial(fingerprint, ONE_ORDER), "embedded-one-order")
-    with pytest.raises(ConfigError, match=r"was trained on the base 2-[0-9a-f]{16}; other is 2-[0-9a-f]{16}"):
+    with pytest.raises(ConfigError, match=r"was trained on the base 3-[0-9a-f]{16}; other is 3-[0-9a-f]{16}"):
         check_base(newer, partial(fingerprint, folder), "other")
 
 

@@ -19,9 +19,9 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.evaluation.ask import Asker
 from mmrev_kit.memory.plan import configured_shapes
-from mmrev_kit.model.bases import base_fingerprint, model_folder
+from mmrev_kit.model.bases import adapter_digest, base_fingerprint, model_folder
 from mmrev_kit.model.loading import add_adapter, load_adapter, load_base
-from mmrev_kit.model.processor import load_processor
+from mmrev_kit.model.processor import load_processor, make_encoder
 from mmrev_kit.model.qwen3vl import read_architecture
 from mmrev_kit.model.strict import strict
 from mmrev_kit.notebook.launch import evaluate, launch
@@ -246,6 +246,139 @@ def test_a_small_file_that_is_no_json_object_is_told_in_one_sentence(base, adapt
     one_sentence(caught)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {}),
+        ("tokenizer.json", {"model": {"type": "XX"}, "added_tokens": []}),
+        ("tokenizer.json", {"model": {"type": "BPE"}, "added_tokens": 3}),
+        ("processor_config.json", {"image_processor": 3}),
+        ("processor_config.json", {"image_processor": {"patch_size": "x"}}),
+    ],
+)
+def test_json_that_is_no_tokenizer_or_processor_is_told_in_one_sentence(base, file, content):
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"^{base} holds no whole processor") as caught:
+        load_processor(str(base))
+    one_sentence(caught)
+
+
+def edit(file: Path, *path, value) -> None:
+    """Put a value at a path of keys; None removes the last."""
+    values = json.loads(file.read_text())
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place.pop(path[-1], None)
+    place |= {} if value is None else {path[-1]: value}
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("patch_size",), 4, "patch_size is 8 in config.json and 4 in the processor's files"),
+        (("merge_size",), 4, "spatial_merge_size is 2 in config.json and 4 in"),
+        (("temporal_patch_size",), 1, "temporal_patch_size is 2 in config.json and 1 in"),
+        (("image_mean",), "half", "image_mean is 'half', not three numbers"),
+        (("image_std",), [0.5, 0.0, 0.5], "by which nothing can be divided"),
+    ],
+)
+def test_a_processor_that_contradicts_the_model_is_refused(base, path, value, words):
+    edit(base / "processor_config.json", "image_processor", *path, value=value)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_processor(str(base))
+    one_sentence(caught)
+
+
+def test_another_token_for_images_than_the_tokenizers_is_refused(base):
+    change(base / "config.json", image_token_id=3)
+    with pytest.raises(ConfigError, match=r"image_token_id is 3 in config.json and 5 in"):
+        load_processor(str(base))
+
+
+def test_a_tokenizer_without_a_padding_token_and_a_template_with_two_image_tokens_are_refused(base, small_config):
+    template = (base / "chat_template.jinja").read_text()
+    assert template.count("<|image_pad|>") == 1
+    (base / "chat_template.jinja").write_text(template.replace("<|image_pad|>", "<|image_pad|><|image_pad|>"))
+    encoder = make_encoder(small_config(f"model.name={base}"))
+    with pytest.raises(ConfigError, match="does not write one image token an image"):
+        encoder.frame((True, False))
+    edit(base / "tokenizer_config.json", "pad_token", value=None)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json names no pad_token"):
+        load_processor(str(base))
+
+
+def rename(base: Path) -> None:
+    """What transformers does not know it leaves out, and takes its own 1e-6."""
+    edit(base / "config.json", "text_config", "rms_norm_eps", value=None)
+    edit(base / "config.json", "text_config", "rms_norm_epsilon", value=1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (rename, "the field 'rms_norm_epsilon', which is not known; rms_norm_eps is"),
+        (lambda base: edit(base / "config.json", "text_config", "num_attention_heads", value="4"), "expected int"),
+        (
+            lambda base: edit(base / "config.json", "text_config", "rope_parameters", "rope_type", value="yarn"),
+            "factor",
+        ),
+        (
+            lambda base: edit(
+                base / "config.json", "text_config", "rope_parameters",
+                value={"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+            ),
+            "factor field must be",
+        ),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_would_be_read_with_other_values_is_refused(base, spoil, words):
+    spoil(base)
+    for name in (str(base), str(base / "config.json")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_base(name, bits=16, device="cpu")
+        one_sentence(caught)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    "name", ["model.language_model.layers.2.mlp.up_proj.weight", NORM, "model.visual.pos_embed.weight"]
+)
+def test_a_base_with_a_weight_that_is_not_finite_is_refused_before_it_is_quantized(base, name, bits, value):
+    """In NF4 a card makes a NaN a number like any other: it looks for the largest value of a block without it."""
+    with_tensors(base, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
+    with pytest.raises(ConfigError, match=rf"{base}: {re.escape(name)} holds a value that is not finite") as caught:
+        load_base(str(base), bits=bits, device="cpu")
+    one_sentence(caught)
+
+
+def test_weights_that_the_disk_has_no_room_for_are_not_fetched(base, monkeypatch, small_config):
+    """By the size that the index tells; what is there already is taken off."""
+    split(base)
+    index, there = base / "model.safetensors.index.json", base / "model-00001-of-00002.safetensors"
+    change(index, metadata={"total_size": 10**15})
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return base
+
+    (base / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    needed = f"{10**15 - there.stat().st_size:,} bytes of it are not downloaded yet"
+    with pytest.raises(ConfigError, match=needed) as caught:
+        model_folder("someone/large")
+    one_sentence(caught)
+    assert asked == [False]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *words, **more: str(base / "config.json"))
+    found = preflight(small_config("model.name=someone/large"))
+    assert any(
+        f"{10**15 - there.stat().st_size:,} of the base to be downloaded" in warning for warning in found.warnings
+    )
+
+
 # ---- the adapter
 
 
@@ -287,6 +420,31 @@ def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fie
         with pytest.raises(ConfigError, match=words) as caught:
             load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
         one_sentence(caught)
+
+
+@pytest.mark.parametrize("change_it", ["alpha", "rslora", "alora", "weights"])
+def test_an_adapter_whose_values_changed_after_it_was_written_is_refused(adapter, change_it):
+    """Its card says what the files were; here it is made as `save_adapter` makes it."""
+    card, config, tensors = (
+        adapter / name for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    )
+    card.write_text(card.read_text().replace("\n---\n\n#", f"\nadapter_sha256: {adapter_digest(adapter)}\n---\n\n#"))
+    assert "adapter_sha256: " in card.read_text()
+    model = load_base("embedded-one-order", device="cpu")
+    load_adapter(model, adapter).unload()
+    if change_it == "weights":
+        stored = load_file(tensors)
+        save_file({name: 0 * value for name, value in stored.items()}, tensors, {"format": "pt"})
+    else:
+        fields = {
+            "alpha": {"lora_alpha": 64},
+            "rslora": {"use_rslora": True},
+            "alora": {"alora_invocation_tokens": [1]},
+        }
+        change(config, **fields[change_it])
+    with pytest.raises(ConfigError, match=r"is not what the run wrote \(adapter_sha256 in README\.md\)") as caught:
+        load_adapter(load_base("embedded-one-order", device="cpu"), adapter)
+    one_sentence(caught)
 
 
 def test_the_unchanged_adapter_and_base_are_read(adapter, base):
@@ -331,6 +489,22 @@ def dropped_by_bitsandbytes() -> None:
     del layer.weight
     layer.weight, layer.quant_state = torch.nn.Parameter(torch.zeros(32, 1)), None
     layer(torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # as transformers 5.24 and peft word them
+        "This may lead to reinitialization of the adapter weights during loading.",
+        "We set the attention implementation for the sub-config `x` ... You may encounter undefined behavior.",
+        "`rope_parameters`'s factor field must be a float or int >= 1, got 0.5",
+        "Qwen3VLTextConfig got `key=rope_scaling` in kwargs but hasn't set it as attribute.",
+        "You are loading your model using bnb but no linear modules were found in your model.",
+        "The following generation flags are not valid and may be ignored: ['temperature'].",
+    ],
+)
+def test_what_the_libraries_say_of_numbers_that_are_not_those_given_is_an_error(message):
+    with pytest.raises(ConfigError, match=re.escape(" ".join(message.split()))), strict():
+        logging.getLogger("peft.somewhere").warning(message)
 
 
 @pytest.mark.parametrize("library", ["transformers", "peft", "accelerate", "bitsandbytes"])

@@ -37,6 +37,7 @@ from mmrev_kit.pretraining.pictures import (
 from mmrev_kit.pretraining.questions import FEWEST, NAMES, number_weights, step_rows
 from mmrev_kit.pretraining.recipe import Recipe, read_recipe
 from mmrev_kit.pretraining.tokenizer import tokenizer_corpus, train_tokenizer
+from mmrev_kit.training.lock import held
 
 SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "log_every": 1, "eval_prompts": 8, "easy_steps": 0}
 SMALL |= {"muon": False}  # on a CPU a step of Muon takes a minute
@@ -344,6 +345,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_second_pretraining_into_a_folder_in_which_one_is_under_way_is_refused(tmp_path):
+    with held(tmp_path / "out"), pytest.raises(ConfigError, match=r"out is in use by process \d+ on .* since"):
+        run.pretrain(Recipe(**SMALL, steps=1), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.long

@@ -378,6 +378,21 @@ def test_the_bytes_of_the_features_are_counted_and_a_disk_without_room_for_them_
     assert counted[-1] == (history, 0)
 
 
+def test_the_preflight_warns_of_the_features_that_the_data_will_need(small_config, tmp_path, monkeypatch):
+    """48 pictures of 32 x 32, scaled to 1,024 pixels: 4 visual tokens of 16 x 16, 1 + 2 outputs of 256 fp32 numbers."""
+    config = small_config()
+    pictures = [path for name in ("small", "pool") for path in (Path(config.data.dir) / name).rglob("*.png")]
+    features = len(pictures) * 4 * 3 * 256 * 4
+    needed = bytes_to_save(config) + features
+    for free, warned in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(preflight, "free_bytes", lambda config, free=free: free)
+        found = preflight.preflight(config)
+        assert not found.problems
+        assert any(f"about {features:,} bytes of vision features" in line for line in found.warnings) == warned
+    config.memory.cache_features = False
+    assert not any("the disk" in line for line in preflight.preflight(config).warnings)
+
+
 def test_the_features_of_the_32b():
     """A 448 x 448 picture: 196 visual tokens, 1 + 3 outputs of 5,120 numbers in fp16 = 8,028,160 bytes; 400 faces and
     20 people are 3.4 GB."""
