@@ -4,14 +4,15 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import CONTROL_IS_TAUGHT, Config, RetentionConfig
 from mmrev_kit.data.faults import Fault
-from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.images import find_image, image_roots, locate_image
 from mmrev_kit.data.records import read_jsonl
-from mmrev_kit.data.rows import read_groups, read_rows
+from mmrev_kit.data.rows import read_entities, read_groups, read_rows
 from mmrev_kit.data.tasks import EXPERIMENT_FILES, POOL_TASKS, Row
 
 
@@ -114,6 +115,16 @@ def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[
     """All rows of an experiment, as {file name without its end: rows}, and the faults, see `ExperimentFiles`."""
     files = ExperimentFiles(folder, roots)
     return {name: files.rows(name) for name in EXPERIMENT_FILES if files.has(name)}, files.faults
+
+
+def people_digest(config: Config) -> str:
+    """A SHA-256 of who a configuration's people are: entities.json, and the bytes of the pictures that it names."""
+    folder, roots = experiment_dir(config), image_roots(config)
+    digest = sha256((folder / "entities.json").read_bytes())
+    for name in (name for entity in read_entities(folder, roots) for name in entity["images"]):
+        if locate_image(folder, name):
+            digest.update(sha256(find_image(folder, name, roots).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def uses_retention(config: Config) -> bool:

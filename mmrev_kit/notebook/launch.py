@@ -9,6 +9,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import DROPS, MEASURED, check_room, evaluate_worker, evaluation_key, read_questions
 from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
@@ -158,7 +159,7 @@ def evaluate(
     base = base_fingerprint(**base_of(config))
     if chosen:
         check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
-        refuse_other_inputs(config, chosen.parent / "config.yaml")
+        refuse_other_inputs(config, chosen.parent)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = owner / "eval" / experiment_dir(config).name
     questions = read_questions(config)  # a fault in the test files is told here, before any process starts
@@ -190,17 +191,23 @@ def evaluate(
     return folder
 
 
-def refuse_other_inputs(config: Config, trained: Path) -> None:
-    """Raises ConfigError where the run's own configuration, as far as there is one, scales pictures or prompts in
-    another way than this one: the adapter would be asked what it was never shown."""
-    if not trained.is_file():
+def refuse_other_inputs(config: Config, folder: Path) -> None:
+    """Raises ConfigError where a run, as far as its folder says, had pictures or prompts of another size, or another
+    experiment under this one's name: the adapter would be asked what it was never shown."""
+    if not (folder / "config.yaml").is_file():
         return
-    run = load_config(trained)
+    run, manifest = load_config(folder / "config.yaml"), folder / "manifest.json"
+    people = json.loads(manifest.read_text(encoding="utf-8")).get("people") if manifest.is_file() else None
+    if people and people != people_digest(config):
+        told = f"{folder} was not trained on these people and pictures of {experiment_dir(config)}"
+        if experiment_dir(run) == experiment_dir(config):
+            raise ConfigError(f"{told}: they were changed since. Restore them, or train again.")
+        print(f"NOTE: {told}.")
     for section, name in (("model", "min_pixels"), ("model", "max_pixels"), ("training", "max_length")):
         was, now = (getattr(getattr(one, section), name) for one in (run, config))
         if was != now:
             key = f"{section}.{name}"
-            raise ConfigError(f"{trained.parent} was trained with {key} = {was}, not {now}. Set {key}={was} to ask it.")
+            raise ConfigError(f"{folder} was trained with {key} = {was}, not {now}. Set {key}={was} to ask it.")
 
 
 def _holds(folder: Path, key: str) -> bool:

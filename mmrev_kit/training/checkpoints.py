@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmrev_kit import __version__, files
 from mmrev_kit.config.project import EMBEDDED, project_root
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.model.bases import VERSION, adapter_digest, base_fingerprint, base_of, version_of
 from mmrev_kit.model.loading import trainable
@@ -203,6 +204,7 @@ def run_identity(run, version: int = VERSION) -> dict:
         "seed": run.config.experiment.seed,
         "base": base_facts(run.config, version),
         "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
+        "people": people_digest(run.config),
         "effective_batch": run.batch,
         "plan": run.task.plan.table(),
     }

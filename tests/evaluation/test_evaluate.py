@@ -14,14 +14,15 @@ from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.evaluation import predict as predict_module
 from mmrev_kit.evaluation.predict import check_room, evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
-from mmrev_kit.files import write_text
+from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
-from mmrev_kit.notebook.launch import evaluate
+from mmrev_kit.notebook.launch import evaluate, refuse_other_inputs
 
 CPU = torch.device("cpu")
 
@@ -69,6 +70,29 @@ def test_a_run_is_not_asked_with_pictures_or_prompts_of_another_size_than_it_was
     with pytest.raises(ConfigError, match=rf"was trained with {setting} = {was}, not {was - 1}\. Set {setting}={was}"):
         evaluate(other)
     assert not (folder / "eval").exists()
+
+
+def test_people_that_were_changed_after_the_training_are_refused(small_config, small_data, tmp_path, capsys):
+    """A picture of another size, then a description, then both as they were in a folder of another name."""
+    data = Path(shutil.copytree(small_data / "small", tmp_path / "mine"))
+    config = small_config(f"data.folder={data}")
+    folder = run_dir(config)
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_json(folder / "manifest.json", {"people": people_digest(config)})
+    refuse_other_inputs(config, folder)
+
+    picture, people = next((data / "images").iterdir()), data / "entities.json"
+    for path, content in ((picture, picture.read_bytes()), (people, people.read_bytes())):
+        path.write_bytes(content + b"\n")
+        with pytest.raises(ConfigError, match=r"not trained on these people and pictures of .*mine: they were"):
+            refuse_other_inputs(config, folder)
+        path.write_bytes(content)
+    assert capsys.readouterr().out == ""
+
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    (other / "entities.json").write_bytes(people.read_bytes() + b"\n")
+    refuse_other_inputs(small_config(f"data.folder={other}"), folder)
+    assert "NOTE: " in capsys.readouterr().out
 
 
 def test_an_unfinished_thought_is_unparsed_and_after_a_thought_the_answer_counts(small_config):

@@ -139,6 +139,10 @@ FAULTS = {
         edit("manifest.json", lambda record: record["data"].update({next(iter(record["data"])): "0"})),
         "it began with another data",
     ),
+    "other people": (
+        edit("manifest.json", lambda record: record.update(people="0")),
+        "it began with another people",
+    ),
     "another base": (
         edit("manifest.json", lambda record: record["base"].update(fingerprint="0")),
         "it began with another base",
