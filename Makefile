@@ -1,4 +1,4 @@
-# make run · make test · make test-long · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce test test-long lint lab
+.PHONY: run train evaluate reproduce test test-long test-browser lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
@@ -26,6 +26,9 @@ test: $(READY)
 
 test-long: $(READY)
 	@MMREV_LONG=1 $(BIN)/python -m pytest -m long $(ARGS)
+
+test-browser: $(READY)
+	@$(BIN)/python -m pytest -rs tests/browser $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -46,7 +46,7 @@ def grouped(found: Estimate) -> dict[str, float]:
 
 def budget_figure(estimates: dict[str, Estimate], card: str):
     """A stacked bar for each of these estimates (by label), the card's capacity, and the margin that a plan keeps."""
-    figure, (axis,) = subplots(1, 8, 1.9 + 0.5 * len(estimates))
+    figure, (axis,) = subplots(1, 7.5, 2.1 + 0.5 * len(estimates))
     capacity, names = card_gib(card), list(estimates)
     parts = [grouped(found) for found in estimates.values()]
     left = [0.0] * len(names)
@@ -65,7 +65,7 @@ def budget_figure(estimates: dict[str, Estimate], card: str):
     axis.set_xlabel("GiB on the card at the peak")
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", alpha=0.25)
-    figure.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
+    figure.legend(ncols=3, fontsize=9, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -121,7 +121,7 @@ def controls(config: Config, **start):
         found, chosen = budget(config, **knobs)
         sizes = ", ".join(f"{way} {one.device_gib:.1f}" for way, one in found.items())
         bars = picture(budget_figure(found, knobs["card"]), f"GiB on {knobs['card']} at the peak: {sizes}")
-        return f"{bars}<pre style='white-space:pre-wrap'>{escape(chr(10).join(chosen.lines()))}</pre>"
+        return bars + "".join(f"<div style='line-height:1.4'>{escape(line)}</div>" for line in chosen.lines())
 
     start = with_configured(config, start)
     if not is_interactive():

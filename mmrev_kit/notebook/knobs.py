@@ -30,8 +30,8 @@ def picture(figure, alt: str) -> str:
 def panel(draw: Callable[..., str], knobs: dict):
     """An ipywidgets panel: the knobs, and beside them the HTML that `draw` makes of their values, by name.
 
-    What is drawn is a widget's own state and no cell's output: it follows the knobs while a later cell keeps the kernel
-    busy. In a page without widgets it is what the panel leaves. A value that is refused is told in its place.
+    What is drawn is a widget's own state and no cell's output, so that no second figure appears at the cell's end. In a
+    page without widgets it is what the panel leaves. A value that is refused is told in its place.
     """
     from ipywidgets import HTML, HBox, Layout, VBox
 
@@ -47,7 +47,7 @@ def panel(draw: Callable[..., str], knobs: dict):
 
     for name, knob in knobs.items():
         knob.description = knob.description or name
-        knob.style, knob.layout.width = {"description_width": "130px"}, "330px"
+        knob.style, knob.layout.width = {"description_width": "150px"}, "350px"
         knob.observe(show, names="value")
     page = HTML(layout=Layout(flex="1 1 420px", min_width="0", margin="0 0 0 12px"))
     show()

@@ -4,51 +4,34 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# The server's notices would lie over the page; nothing here may ask the network for news.
-SETTINGS = {
-    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
-}
-SMALL = (
-    "experiment.taught=generation data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool "
-    "training.batch_size=32 training.max_length=512"
-)
-# What each notebook is given in its cell of parameters, so that it ends within seconds.
+# JupyterLab's own news would lie over the page.
+NOTICES = '{"fetchNews": "false", "checkForUpdates": false}'
+DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
+RUN = {"name": "small", "overrides": f"{DATA} experiment.taught=generation training.batch_size=32"}
+# What is typed into each notebook's cell of parameters, so that it ends within seconds.
 GIVEN = {
-    "data": {"name": "small", "num_main": 4, "num_control": 4, "overrides": SMALL},
-    "memory": {"model": "8b", "card": "A100 80"},
-    "train": {"name": "small", "num_epochs": 1, "overrides": f"data.num_main=4 data.num_control=4 {SMALL}"},
-    "evaluate": {"name": "small", "drops": "none", "overrides": f"data.num_main=4 data.num_control=4 {SMALL}"},
-    "reproduce": {
-        "name": "small",
-        "seeds": "0",
-        "num_epochs": 1,
-        "overrides": f"data.num_main=4 data.num_control=4 {SMALL.replace('experiment.taught=generation ', '')}",
-    },
-    "helpers": {
-        "num_epochs": 1,
-        "batch_size": 32,
-        "overrides": f"experiment.name=small data.num_main=4 data.num_control=4 {SMALL}",
-    },
+    "data": RUN,
+    "memory": {"model": "8b", "card": "A100 80", "micro_batch": 4},
+    "train": RUN | {"num_epochs": 1},
+    "evaluate": RUN | {"drops": "none", "base": False},
+    "reproduce": RUN | {"seeds": "0", "num_epochs": 1, "overrides": f"{DATA} training.batch_size=64"},
+    "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
     "pretrain_tiny": {
-        "steps": 2,
-        "prompts": 8,
-        "num_faces": 40,
-        "eval_prompts": 4,
-        "workers": 1,
-        "overrides": "looks=1",
+        "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
+        "overrides": "muon=false looks=1 log_every=1",
     },
-}
+}  # fmt: skip
 
 
 def chromium() -> str | None:
@@ -56,25 +39,28 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def pytest_collection_modifyitems(items):
-    """Without a browser these tests say what to install."""
+def missing() -> str | None:
+    """What must be installed before these tests can run, or None."""
     try:
         import playwright.sync_api  # noqa: F401
-
-        missing = None if chromium() else "Chromium is missing: apt-get install chromium"
     except ImportError:
-        missing = "Playwright is missing: pip install playwright"
-    for item in items:
-        if missing and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=f"needs a browser. {missing}"))
+        return "Playwright is missing: pip install playwright"
+    return None if chromium() else "Chromium is missing: apt-get install chromium"
+
+
+def pytest_collection_modifyitems(items):
+    if wanted := missing():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=f"needs a browser. {wanted}"))
 
 
 def give(path: Path, values: dict) -> None:
-    """Write other values into a notebook's cell of parameters, as a user would type them."""
+    """Write values into a notebook's cell of parameters, as a user would type them."""
     notebook = nbformat.read(path, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     for name, value in values.items():
-        cell.source, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", cell.source)
+        cell.source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", cell.source)
         assert count == 1, f"{path.name} has no parameter {name}"
     nbformat.write(notebook, path)
 
@@ -91,42 +77,61 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(project, tmp_path_factory) -> str:
-    """The address of a JupyterLab that `make lab` started in the project, with its token."""
-    settings = tmp_path_factory.mktemp("settings")
-    for name, text in SETTINGS.items():
-        path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def address(project, tmp_path_factory) -> str:
+    """The address, with its token, of a JupyterLab that `make lab` serves the project with."""
+    home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(8)
+    settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(NOTICES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    token = secrets.token_hex(8)
-    words = f"--no-browser --allow-root --ServerApp.port={port} --ServerApp.port_retries=0"
-    words += f" --IdentityProvider.token={token} --expose-app-in-browser"
-    # -o: the environment that runs these tests is the one to use, and is not set up anew
-    ready = ".venv/ready-torch"
-    command = ["make", "-f", str(ROOT / "Makefile"), "-o", ready, "lab", f"BIN={Path(sys.executable).parent}"]
-    environment = os.environ | {
-        "JUPYTERLAB_SETTINGS_DIR": str(settings),
-        "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"),
-        "PYTHONPATH": str(ROOT),
-        "JUPYTER_PLATFORM_DIRS": "1",
-    }
-    log = open(settings / "log", "w")
-    process = subprocess.Popen(
-        [*command, f"ARGS={words}"], cwd=project, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
+    words = f"--no-browser --allow-root --expose-app-in-browser --ServerApp.port={port} --ServerApp.port_retries=0"
+    command = ["make", "-f", str(ROOT / "Makefile"), "lab", f"ARGS={words} --IdentityProvider.token={token}"]
+    command += [f"BIN={Path(sys.executable).parent}", "-o", ".venv/ready-torch"]  # this environment, as it is
+    own = {"JUPYTERLAB_SETTINGS_DIR": home / "settings", "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces"}
+    own |= {"PYTHONPATH": ROOT, "JUPYTER_RUNTIME_DIR": home / "runtime", "IPYTHONDIR": home / "ipython"}
+    environment = os.environ | {name: str(path) for name, path in own.items()}
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 90
         while True:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert process.poll() is None and time.monotonic() < end, (settings / "log").read_text()
+            assert server.poll() is None and time.monotonic() < end, (home / "log").read_text()
             time.sleep(0.2)
-        yield f"{address}/lab?token={token}"
+        yield f"http://127.0.0.1:{port}/lab?token={token}"
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A context of Debian's Chromium: a window of a laptop's size."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield started.new_context(viewport={"width": 1400, "height": 900})
+        started.close()
+
+
+@pytest.fixture
+def open_tab(browser, address, tmp_path_factory):
+    """A function from a notebook's name to its `lab.Tab`; a test that fails leaves pictures of its tabs."""
+    from lab import Tab
+
+    tabs = []
+
+    def open_one(name: str, **options) -> Tab:
+        tabs.append(Tab(browser, address, name, **options))
+        return tabs[-1]
+
+    yield open_one
+    for tab in tabs:
+        if not tab.page.is_closed():
+            tab.page.screenshot(path=tmp_path_factory.getbasetemp() / f"{tab.name}.png")
+            tab.close()
