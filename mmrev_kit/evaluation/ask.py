@@ -29,9 +29,11 @@ class Asker:
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.dtype = torch_dtype(config.quantization.compute_dtype, self.device)
         self.encoder = make_encoder(config)
-        self.model = load_base(**base_arguments(config, self.device))
-        if adapter:
-            self.model = load_adapter(self.model, run_dir(config) / adapter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers about its own attributes
+            self.model = load_base(**base_arguments(config, self.device))
+            if adapter:
+                self.model = load_adapter(self.model, run_dir(config) / adapter)
         self.model.eval()
 
     def __call__(self, image: str | Path, text: str) -> str:

@@ -66,6 +66,28 @@ class Tab:
         idle = self.page.evaluate(STATUS) == "idle"
         return idle and (bool(self.errors()) or all(cell["count"] for cell in self.cells()))
 
+    def run(self, source: str, command: str = "notebook:run-cell") -> None:
+        """Run the cell that holds this text, or by another command the cells above it; the end is not waited for."""
+        self.page.evaluate(f"() => {{ {BOOK}.content.activeCellIndex = {self.find(source)['place']}; }}")
+        self.command(command)
+
+    def run_above(self, source: str) -> None:
+        """Run the cells above the one that holds this text, and wait for their end."""
+        place = self.find(source)["place"]
+        self.page.evaluate(f"() => {BOOK}.content.widgets.forEach(cell => cell.model.clearExecution?.())")
+        self.run(source, "notebook:run-all-above")
+        self.until(lambda: all(cell["count"] for cell in self.cells() if cell["place"] < place))
+        self.until(lambda: self.page.evaluate(STATUS) == "idle")
+        assert not self.errors(), f"{self.name}: {self.errors()[0]}"
+
+    def type(self, old: str, new: str) -> None:
+        """Replace a text in the one cell that holds it."""
+        cell = self.find(old)
+        self.page.evaluate(
+            f"text => {BOOK}.content.widgets[{cell['place']}].model.sharedModel.setSource(text)",
+            cell["source"].replace(old, new),
+        )
+
     def run_all(self, restart: bool = False) -> None:
         """Run all cells, in a new kernel if asked, and wait for their end.
 

@@ -57,9 +57,17 @@ def move_each_knob(tab, source: str, keys: list[str]) -> None:
         changes(box.click, "box")
 
 
+def check_train(tab) -> None:
+    assert len(tab.pictures("plots.history_figure")) == 1
+    tab.type("num_epochs = 1", "num_epochs = 12")
+    tab.run_above("launch.launch")
+    # first and lowest loss, epochs to halve, rate, lowest rate, factor, patience, threshold: a plateau after two epochs
+    move_each_knob(tab, "schedule_simulator", ["End", "End", "Home", "End", "Home", "End", "End", "End"])
+
+
 def check_memory(tab) -> None:
-    # r, length, pixels, rows, processes: at the largest rank the optimizer's states can be seen, too
-    move_each_knob(tab, "budget.controls", ["End", "Home", "Home", "Home", "Home"])
+    # r, length, pixels, rows, processes: long rows have room for larger pictures, a large adapter shows its optimizer
+    move_each_knob(tab, "budget.controls", ["End", "End", "End", "Home", "Home"])
 
 
 def check_data(tab) -> None:
@@ -106,7 +114,7 @@ def check_evaluate(tab) -> None:
     assert cell.locator(".widget-html b").inner_text()
 
 
-CHECKS = {"memory": check_memory, "data": check_data, "evaluate": check_evaluate}
+CHECKS = {"train": check_train, "memory": check_memory, "data": check_data, "evaluate": check_evaluate}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -119,36 +127,34 @@ def test_a_notebook_runs_whole_and_its_knobs_change_what_is_seen(open_tab, name)
 
 
 def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
-    longer = RUN | {"name": "longer", "num_epochs": 12, "overrides": f"{RUN['overrides']} training.save_steps=5"}
-    longer["overrides"] += " data.folder=data/small"
+    words = f"{RUN['overrides']} data.folder=data/small training.save_steps=5"
     text = (project / "notebooks" / "train.ipynb").read_text()
     for copy in ("longer", "second"):
         (project / "notebooks" / f"{copy}.ipynb").write_text(text)
-        give(project / "notebooks" / f"{copy}.ipynb", longer)
+        give(project / "notebooks" / f"{copy}.ipynb", {"name": "longer", "num_epochs": 4, "overrides": words})
     cell, file = "launch.launch", project / "outputs" / "longer_forward" / "training_history.json"
+    tab, other, history = open_tab("longer"), open_tab("second"), open_tab("history")
+    tab.run_above(cell)
+    other.run_above(cell)
+    history.run_above("runs.follow")
 
-    def steps() -> int:
-        return len(read_history(file)["steps"]) if file.is_file() else 0
-
-    tab = open_tab("longer")
-    tab.command("notebook:run-all-cells")
-    tab.until(lambda: tab.pictures(cell) and steps() > 5)
+    tab.run(cell)
+    tab.until(lambda: tab.pictures(cell))
     tab.command("notebook:interrupt-kernel")
     tab.until(tab.has_run)
     assert tab.errors()[0].startswith("KeyboardInterrupt") and "interrupted; run the same cell again" in tab.text(cell)
-    stopped = steps()
-    tab.command("notebook:run-all-cells")
-    tab.until(lambda: "going on from" in tab.text(cell) and steps() > stopped)
+    stopped = len(read_history(file)["steps"])
+    tab.run(cell)
+    tab.until(lambda: tab.pictures(cell) and len(read_history(file)["steps"]) >= stopped)
+    assert "going on from" in tab.text(cell)
     tab.page.close()
 
-    other, history = open_tab("second"), open_tab("history")
-    other.command("notebook:run-all-cells")
-    history.command("notebook:run-all-cells")
+    other.run(cell, "notebook:run-all-below")
+    history.run("runs.follow", "notebook:run-all-below")
     other.until(lambda: "It is shown here" in other.text(cell) and other.pictures(cell))
-    history.until(lambda: "longer_forward is under way" in history.text("runs.follow"))
-    history.until(lambda: history.pictures("runs.follow"))
     before = other.pictures(cell)
     other.until(lambda: other.pictures(cell) != before)  # live
+    history.until(lambda: history.pictures("runs.follow"))
     history.command("notebook:interrupt-kernel")  # ends the showing, not the run
     history.until(history.has_run)
     assert not history.errors() and "no longer shown" in history.text("runs.follow")
@@ -163,5 +169,3 @@ def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
     assert "is finished" in back.text(cell) and read_history(file)["status"] == "finished"
     back.run_all(restart=True)
     assert "is finished" in back.text(cell) and len(back.pictures("plots.history_figure")) == 1
-    # first and lowest loss, epochs to halve, rate, lowest rate, factor, patience, threshold: a plateau after two epochs
-    move_each_knob(back, "schedule_simulator", ["End", "End", "Home", "End", "Home", "End", "End", "End"])
