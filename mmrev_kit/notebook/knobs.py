@@ -164,7 +164,7 @@ def ask_form(asker: Asker, image: str | None, text: str | None):
     from ipywidgets import HTML, Button, Dropdown, HBox, Layout, Text, Textarea, VBox
 
     def field(kind, **settings):
-        return kind(**settings, style={"description_width": "90px"}, layout=Layout(width="100%"))
+        return kind(**settings, style={"description_width": "90px"}, layout=Layout(width="98%"))
 
     choices = [(label, str(path)) for label, path in offered.items()]
     known = image if image in dict(choices).values() else None

@@ -91,7 +91,9 @@ def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatc
     start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
     assert len(budget.controls(config, **start).axes) == 1
     monkeypatch.setenv("JPY_SESSION_NAME", "memory.ipynb")
-    knobs, page = budget.controls(config, **start).children
+    panel = budget.controls(config, **start)
+    assert "data:image/png" in panel._repr_mimebundle_()["text/html"]  # what a page without widgets shows
+    knobs, page = panel.children
     by_name = {knob.description: knob for knob in knobs.children}
     assert set(by_name) == {
         "model", "card", "r", "length", "pixels", "micro_batch", "checkpointing", "optimizer", "processes",
