@@ -47,7 +47,7 @@ def panel(draw: Callable[..., str], knobs: dict):
 
     for name, knob in knobs.items():
         knob.description = knob.description or name
-        knob.style, knob.layout.width = {"description_width": "150px"}, "350px"
+        knob.style, knob.layout.width = {"description_width": "165px"}, "360px"
         knob.observe(show, names="value")
     page = HTML(layout=Layout(flex="1 1 420px", min_width="0", margin="0 0 0 12px"))
     show()

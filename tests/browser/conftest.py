@@ -1,7 +1,6 @@
 """A real JupyterLab, started as `make lab` starts it, in headless Chromium, on a small project of its own."""
 
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -11,27 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
+from lab import GIVEN, ROOT, Tab, give
 
-ROOT = Path(__file__).parents[2]
 # JupyterLab's own news would lie over the page.
 NOTICES = '{"fetchNews": "false", "checkForUpdates": false}'
-DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
-RUN = {"name": "small", "overrides": f"{DATA} experiment.taught=generation training.batch_size=32"}
-# What is typed into each notebook's cell of parameters, so that it ends within seconds.
-GIVEN = {
-    "data": RUN,
-    "memory": {"model": "8b", "card": "A100 80", "micro_batch": 4},
-    "train": RUN | {"num_epochs": 1},
-    "evaluate": RUN | {"drops": "none", "base": False},
-    "reproduce": RUN | {"seeds": "0", "num_epochs": 1, "overrides": f"{DATA} training.batch_size=64"},
-    "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
-    "pretrain_tiny": {
-        "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
-        "overrides": "muon=false looks=1 log_every=1",
-    },
-}  # fmt: skip
 
 
 def chromium() -> str | None:
@@ -53,16 +36,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=f"needs a browser. {wanted}"))
-
-
-def give(path: Path, values: dict) -> None:
-    """Write values into a notebook's cell of parameters, as a user would type them."""
-    notebook = nbformat.read(path, as_version=4)
-    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    for name, value in values.items():
-        cell.source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", cell.source)
-        assert count == 1, f"{path.name} has no parameter {name}"
-    nbformat.write(notebook, path)
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +95,6 @@ def browser():
 @pytest.fixture
 def open_tab(browser, address, tmp_path_factory):
     """A function from a notebook's name to its `lab.Tab`; a test that fails leaves pictures of its tabs."""
-    from lab import Tab
-
     tabs = []
 
     def open_one(name: str, **options) -> Tab:

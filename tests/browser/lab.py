@@ -1,6 +1,27 @@
-"""Driving JupyterLab: a notebook's tab, its cells, knobs and pictures."""
+"""Driving JupyterLab: what a notebook is given, its tab, its cells and pictures."""
 
+import re
 import time
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parents[2]
+DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
+RUN = {"name": "small", "overrides": f"{DATA} experiment.taught=generation training.batch_size=32"}
+# What is typed into each notebook's cell of parameters, so that it ends within seconds.
+GIVEN = {
+    "data": RUN,
+    "memory": {"model": "8b", "card": "A100 80", "micro_batch": 4},
+    "train": RUN | {"num_epochs": 1},
+    "evaluate": RUN | {"drops": "none", "base": False},
+    "reproduce": RUN | {"seeds": "0", "num_epochs": 1, "overrides": f"{DATA} training.batch_size=64"},
+    "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
+    "pretrain_tiny": {
+        "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
+        "overrides": "muon=false looks=1 log_every=1",
+    },
+}  # fmt: skip
 
 SECONDS = 200  # for all cells of one notebook on a busy machine of two cores
 
@@ -9,6 +30,16 @@ CELLS = f"""() => {BOOK}.content.widgets.map((cell, place) => ({{
     place, kind: cell.model.type, source: cell.model.sharedModel.getSource(),
     count: cell.model.executionCount ?? null, outputs: cell.model.outputs?.toJSON() ?? []}}))"""
 STATUS = f"() => {BOOK}?.sessionContext?.session?.kernel?.status ?? 'none'"
+
+
+def give(path: Path, values: dict) -> None:
+    """Write values into a notebook's cell of parameters, as a user would type them."""
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    for name, value in values.items():
+        cell.source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", cell.source)
+        assert count == 1, f"{path.name} has no parameter {name}"
+    nbformat.write(notebook, path)
 
 
 class Tab:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import GIVEN, ROOT, RUN, give
+from lab import GIVEN, ROOT, RUN, give
 
 from mmrev_kit.training.history import read_history
 
@@ -80,7 +80,7 @@ def check_data(tab) -> None:
     tab.until(lambda: page.inner_text().startswith("row 2 of "), 30)
     second = page.inner_text()
     assert second != first and ".jsonl:2," in second
-    cell.locator("button").first.click()
+    cell.locator("button.jupyter-button").first.click()
     tab.until(lambda: page.inner_text() == first, 30)
     assert cell.locator(".widget-slider").bounding_box()["width"] > 500
     cell.locator("select").select_option(index=1)
@@ -95,7 +95,7 @@ def check_data(tab) -> None:
 
 def check_evaluate(tab) -> None:
     cell = tab.show("knobs.ask_form")
-    picture, button = cell.locator("img"), cell.locator("button")
+    picture, button = cell.locator("img"), cell.locator("button.jupyter-button")
     before, path = picture.get_attribute("src"), cell.locator("input[type=text]").input_value()
     options = cell.locator("select option").count()
     assert options == 1 + 8 and Path(path).is_file()
