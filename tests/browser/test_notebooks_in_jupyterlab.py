@@ -131,7 +131,7 @@ def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
     text = (project / "notebooks" / "train.ipynb").read_text()
     for copy in ("longer", "second"):
         (project / "notebooks" / f"{copy}.ipynb").write_text(text)
-        give(project / "notebooks" / f"{copy}.ipynb", {"name": "longer", "num_epochs": 4, "overrides": words})
+        give(project / "notebooks" / f"{copy}.ipynb", {"name": "longer", "num_epochs": 3, "overrides": words})
     cell, file = "launch.launch", project / "outputs" / "longer_forward" / "training_history.json"
     tab, other, history = open_tab("longer"), open_tab("second"), open_tab("history")
     tab.run_above(cell)
