@@ -1,4 +1,4 @@
-# make run · make test · make test-long · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -9,7 +9,7 @@ PARALLEL := --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce test test-long lint lab
+.PHONY: run train evaluate reproduce test test-long test-browser lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
@@ -29,13 +29,16 @@ test: $(READY)
 test-long: $(READY)
 	@MMREV_LONG=1 $(BIN)/python -m pytest $(PARALLEL) -m long $(ARGS)
 
+test-browser: $(READY)
+	@$(BIN)/python -m pytest -rs tests/browser $(ARGS)
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lab: $(READY)
-	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
 $(READY): pyproject.toml constraints.txt $(TORCH)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'

@@ -73,6 +73,22 @@ def test_cells_are_short_define_nothing_and_hold_one_cell_of_parameters(path):
     assert notebook.cells[-1].source.startswith("## Next")
 
 
+def links(source: str) -> set[str]:
+    return set(re.findall(r"\]\(([a-z_]+)\.ipynb\)", source))
+
+
+def test_the_index_leads_to_every_notebook_with_a_picture_and_every_next_leads_on():
+    cells = {path.stem: nbformat.read(path, as_version=4).cells for path in NOTEBOOKS}
+    (table,) = [cell.source for cell in cells["index"] if "| question |" in cell.source]
+    assert links(table) == set(cells) - {"index"}
+    for name in links(table):
+        assert f'<img src="pictures/{name}.png" alt="' in table
+        assert (ROOT / "notebooks" / "pictures" / f"{name}.png").stat().st_size < 60_000
+    following = {name: links(book[-1].source) for name, book in cells.items()}
+    assert all(found and found <= set(cells) - {name} for name, found in following.items()), following
+    assert "evaluate" in following["train"] and "train" in following["data"]
+
+
 def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
     executed = tmp_path / "memory.ipynb"
     words = ["notebooks/memory.ipynb", str(executed), "-p", "model", "8b", "-p", "card", "RTX 4090 24", "-p", "r", "16"]

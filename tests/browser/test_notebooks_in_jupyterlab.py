@@ -1,0 +1,171 @@
+"""What a user sees of the notebooks: each run whole, its knobs moved, a run stopped, left and found again."""
+
+from pathlib import Path
+
+import pytest
+from lab import GIVEN, ROOT, RUN, give
+
+from mmrev_kit.training.history import read_history
+
+NOTEBOOKS = [*GIVEN, *sorted({path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - set(GIVEN))]
+THEMES = {"JupyterLab Dark": "false", "JupyterLab Light": "true"}
+# The contrast of an element's text with what lies behind it, as WCAG 2 defines it.
+CONTRAST = """element => {
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const light = rgb => rgb.slice(0, 3).map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    let behind = element, color;
+    do { color = parse(getComputedStyle(behind).backgroundColor); behind = behind.parentElement; }
+    while (behind && color[3] === 0);
+    const [dark, bright] = [light(parse(getComputedStyle(element).color)), light(color)].sort((a, b) => a - b);
+    return (bright + 0.05) / (dark + 0.05); }"""
+
+
+def in_view(tab, locator) -> bool:
+    """Whether all of an element lies in the window."""
+    box = locator.bounding_box()
+    return 0 <= box["x"] and box["x"] + box["width"] <= 1400 and 0 <= box["y"] and box["y"] + box["height"] <= 900
+
+
+def move_each_knob(tab, source: str, keys: list[str]) -> None:
+    """Every knob of a panel changes its one picture, which stands beside the knobs, in view.
+
+    Args:
+        keys: what takes each slider to an end of its range where the picture must differ, in the order of the sliders.
+    """
+    cell = tab.show(source)
+    picture = cell.locator("img")
+    tab.until(lambda: picture.count() == 1)
+    tab.page.wait_for_timeout(500)  # the scrolling
+    assert in_view(tab, picture) and picture.get_attribute("alt")
+    assert cell.locator(".widget-vbox").first.bounding_box()["x"] < picture.bounding_box()["x"]
+
+    def changes(move, knob: str) -> None:
+        before = picture.get_attribute("src")
+        move()
+        tab.until(lambda: picture.get_attribute("src") != before, 30, f"{knob} changes nothing")
+
+    handles = cell.locator(".noUi-handle").all()
+    for number, (handle, key) in enumerate(zip(handles, keys, strict=True)):
+        changes(lambda handle=handle, key=key: handle.press(key), f"slider {number + 1}")
+    for number, select in enumerate(cell.locator("select").all()):
+        values = select.evaluate("element => [...element.options].map(option => option.value)")
+        other = next(value for value in values if value != select.input_value())
+        changes(lambda select=select, other=other: select.select_option(other), f"choice {number + 1}")
+    for box in cell.locator("input[type=checkbox]").all():
+        changes(box.click, "box")
+
+
+def check_train(tab) -> None:
+    assert len(tab.pictures("plots.history_figure")) == 1
+    tab.type("num_epochs = 1", "num_epochs = 12")
+    tab.run_above("launch.launch")
+    # first and lowest loss, epochs to halve, rate, lowest rate, factor, patience, threshold: a plateau after two epochs
+    move_each_knob(tab, "schedule_simulator", ["End", "End", "Home", "End", "Home", "End", "End", "End"])
+
+
+def check_memory(tab) -> None:
+    # r, length, pixels, rows, processes: long rows have room for larger pictures, a large adapter shows its optimizer
+    move_each_knob(tab, "budget.controls", ["End", "End", "End", "Home", "Home"])
+
+
+def check_data(tab) -> None:
+    cell = tab.show("knobs.browse")
+    page = cell.locator(".widget-html").last
+    assert page.inner_text().startswith("row 1 of ")
+    first = page.inner_text()
+    cell.locator(".noUi-handle").focus()
+    tab.page.keyboard.press("ArrowRight")
+    tab.until(lambda: page.inner_text().startswith("row 2 of "), 30)
+    second = page.inner_text()
+    assert second != first and ".jsonl:2," in second
+    cell.locator("button.jupyter-button").first.click()
+    tab.until(lambda: page.inner_text() == first, 30)
+    assert cell.locator(".widget-slider").bounding_box()["width"] > 500
+    cell.locator("select").select_option(index=1)
+    tab.until(lambda: page.inner_text().startswith("row 1 of ") and page.inner_text() != first, 30)
+    for theme, light in THEMES.items():
+        tab.page.evaluate(f"() => {{ jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}}); }}")
+        tab.until(lambda light=light: tab.page.evaluate("() => document.body.dataset.jpThemeLight") == light, 30)
+        tab.page.wait_for_timeout(500)
+        for part in ("span[style*=background]", "b"):
+            assert page.locator(part).first.evaluate(CONTRAST) >= 4.5, (theme, part)
+
+
+def check_evaluate(tab) -> None:
+    cell = tab.show("knobs.ask_form")
+    picture, button = cell.locator("img"), cell.locator("button.jupyter-button")
+    before, path = picture.get_attribute("src"), cell.locator("input[type=text]").input_value()
+    options = cell.locator("select option").count()
+    assert options == 1 + 8 and Path(path).is_file()
+    cell.locator("select").select_option(index=3)
+    tab.until(lambda: picture.get_attribute("src") != before, 30)
+    assert cell.locator("input[type=text]").input_value() != path
+    seen = button.evaluate(
+        """button => new Promise(done => { const seen = [];
+        new MutationObserver(() => { seen.push([button.innerText, button.disabled]);
+            if (seen.length > 1 && !button.disabled && button.innerText === 'Ask') done(seen); })
+            .observe(button, {attributes: true, childList: true, characterData: true, subtree: true});
+        button.click(); })"""
+    )
+    assert ["answering …", True] in seen
+    tab.until(lambda: cell.locator(".widget-html b").count() == 1, 30)
+    assert cell.locator(".widget-html b").inner_text()
+
+
+CHECKS = {"train": check_train, "memory": check_memory, "data": check_data, "evaluate": check_evaluate}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_whole_and_its_knobs_change_what_is_seen(open_tab, name):
+    """In the order of reading: `evaluate` and `history` look at the run that `train` leaves."""
+    tab = open_tab(name)
+    tab.run_all()
+    assert not [o for cell in tab.cells() for o in cell["outputs"] if o.get("name") == "stderr"]
+    CHECKS.get(name, lambda tab: None)(tab)
+
+
+def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
+    words = f"{RUN['overrides']} data.folder=data/small training.save_steps=5"
+    text = (project / "notebooks" / "train.ipynb").read_text()
+    for copy in ("longer", "second"):
+        (project / "notebooks" / f"{copy}.ipynb").write_text(text)
+        give(project / "notebooks" / f"{copy}.ipynb", {"name": "longer", "num_epochs": 3, "overrides": words})
+    cell, file = "launch.launch", project / "outputs" / "longer_forward" / "training_history.json"
+    tab, other, history = open_tab("longer"), open_tab("second"), open_tab("history")
+    tab.run_above(cell)
+    other.run_above(cell)
+    history.run_above("runs.follow")
+
+    tab.run(cell)
+    tab.until(lambda: tab.pictures(cell))
+    tab.command("notebook:interrupt-kernel")
+    tab.until(tab.has_run)
+    assert tab.errors()[0].startswith("KeyboardInterrupt") and "interrupted; run the same cell again" in tab.text(cell)
+    stopped = len(read_history(file)["steps"])
+    tab.run(cell)
+    tab.until(lambda: tab.pictures(cell) and len(read_history(file)["steps"]) >= stopped)
+    assert "going on from" in tab.text(cell)
+    tab.page.close()
+
+    other.run(cell, "notebook:run-all-below")
+    history.run("runs.follow", "notebook:run-all-below")
+    other.until(lambda: "It is shown here" in other.text(cell) and other.pictures(cell))
+    before = other.pictures(cell)
+    other.until(lambda: other.pictures(cell) != before)  # live
+    history.until(lambda: history.pictures("runs.follow"))
+    history.command("notebook:interrupt-kernel")  # ends the showing, not the run
+    history.until(history.has_run)
+    assert not history.errors() and "no longer shown" in history.text("runs.follow")
+    assert read_history(file)["status"] == "running"
+
+    back = open_tab("longer", wait=False)
+    back.command("notebook:run-all-cells")
+    other.until(other.has_run)
+    back.until(back.has_run)
+    for one in (other, back):
+        assert not one.errors() and len(one.pictures("plots.history_figure")) == 1
+    assert "is finished" in back.text(cell) and read_history(file)["status"] == "finished"
+    back.run_all(restart=True)
+    assert "is finished" in back.text(cell) and len(back.pictures("plots.history_figure")) == 1
