@@ -1,7 +1,6 @@
 """Everything that can be wrong with a run's data, told at once and before any model is loaded."""
 
 import os
-import time
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -17,8 +16,8 @@ from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, LETTERS, Row
 from mmrev_kit.data.texts import normal
+from mmrev_kit.reporting import paced
 
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -111,16 +110,12 @@ def image_sizes(paths: Iterable[Path], quiet: bool = False) -> tuple[dict[Path, 
         except ImageError as error:
             return error
 
-    told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, size in zip(paths, pool.map(read, paths), strict=True):
+        for path, size in zip(paths if quiet else paced(paths, "images"), pool.map(read, paths), strict=True):
             if isinstance(size, ImageError):
                 broken[path] = str(size)
             else:
                 sizes[path] = size
-            if not quiet and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                print(f"decoded {len(sizes) + len(broken):,} of {len(paths):,} images", flush=True)
     return sizes, broken
 
 

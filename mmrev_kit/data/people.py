@@ -15,6 +15,7 @@ from mmrev_kit.data.faces import credits, draw_face, sample_faces
 from mmrev_kit.data.partners import Rows, connector_split, experiment_rows
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
+from mmrev_kit.reporting import paced
 
 ROLES, PLACES = read_asset("people")["roles"], read_asset("people")["places"]
 MAX_ENTITIES = len(ROLES) * len(PLACES)
@@ -121,9 +122,9 @@ def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
     entities, connectors = make_entities(data, seed), connector_split(seed)
 
     def draw(building: Path) -> None:
-        for entity in entities:
-            for view, path in enumerate(entity["images"]):
-                draw_face(entity["attributes"], data.image_size, view).save(building / path)
+        views = [(entity, view, path) for entity in entities for view, path in enumerate(entity["images"])]
+        for entity, view, path in paced(views, "pictures"):
+            draw_face(entity["attributes"], data.image_size, view).save(building / path)
 
     info = {"source": "drawn", "seed": seed, "image_size": data.image_size, "images_per_entity": data.images_per_entity}
     info |= {"connectors": connectors, "image_credits": credits()}

@@ -17,6 +17,7 @@ from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_fa
 from mmrev_kit.data.partners import balanced_letters, place_answer
 from mmrev_kit.data.tasks import CONNECTORS, CW, POOL_TASKS, TaskType
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
+from mmrev_kit.reporting import paced
 
 MIN_FACES = 20
 MIN_HELD_OUT = 8  # in val, at least: a question needs four, and four that differ
@@ -222,7 +223,7 @@ def make_pool(
                 write_jsonl(building / f"{task}_{split}.jsonl", rows)
         (building / "images").mkdir()
         records = []
-        for subject in sorted(split_of, key=lambda subject: subject.image_path):
+        for subject in paced(sorted(split_of, key=lambda subject: subject.image_path), "pictures"):
             draw(subject).save(building / subject.image_path)
             names = {"id": subject.id, "image_path": subject.image_path, "split": split_of[subject]}
             records.append(names | {"attributes": subject.attributes})

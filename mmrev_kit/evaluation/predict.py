@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,10 @@ from mmrev_kit.model.features import LIBRARIES
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
+from mmrev_kit.reporting import MARK, Pace
 from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
-PROGRESS_LINES = 4  # for each drop
 MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
 DROPS = ("none", "image", "text", "both")
 
@@ -106,8 +107,14 @@ def judge(question: Question, answer: str) -> tuple[str | None, bool]:
     return judge_answer(question.row.type.format, answer, question.row.answer, question.options)
 
 
-def answer_questions(config: Config, model, questions: list[Question], drop: str, state) -> list[dict]:
-    """This process's share of the questions, answered; one record a question, see `predict`."""
+def answer_questions(
+    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None] | None = None
+) -> list[dict]:
+    """This process's share of the questions, answered; one record a question, see `predict`.
+
+    Args:
+        tell: called with the number of questions that all processes have answered by now, about.
+    """
     import torch
 
     encoder = make_encoder(config, drop)
@@ -121,7 +128,7 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
     order = sorted(range(len(pairs)), key=lambda index: (kind(index), len(pairs[index][1].input_ids), index))
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     mine, records = order[state.process_index :: state.num_processes], []
-    size, told = config.evaluation.batch_size, 0
+    size = config.evaluation.batch_size
     alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
     with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
         for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
@@ -131,10 +138,8 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
             for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
                 records.append(predict(question, encoder, answer, row, drop) | {"index": index})
-            part = PROGRESS_LINES * len(records) // max(1, len(mine))
-            if state.is_main_process and part > told:
-                told = part
-                print(f"progress: drop {drop}: {part}/{PROGRESS_LINES} of {len(order):,} questions", flush=True)
+            if tell:
+                tell(min(len(order), len(records) * state.num_processes))
     return records
 
 
@@ -181,8 +186,14 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             model = load_adapter(model, adapter)
         model.eval()
         questions, found, began = read_questions(config), [], time.perf_counter()
-        for drop in drops:
-            found += answer_questions(config, model, questions, drop, state)
+        pace = Pace(len(questions) * len(drops), "prompts")
+        for number, drop in enumerate(drops):
+
+            def tell(done: int, before: int = number * len(questions), drop: str = drop) -> None:
+                if state.is_main_process and pace.due(before + done):
+                    print(f"{MARK}{pace.line(before + done, f' (drop {drop})')}", flush=True)
+
+            found += answer_questions(config, model, questions, drop, state, tell)
         seconds, peak = time.perf_counter() - began, peak_memory_gib(state.device)
         if state.num_processes > 1:
             from accelerate.utils import gather_object

@@ -10,6 +10,7 @@ import torch
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.sections import Config
 from mmrev_kit.files import tidy
+from mmrev_kit.reporting import MARK
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
 from mmrev_kit.training.diagnose import check_finite, check_learning, explain
 from mmrev_kit.training.history import begin_run, overwrite_status
@@ -94,10 +95,10 @@ def train(config: Config, state) -> None:
 
     if run.state.is_main_process:
         for warning in warnings_for(config):
-            print(f"progress: NOTE: {warning}", flush=True)
+            print(f"{MARK}NOTE: {warning}", flush=True)
         begin_run(config)
         write_manifest(run)
-        run.history.write()
+        run.history.begin()
     try:
         with on_interrupt(note_interrupt):
             stop = run.schedule.stop

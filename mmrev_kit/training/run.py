@@ -32,6 +32,7 @@ from mmrev_kit.model.loading import (
 from mmrev_kit.model.packing import gather_images, image_key
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.qwen3vl import drop_tower, text_config
+from mmrev_kit.reporting import MARK
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
@@ -195,7 +196,7 @@ def make_batcher(config: Config, model, task: Prepared, dtype, state) -> Batcher
     """
     reason = obstacle(model)
     if reason and state.is_main_process:
-        print(f"progress: rows are not packed and vision features not kept: {reason}", flush=True)
+        print(f"{MARK}rows are not packed and vision features not kept: {reason}", flush=True)
     features = None
     if config.memory.cache_features and reason is None:
         features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
