@@ -19,7 +19,6 @@ from mmrev_kit.data.texts import normal
 from mmrev_kit.reporting import paced
 
 
-
 def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """(where, where it came first) of every value that has come before, elsewhere; `values` are (where, value)."""
     first: dict[str, str] = {}

@@ -181,6 +181,8 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
     import torch
 
     with worker_state(Path(folder)) as state:
+        if state.is_main_process:
+            print(f"{MARK}loading {config.model.name}", flush=True)
         model = load_base(**base_arguments(config, state.device))
         if adapter:
             model = load_adapter(model, adapter)

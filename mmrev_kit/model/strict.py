@@ -1,4 +1,4 @@
-"""Warnings of the libraries that mean wrong numbers are errors here."""
+"""Warnings of the libraries that mean wrong numbers are errors here; what is no news to the reader is left out."""
 
 import logging
 import re
@@ -15,6 +15,25 @@ WRONG = re.compile(
     r"|model of type|multiple adapters|second time",
     re.IGNORECASE,
 )
+
+
+# What a library says of itself: that something faster could be installed.
+ADVERT = re.compile(r"(?is)fast path is not available|not installed.*(fall|default)|triton not found")
+
+
+def _no_advert(record: logging.LogRecord) -> bool:
+    return not ADVERT.search(record.getMessage())
+
+
+def quiet() -> None:
+    """For a process of the kit's own: no bars, no deprecations within the libraries, no notes on optional kernels."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for handler in [*logging.getLogger("transformers").handlers, *logging.getLogger().handlers]:
+        handler.addFilter(_no_advert)
 
 
 class _Notes(logging.Handler):
@@ -34,13 +53,20 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def strict():
-    """Within it a library's warning that something given to it is missing or ignored is an error.
+    """Within it a library's warning that something given to it is missing or ignored is an error; bars are not shown.
 
     Raises:
         ConfigError: at the end, with the first such warning.
     """
-    from transformers.utils.logging import warning_once
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+        warning_once,
+    )
 
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
     warning_once.cache_clear()  # one that an earlier call met comes again
     notes, loggers = _Notes(), [logging.getLogger(name) for name in LIBRARIES]
     levels = [logger.level for logger in loggers]
@@ -63,5 +89,7 @@ def strict():
             for logger, level in zip(loggers, levels, strict=True):
                 logger.removeHandler(notes)
                 logger.setLevel(level)
+            if bars:
+                enable_progress_bar()
     if notes.found:
         raise ConfigError(f"The model cannot be used as it is configured: {notes.found[0][:500]}")

@@ -247,6 +247,8 @@ def start(config: Config, state) -> Run:
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     check_disk(config, task, steps * config.training.num_epochs, dtype, state.device)
+    if state.is_main_process:
+        print(f"{MARK}loading {config.model.name}", flush=True)
     base = load_base(**base_arguments(config, state.device))
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
