@@ -33,7 +33,7 @@ lint: $(READY)
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lab: $(READY)
-	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
 $(READY): pyproject.toml constraints.txt $(TORCH)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'

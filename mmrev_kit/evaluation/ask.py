@@ -7,7 +7,7 @@ from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.images import find_image, image_roots
 from mmrev_kit.data.rows import read_entities
-from mmrev_kit.data.tasks import IMAGE_MARK, OWN, Row
+from mmrev_kit.data.tasks import OWN, Row
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate
@@ -60,8 +60,14 @@ class Asker:
             return generate(self.model, self.encoder, [prompt], tokens, self.device)[0]
 
 
-def example(config: Config) -> tuple[Path, str]:
-    """A picture of the experiment's first person, and a question about it."""
+def pictures(config: Config) -> dict[str, Path]:
+    """The experiment's pictures by a label: the person's description, group and, of several pictures, which one."""
     folder, roots = experiment_dir(config), image_roots(config)
-    pictured = [entity for entity in read_entities(folder, roots) if entity.get("images")]
-    return find_image(folder, pictured[0]["images"][0], roots), f"{IMAGE_MARK} is"
+    found = {}
+    for entity in read_entities(folder, roots):
+        images = entity.get("images") or []
+        for number, image in enumerate(images, start=1):
+            which = f", picture {number}" if len(images) > 1 else ""
+            label = f"{entity.get('description') or entity['id']} ({entity.get('group', 'main')}{which})"
+            found[label] = find_image(folder, image, roots)
+    return found

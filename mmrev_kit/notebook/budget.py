@@ -1,13 +1,14 @@
 """The memory budget for readers: stacked bars against a card, knobs, the modes side by side, the guide's table."""
 
 from dataclasses import replace
+from html import escape
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import CONTEXT_GIB, Estimate, estimate, evaluation
 from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, padded_updates, plan, with_memory
 from mmrev_kit.memory.shapes import PUBLISHED, as_shapes, visual_tokens
-from mmrev_kit.notebook.knobs import panel
+from mmrev_kit.notebook.knobs import panel, picture
 from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.notebook.plots import subplots
 
@@ -45,7 +46,7 @@ def grouped(found: Estimate) -> dict[str, float]:
 
 def budget_figure(estimates: dict[str, Estimate], card: str):
     """A stacked bar for each of these estimates (by label), the card's capacity, and the margin that a plan keeps."""
-    figure, (axis,) = subplots(1, 9, 1.7 + 0.5 * len(estimates))
+    figure, (axis,) = subplots(1, 8, 1.9 + 0.5 * len(estimates))
     capacity, names = card_gib(card), list(estimates)
     parts = [grouped(found) for found in estimates.values()]
     left = [0.0] * len(names)
@@ -116,14 +117,17 @@ def budget(
 def controls(config: Config, **start):
     """The budget with knobs in JupyterLab; elsewhere the figure. `start`: arguments of `budget`, None as configured."""
 
-    def draw(**knobs):
+    def draw(**knobs) -> str:
         found, chosen = budget(config, **knobs)
-        print("\n".join(chosen.lines()))
-        return budget_figure(found, knobs["card"])
+        sizes = ", ".join(f"{way} {one.device_gib:.1f}" for way, one in found.items())
+        bars = picture(budget_figure(found, knobs["card"]), f"GiB on {knobs['card']} at the peak: {sizes}")
+        return f"{bars}<pre style='white-space:pre-wrap'>{escape(chr(10).join(chosen.lines()))}</pre>"
 
     start = with_configured(config, start)
     if not is_interactive():
-        return draw(**start)
+        found, chosen = budget(config, **start)
+        print("\n".join(chosen.lines()))
+        return budget_figure(found, start["card"])
     from ipywidgets import Checkbox, Dropdown, IntSlider, SelectionSlider
 
     ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, start["r"]})

@@ -6,6 +6,8 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
+from mmrev_kit.config.errors import Told
+from mmrev_kit.config.project import resolve
 from mmrev_kit.data.images import find_image, load_image
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import Row
@@ -16,7 +18,7 @@ PROMPT = "font-family:monospace;font-size:13px;line-height:1.9;white-space:pre-w
 TOKEN = {
     "special": "color:#999",
     "text": "border-bottom:1px solid #ddd",
-    "answer": "background:#ffe08a;border:1px solid #c90;border-radius:3px;padding:1px",
+    "answer": "background:#ffe08a;color:#000;border:1px solid #c90;border-radius:3px;padding:1px",
 }
 
 
@@ -67,13 +69,24 @@ def people_figure(entities: list[dict], folder: Path):
     return figure
 
 
-def _picture(path: Path) -> str:
+def _picture(path: Path, side: int = THUMBNAIL) -> str:
     image = load_image(path)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(path.name)}" style="vertical-align:middle" src="data:image/png;base64,{data}">'
+    wide = f";width:{side}px" if side > THUMBNAIL else ""
+    return f'<img alt="{escape(path.name)}" style="vertical-align:middle{wide}" src="data:image/png;base64,{data}">'
+
+
+def path_html(path: str) -> str:
+    """A picture of the user's as it would be read, in a place of its own, or why it cannot be."""
+    side = 2 * THUMBNAIL
+    try:
+        inner = _picture(resolve(path), side) if path.strip() else "no picture"
+    except (Told, OSError) as error:
+        inner = escape(str(error))
+    return f"<div style='width:{side}px;min-height:{side}px;margin-right:12px;overflow-wrap:anywhere'>{inner}</div>"
 
 
 def prompt_html(sample: Sample, encoder: Encoder) -> str:

@@ -1,27 +1,57 @@
 """What can be turned in a notebook: sliders, browsers, forms; one figure or line where nobody looks."""
 
+import base64
+import io
+import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from html import escape
+from operator import itemgetter
 from pathlib import Path
 
+from mmrev_kit.config.errors import Told
 from mmrev_kit.config.sections import Config, TrainingConfig
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import IMAGE_MARK
-from mmrev_kit.evaluation.ask import Asker, example
+from mmrev_kit.evaluation.ask import Asker, pictures
 from mmrev_kit.notebook import gallery, plots
 from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.training.scheduler import Schedule
 
 
-def panel(draw, knobs: dict):
-    """An ipywidgets panel: `draw` is called again with the widgets' values, by name, whenever one is turned."""
-    from ipywidgets import interactive
+def picture(figure, alt: str) -> str:
+    """A matplotlib figure as HTML, no wider than its place; `alt` says in words what it shows."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+
+
+def panel(draw: Callable[..., str], knobs: dict):
+    """An ipywidgets panel: the knobs, and beside them the HTML that `draw` makes of their values, by name.
+
+    What is drawn is a widget's own state and no cell's output: it follows the knobs while a later cell keeps the kernel
+    busy. In a page without widgets it is what the panel leaves. A value that is refused is told in its place.
+    """
+    from ipywidgets import HTML, HBox, Layout, VBox
+
+    class Panel(HBox):
+        def _repr_mimebundle_(self, **kwargs):
+            return super()._repr_mimebundle_(**kwargs) | {"text/html": page.value}
+
+    def show(_=None) -> None:
+        try:
+            page.value = draw(**{name: knob.value for name, knob in knobs.items()})
+        except Told as error:
+            page.value = f"<pre>{escape(str(error))}</pre>"
 
     for name, knob in knobs.items():
         knob.description = knob.description or name
-        knob.style, knob.layout.width = {"description_width": "160px"}, "480px"
-    shown = interactive(draw, **knobs)
-    shown.update()  # draw now: later cells may keep the kernel busy for hours
-    return shown
+        knob.style, knob.layout.width = {"description_width": "130px"}, "330px"
+        knob.observe(show, names="value")
+    page = HTML(layout=Layout(flex="1 1 420px", min_width="0", margin="0 0 0 12px"))
+    show()
+    return Panel([VBox(list(knobs.values())), page], layout=Layout(flex_flow="row wrap", align_items="flex-start"))
 
 
 def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
@@ -45,14 +75,19 @@ def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
 def schedule_simulator(config: Config):
     """What the schedule does with losses that fall towards a floor: sliders in JupyterLab, one figure elsewhere."""
 
-    def draw(first=2.0, floor=0.3, half_life=1.0, **knobs):
+    def simulated(first=2.0, floor=0.3, half_life=1.0, **knobs) -> tuple:
         training = replace(config.training, **knobs)
         losses = [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(training.num_epochs)]
         records = simulate(losses, training)
-        return plots.schedule_figure(records, training.min_lr, training.min_val_loss)
+        return plots.schedule_figure(records, training.min_lr, training.min_val_loss), records
+
+    def draw(**knobs) -> str:
+        figure, records = simulated(**knobs)
+        rates = ", ".join(f"{record['lr']:.2g}" for record in records)
+        return picture(figure, f"Simulated schedule: the learning rates of epochs 1 to {len(records)} are {rates}")
 
     if not is_interactive():
-        return draw()
+        return simulated()[0]
     from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
 
     training = config.training
@@ -69,6 +104,15 @@ def schedule_simulator(config: Config):
     return panel(draw, knobs)
 
 
+def by_file(samples: list[Sample]) -> dict[str, list[Sample]]:
+    """{file with its folder: its rows, each once, in the order of its lines}."""
+    files: dict[str, list[tuple[int, Sample]]] = {}
+    for where, sample in {sample.row.where: sample for sample in samples}.items():
+        path, line, made = re.fullmatch(r"(.*):(\d+)(.*)", where).groups()  # " as cw_image, Correct": made of that row
+        files.setdefault("/".join(Path(path).parts[-2:]) + made.split(",")[0], []).append((int(line), sample))
+    return {name: [sample for _, sample in sorted(rows, key=itemgetter(0))] for name, rows in files.items()}
+
+
 def browse(samples: list[Sample], encoder: Encoder):
     """In JupyterLab a browser: choose a file and walk through its rows; elsewhere the first pool row of each task."""
     if not is_interactive():
@@ -76,52 +120,78 @@ def browse(samples: list[Sample], encoder: Encoder):
 
         pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
         return display.HTML(gallery.prompts_html(pools, encoder))
-    from ipywidgets import HTML, Dropdown, IntSlider, VBox, interactive_output
+    from ipywidgets import HTML, Button, Dropdown, HBox, IntSlider, Layout, VBox
 
-    by_file: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_file.setdefault(Path(sample.row.where).name.split(":")[0], []).append(sample)
-    file = Dropdown(options=list(by_file), description="file")
-    number = IntSlider(value=0, min=0, max=len(by_file[file.value]) - 1, description="row")
+    files = by_file(samples)
+    narrow = {"layout": Layout(width="44px")}
+    file = Dropdown(options=list(files), description="file", layout=Layout(width="100%"))
+    number = IntSlider(value=1, min=1, max=len(files[file.value]), description="row", layout=Layout(flex="1"))
+    back = Button(description="\u25c0", tooltip="row before", **narrow)
+    on = Button(description="\u25b6", tooltip="next row", **narrow)
     page = HTML()
 
-    def limit(change) -> None:
-        number.value, number.max = 0, len(by_file[file.value]) - 1
+    def show(_=None) -> None:
+        rows = files[file.value]
+        head = f"row {number.value} of {len(rows)}"
+        page.value = f"<div>{head}</div>" + gallery.prompt_html(rows[number.value - 1], encoder)
 
-    def show(file: str, number: int) -> None:
-        page.value = gallery.prompt_html(by_file[file][min(number, len(by_file[file]) - 1)], encoder)
+    def choose(_) -> None:
+        number.value, number.max = 1, len(files[file.value])
+        show()
 
-    file.observe(limit, names="value")
-    interactive_output(show, {"file": file, "number": number})
-    show(file.value, number.value)
-    return VBox([file, number, page])
+    def step(button) -> None:
+        number.value += 1 if button is on else -1  # the slider keeps it within its ends
+
+    file.observe(choose, names="value")
+    number.observe(show, names="value")
+    back.on_click(step)
+    on.on_click(step)
+    show()
+    return VBox([file, HBox([number, back, on]), page], layout=Layout(max_width="960px"))
 
 
 def ask_form(asker: Asker, image: str | None, text: str | None):
     """Fields and a button to ask the model in JupyterLab; elsewhere one question and its answer, printed.
 
     Args:
-        image, text: as in `Asker.__call__`; None for those of `ask.example`.
+        image, text: as in `Asker.__call__`; None for the experiment's first picture, and a question about it.
     """
-    example_image, example_text = example(asker.config)
-    image, text = image or example_image, text or example_text
+    offered = pictures(asker.config)
+    image, text = str(image or next(iter(offered.values()))), text or f"{IMAGE_MARK} is"
     if not is_interactive():
         print(f"{image}\n{text}\n-> {asker(image, text)}")
         return None
-    from ipywidgets import HTML, Button, Output, Text, Textarea, VBox
+    from ipywidgets import HTML, Button, Dropdown, HBox, Layout, Text, Textarea, VBox
 
-    wide = {"layout": {"width": "640px"}}
-    path, words = Text(str(image), description="picture", **wide), Textarea(text, description="text", **wide)
-    button, shown = Button(description="Ask", button_style="primary"), Output()
+    def field(kind, **settings):
+        return kind(**settings, style={"description_width": "90px"}, layout=Layout(width="100%"))
+
+    choices = [(label, str(path)) for label, path in offered.items()]
+    known = image if image in dict(choices).values() else None
+    chosen = field(Dropdown, options=[("a picture of your own", None), *choices], value=known, description="picture")
+    path, words = field(Text, value=image, description="its path"), field(Textarea, value=text, description="text")
+    button, shown, answer = Button(description="Ask", button_style="primary"), HTML(), HTML()
+    note = f"<code>{IMAGE_MARK}</code> marks the picture's place in the text."
+
+    def choose(_) -> None:
+        path.value = chosen.value or ""
+
+    def look(_=None) -> None:
+        shown.value = gallery.path_html(path.value)
+        answer.value = ""
 
     def ask(_) -> None:
-        with shown:
-            shown.clear_output()
-            try:
-                print(asker(path.value, words.value))
-            except ValueError as error:  # ConfigError, ImageError, PromptError: for the reader
-                print(error)
+        button.disabled, button.description, answer.value = True, "answering \u2026", ""
+        try:
+            answer.value = f"<b>{escape(asker(path.value, words.value))}</b>"
+        except Told as error:
+            answer.value = escape(str(error))
+        finally:
+            button.disabled, button.description = False, "Ask"
 
+    chosen.observe(choose, names="value")
+    path.observe(look, names="value")
     button.on_click(ask)
-    note = HTML(f"The picture's path, and the text around it; <code>{IMAGE_MARK}</code> marks the picture's place.")
-    return VBox([note, path, words, button, shown])
+    look()
+    fields = VBox([chosen, path, words, HTML(note), button, answer], layout=Layout(flex="1 1 420px"))
+    return HBox([shown, fields], layout=Layout(flex_flow="row wrap", max_width="960px"))

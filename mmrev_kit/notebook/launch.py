@@ -1,7 +1,6 @@
 """From a notebook cell to a finished run or evaluation: the folder, the job, live progress, and errors that arrive."""
 
 import json
-import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,14 @@ from mmrev_kit.evaluation.predict import DROPS, MEASURED, evaluate_worker, evalu
 from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
 from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
-from mmrev_kit.notebook.progress import LogLines, Progress
+from mmrev_kit.notebook.progress import LogLines
+from mmrev_kit.notebook.runs import HISTORY, LOG, Watch, watch
 from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
-
-HISTORY, LOG = "training_history.json", "train.log"
 
 
 def check_machine(config: Config) -> None:
@@ -36,17 +34,6 @@ def check_machine(config: Config) -> None:
         print(f"note: {warning}")
     if found.problems:
         raise ConfigError("\n".join(found.problems))
-
-
-class Watch:
-    """What a run's history and log have gained, shown at each call."""
-
-    def __init__(self, folder: Path):
-        self.progress, self.log = Progress(folder / HISTORY), LogLines(folder / LOG)
-
-    def __call__(self, last: bool = False) -> None:
-        self.log.show()
-        self.progress.show(last)
 
 
 def launch(config: Config) -> dict:
@@ -112,15 +99,7 @@ def attach(config: Config, folder: Path, holder: dict) -> dict:
             f"launch it with {given}."
         )
     print(f"{under_way}. It is shown here; an interrupt ends the showing, not the run.", flush=True)
-    show = Watch(folder)
-    try:
-        while read_holder(folder):
-            show()
-            time.sleep(1)
-    except KeyboardInterrupt:
-        print("no longer shown; the run goes on")
-        raise KeyboardInterrupt from None
-    show(last=True)
+    watch([folder])
     history = read_history(folder / HISTORY)
     if history["status"] != "finished":
         failed = error_text(folder, LOG, config.launch.num_processes) if history["status"] == "failed" else None

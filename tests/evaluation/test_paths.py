@@ -58,7 +58,10 @@ def test_check_training_evaluation_and_asking_read_the_same_picture(config, monk
 
     shown = people_figure(read_entities(experiment_dir(config)), experiment_dir(config))
     assert [axis.images[0].get_array().shape[0] for axis in shown.axes] == [40] + [32] * 7
-    assert ask.example(config)[0] == experiment_dir(config).parents[1] / "project" / "images" / "entity_000_00.png"
+    assert (
+        next(iter(ask.pictures(config).values()))
+        == experiment_dir(config).parents[1] / "project" / "images" / "entity_000_00.png"
+    )
     monkeypatch.setattr(ask, "generate", lambda model, encoder, prompts, *_: [prompts[0].row.images[0]])
     asker = ask.Asker(config, None)
     assert load_image(asker("images/entity_003_00.png", "[image] is")).width == 40

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config.project import run_dir
-from mmrev_kit.evaluation.ask import Asker, example
+from mmrev_kit.evaluation.ask import Asker, pictures
 from mmrev_kit.evaluation.predict import read_questions
 from mmrev_kit.model.features import build_features, images_of
 from mmrev_kit.model.finite import NotFiniteError
@@ -46,7 +46,7 @@ def test_a_nan_in_an_adapter_stops_asking_and_evaluation_with_row_and_module(sma
     assert not (folder / "predictions.jsonl").exists() and not (folder / "verdict.json").exists()
     asker = Asker(config)
     with pytest.raises(NotFiniteError, match=f"own:1: .* {FIRST}"):
-        asker(*example(config))
+        asker(next(iter(pictures(config).values())), "[image] is")
     questions = [question for question in read_questions(config) if question.row.task == "reverse"][:3]
     encoder = make_encoder(config)
     prompts = [encoder.encode(question.row, with_answer=False) for question in questions]

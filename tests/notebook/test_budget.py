@@ -91,13 +91,16 @@ def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatc
     start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
     assert len(budget.controls(config, **start).axes) == 1
     monkeypatch.setenv("JPY_SESSION_NAME", "memory.ipynb")
-    knobs = budget.controls(config, **start)
-    names = {child.description for child in knobs.children if getattr(child, "description", "")}
-    assert names == {"model", "card", "r", "length", "pixels", "micro_batch", "checkpointing", "optimizer", "processes"}
-    for child in knobs.children[:-1]:
-        if child.description == "model":
-            child.value = "32b"  # updates in place
-    assert knobs.kwargs["model"] == "32b" and knobs.kwargs["micro_batch"] == 4
+    knobs, page = budget.controls(config, **start).children
+    by_name = {knob.description: knob for knob in knobs.children}
+    assert set(by_name) == {
+        "model", "card", "r", "length", "pixels", "micro_batch", "checkpointing", "optimizer", "processes",
+    }  # fmt: skip
+    before = page.value
+    by_name["model"].value = "32b"
+    found, _ = budget.budget(config, **start | {"model": "32b"})
+    assert f"as set {found['as set'].device_gib:.1f}, " in page.value and page.value.count("data:image/png") == 1
+    assert page.value.split("base64")[1] != before.split("base64")[1]
 
 
 def test_an_unknown_card_names_the_known_ones(config):

@@ -8,6 +8,7 @@ import pytest
 from matplotlib import pyplot
 
 from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.evaluation.predict import Question, predict
@@ -88,10 +89,47 @@ def test_people_and_lengths_are_drawn_and_closed(small_config, encoder, rows):
 
 def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "data.ipynb")
-    samples = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
-    file, number, page = knobs.browse(samples, encoder).children
-    assert file.options == ("forward_test.jsonl", "mcq_d2i_test.jsonl") and "forward_test.jsonl:1" in page.value
+    ordered = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
+    samples = [*ordered[:3], *reversed(ordered[3:]), ordered[4]]  # a plan's rows stand in its own order, and some again
+    file, (number, back, on), page = (getattr(one, "children", one) for one in knobs.browse(samples, encoder).children)
+    assert [name.split("/")[1] for name in file.options] == ["forward_test.jsonl", "mcq_d2i_test.jsonl"]
+    assert "row 1 of 24" in page.value and "forward_test.jsonl:1," in page.value
     number.value = 5
-    assert "forward_test.jsonl:6" in page.value
-    file.value = "mcq_d2i_test.jsonl"
-    assert "mcq_d2i_test.jsonl:1" in page.value and number.max == 23
+    assert "row 5 of 24" in page.value and "forward_test.jsonl:5," in page.value
+    on.click()
+    assert "forward_test.jsonl:6," in page.value
+    back.click()
+    assert "forward_test.jsonl:5," in page.value
+    file.value = file.options[1]
+    assert "row 1 of 24" in page.value and "mcq_d2i_test.jsonl:1," in page.value
+    number.value = 24
+    on.click()
+    assert "row 24 of 24" in page.value
+
+
+def test_the_form_shows_the_picture_that_it_asks_about_and_that_it_is_answering(small_config, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "evaluate.ipynb")
+    config, seen = small_config(), []
+
+    def answer(image, text):
+        seen.append((image, text, button.disabled, button.description))
+        if text == "fails":
+            raise ConfigError("told <why>")
+        return "the <keeper>"
+
+    answer.config = config
+    shown, fields = knobs.ask_form(answer, None, None).children
+    choice, path, words, _, button, answered = fields.children
+    people = read_entities(experiment_dir(config))
+    assert len(choice.options) == 1 + len(people) and people[0]["description"] in choice.options[1][0]
+    first = shown.value
+    choice.value = choice.options[3][1]
+    assert path.value == choice.value and shown.value != first and shown.value.count("<img") == 1
+    button.click()
+    assert seen[-1] == (path.value, "[image] is", True, "answering \u2026")
+    assert answered.value == "<b>the &lt;keeper&gt;</b>" and not button.disabled and button.description == "Ask"
+    words.value = "fails"
+    button.click()
+    assert answered.value == "told &lt;why&gt;" and not button.disabled
+    path.value = "nowhere.png"
+    assert "<img" not in shown.value and "nowhere.png" in shown.value
