@@ -42,7 +42,8 @@ def _draw_losses(axis, histories: dict[str, dict]) -> None:
         if steps:
             losses = _gaps([step["loss"] for step in steps])
             x = [step["global_step"] for step in steps]
-            axis.plot(x, losses, color=own, alpha=0.25, linewidth=0.8)
+            if alone:
+                axis.plot(x, losses, color=own, alpha=0.25, linewidth=0.8)
             axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=own, linewidth=1.2, label=label)
         elif history["epochs"]:
             train = _gaps([record["train_loss"] for record in history["epochs"]])
@@ -54,7 +55,9 @@ def _draw_losses(axis, histories: dict[str, dict]) -> None:
             style = {"marker": MARKERS[(index if alone else number) % len(MARKERS)], "markersize": 4}
             style |= {"linestyle": "-", "label": source} if alone else {"linestyle": "--"}
             axis.plot(ends, values, color=COLORS[index % len(COLORS)] if alone else own, **style)
-    axis.set_ylabel("loss (nats a token)" if alone else "loss (nats a token)\nline: training, dashed: validation")
+    axis.set_ylabel("loss (nats a token)")
+    title = next(iter(histories)) if alone else "line: training; dashed: validation, of the source that decides"
+    axis.set_title(title, loc="left", parse_math=False)
     log_scale(axis)
 
 
@@ -111,8 +114,6 @@ def history_figure(histories: dict[str, dict]):
         A matplotlib Figure. A loss that was not finite is a gap.
     """
     figure, axes = subplots(3, 8.0)
-    if len(histories) == 1:
-        axes[0].set_title(next(iter(histories)), loc="left", parse_math=False)
     _draw_losses(axes[0], histories)
     _draw_rates(axes[1], histories)
     _draw_throughput(axes[2], histories)
@@ -213,7 +214,6 @@ def accuracy_figure(metrics: dict[str, dict]):
             axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=f"{task.title}\n{direction}")
             axis.set_xticks(range(len(metrics)), names)
             axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
-            axis.grid(axis="y", alpha=0.25)
             for label in axis.get_xticklabels():
                 label.set_parse_math(False)  # a name with dollar signs is text
     axes[0, 0].set_ylabel("accuracy")
@@ -304,9 +304,9 @@ def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -
         for x, value in enumerate(row):
             color = "white" if value > max(map(sum, values)) / 2 else "black"
             axis.text(x, y, str(value), ha="center", va="center", fontsize=9, color=color)
-    axis.set_xticks(range(len(answers)), answers, fontsize=8)
+    axis.set_xticks(range(len(answers)), ["?" if answer == "unparsed" else answer for answer in answers], fontsize=8)
     axis.set_yticks(range(len(table)), table, fontsize=8)
-    axis.set_xlabel("answered", fontsize=8)
+    axis.set_xlabel("answered (?: unparsed)", fontsize=8)
     axis.set_ylabel("right answer", fontsize=8)
 
 
