@@ -80,10 +80,8 @@ def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
     css = HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
     css += f"\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
     text, _ = exporter.from_notebook_node(notebook, {"page": {"title": title, "code_css": css}})
-    contents = "".join(
-        f'<li class="level{n}"><a href="#{at}">{name}</a></li>\n' for n, at, name in HEADING.findall(text)
-    )
-    text = text.replace("<main>", f'<nav aria-label="Contents"><ul>\n{contents}</ul></nav>\n<main>', 1)
+    heads = (f'<li class="level{level}"><a href="#{at}">{name}</a></li>\n' for level, at, name in HEADING.findall(text))
+    text = text.replace("<main>", f'<nav aria-label="Contents"><ul>\n{"".join(heads)}</ul></nav>\n<main>', 1)
 
     def lead(match: re.Match) -> str:
         name = match[1].removesuffix(".ipynb")
