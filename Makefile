@@ -1,4 +1,4 @@
-# make run · make test · make test-long · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make lab · make train TASK=reverse · make evaluate · make reproduce · make share   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce test test-long lint lab
+.PHONY: run train evaluate reproduce share test test-long lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
@@ -20,6 +20,9 @@ evaluate: $(READY)
 
 reproduce: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)
+
+share: $(READY)
+	@$(BIN)/python -m mmrev_kit share $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)

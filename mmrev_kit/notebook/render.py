@@ -10,15 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mmrev_kit.config.project import ASSETS, project_root, refuse_secrets, run_dir
-from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import write_text
 from mmrev_kit.notebook.parameters import PARAMETERS, make_config, refuse_unknown, written_parameters
 
+DEFAULT = "configs/tiny_cpu.yaml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BARS = re.compile(r"^.*\r(?!$)", re.MULTILINE)  # of a line that was written over itself, all but the last
 HEADING = re.compile(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor-link".*?</h\1>', re.DOTALL)
 LINK = re.compile(r'<a href="(?!https?:|#)([^"]*)"[^>]*>(.*?)</a>', re.DOTALL)
-MADE_OF = '<meta name="mmrev-made-of" content="{}">'
 
 
 def clean(notebook) -> None:
@@ -119,11 +119,8 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
         raise ConfigError(f"There is no notebook {name}. There are {there}.")
     written = written_parameters(source)
     refuse_unknown(dict(parameters), written)
-    values = {"config": "configs/tiny_cpu.yaml"} | written | dict(parameters)
-    known = {key: value for key, value in values.items() if key in (*PARAMETERS, "config", "overrides")}
-    config = make_config(**known)
-    folder = run_dir(config)
-    folder = folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
+    config = notebook_config(written | dict(parameters))
+    folder = page_folder(name, config)
     kept = folder.parent / f"{name}_{folder.name}.ipynb"
     waiting = kept.with_suffix(f".{os.getpid()}.ipynb")  # another process may run the same notebook
     waiting.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +151,18 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     if kept.is_file():
         print(f"Open {render(kept)}")
     return 2 if status and error and len(error) == 1 else status
+
+
+def notebook_config(values: dict) -> Config:
+    """The configuration that a notebook's parameters stand for."""
+    values = {"config": DEFAULT} | values
+    return make_config(**{key: value for key, value in values.items() if key in (*PARAMETERS, "config", "overrides")})
+
+
+def page_folder(name: str, config: Config) -> Path:
+    """Where an executed notebook and its page go: its run's folder; `reproduce`, of many runs, has one of its own."""
+    folder = run_dir(config)
+    return folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
 
 
 def failure(notebook: Path) -> list[str] | None:

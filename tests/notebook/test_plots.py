@@ -117,9 +117,7 @@ def test_several_runs_show_the_source_that_decides():
     found = lines(figure.axes[0])
     assert set(found) == {"a", "b", "old"}
     assert points(found["b"]) == [(1, 8.0), (2, 6.0)]
-    dashed = [
-        line for line in figure.axes[0].lines if line.get_linestyle() == "--"
-    ]  # a run's validation, in its colour
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]  # a run's validation
     assert [line.get_color() for line in dashed] == [line.get_color() for line in found.values()]
     assert len({line.get_color() for line in dashed}) == 3
     assert points(dashed[0]) == [(2, 2.5), (4, 2.4)] and points(dashed[2]) == [(1, 2.5), (2, 2.0), (3, None)]
@@ -163,9 +161,8 @@ def test_eight_runs_in_one_figure_are_readable_and_told_apart():
     axis = figure.axes[0]
     assert len({line.get_color() for line in lines(axis).values()}) == 8
     labels = [text.get_text() for text in axis.get_yticklabels()]
-    assert {"0.01", "0.1", "1", "10"} <= set(labels) and all(
-        math.log10(float(one)).is_integer() for one in labels if one
-    )
+    assert {"0.01", "0.1", "1", "10"} <= set(labels)
+    assert all(math.log10(float(label)).is_integer() for label in labels if label)
     assert not [text for text in axis.get_yticklabels("minor") if text.get_text()]
     assert all(name in figure.alt for name in names)
 
