@@ -133,6 +133,16 @@ def history_figure(histories: dict[str, dict]):
 
 
 @drawn
+def losses_figure(losses: list[float]):
+    """The training losses of a loop of one's own, each as the mean of it and the four before."""
+    figure, (axis,) = subplots(1, 2.8)
+    axis.plot(range(1, len(losses) + 1), _smooth(losses, 5), color=COLORS[0])
+    axis.set(xlabel="update", ylabel="loss (nats a token)")
+    figure.alt = f"Training loss of {len(losses)} updates, from {loss_text(losses[0])} to {loss_text(losses[-1])}."
+    return figure
+
+
+@drawn
 def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
     """A simulated schedule: the losses put in, the rate each epoch trains with, and where it ends.
 

@@ -24,6 +24,15 @@ def epoch_table(history: dict):
     return pandas.DataFrame(rows).set_index("epoch").fillna("") if rows else pandas.DataFrame()
 
 
+def mix_table(table: list[dict]):
+    """A pandas DataFrame of `MixingPlan.table`, a row a source."""
+    import pandas
+
+    found = pandas.DataFrame(table).set_index("source")
+    shares = {name: found[name].map("{:.1%}".format) for name in ("asked share", "actual share")}
+    return found.assign(**shares, **{"uses of each row": found["uses of each row"].map(decimal)})
+
+
 def summary(history: dict) -> str:
     """The result of a run in a sentence, and in another what it took."""
     losses = [(next(iter(record["val_loss"].values())), record["epoch"]) for record in history["epochs"]]
