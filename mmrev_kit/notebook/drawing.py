@@ -72,7 +72,10 @@ def drawing_class():
 
 def grid(rows: int, columns: int, height: float, **more):
     """A Figure of WIDTH x `height` inches, and its (rows, columns) array of axes; no other figure knows of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure = drawing_class()(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 

@@ -127,18 +127,14 @@ def test_several_runs_show_the_source_that_decides():
 def boxes(figure) -> list[tuple[str, object]]:
     """(text, rectangle in pixels) of every text that is seen, tick labels included."""
     figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip() and text.get_visible()]
-    ticks = {text for axis in figure.axes for one in (axis.xaxis, axis.yaxis) for text in one.get_ticklabels("both")}
-    inside = [text for text in texts if text not in ticks or _in_view(text)]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in inside]
-
-
-def _in_view(label) -> bool:
-    """Whether matplotlib draws this tick's label: it lies within its axis' limits."""
-    axis, (x, y) = label.axes, label.get_position()
-    low, high = sorted(axis.get_xlim() if label in axis.get_xticklabels() else axis.get_ylim())
-    return low <= (x if label in axis.get_xticklabels() else y) <= high
+    outside = set()  # matplotlib keeps labels of ticks beyond the limits, and does not draw them
+    for axis in (one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+            if not low <= tick.get_loc() <= high:
+                outside |= {tick.label1, tick.label2}
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text not in outside]
 
 
 def check_readable(figure) -> None:
