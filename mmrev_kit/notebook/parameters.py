@@ -209,9 +209,9 @@ def settings_html(config: Config) -> str:
         values = vars(getattr(config, section.name)).items()
         same = [f"{name} {_plain(value)}" for name, value in values if f"{section.name}.{name}" not in changed]
         others.append(f"<li><b>{section.name}</b>: {escape(', '.join(same) or 'none')}</li>")
-    head = "<tr><th>setting</th><th>here</th><th>default</th></tr>"
+    head = "".join(f'<th scope="col" style="text-align:left">{name}</th>' for name in ("setting", "here", "default"))
     return (
-        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         f"<details><summary>settings as by default</summary><ul>{''.join(others)}</ul></details>"
     )
 

@@ -45,11 +45,15 @@ class Progress:
 
 
 class LogLines:
-    """Shows the lines of a log that begin with `MARK`, each once; in JupyterLab not those that `Progress` shows."""
+    """Shows the lines of a log that begin with `MARK`, each once; in JupyterLab not those that `Progress` shows.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._read = path.stat().st_size if path.is_file() else 0
+    Args:
+        from_start: those too that are there already.
+    """
+
+    def __init__(self, path: Path, from_start: bool = False):
+        self.path, self._all = path, from_start
+        self._read = path.stat().st_size if path.is_file() and not from_start else 0
 
     def show(self) -> None:
         """Print what has come since the last look."""
@@ -62,5 +66,5 @@ class LogLines:
             self._read += len(whole.encode())
         for line in whole.splitlines():
             told = line.removeprefix(MARK)
-            if told != line and not (is_interactive() and OF_TRAINING.match(told)):
+            if told != line and (self._all or not (is_interactive() and OF_TRAINING.match(told))):
                 print(told, flush=True)
