@@ -73,7 +73,9 @@ def strict():
 
     def show(message, category, filename, *rest, **more) -> None:
         ours = any(f"/{name}/" in filename for name in LIBRARIES)
-        if ours and not issubclass(category, FutureWarning | DeprecationWarning):
+        if ours and issubclass(category, FutureWarning | DeprecationWarning):
+            return  # between libraries, and no news to the reader
+        if ours:
             notes.note(str(message))
         shown(message, category, filename, *rest, **more)
 

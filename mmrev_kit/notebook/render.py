@@ -80,8 +80,10 @@ def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
     css = HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
     css += f"\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
     text, _ = exporter.from_notebook_node(notebook, {"page": {"title": title, "code_css": css}})
-    heads = (f'<li class="level{level}"><a href="#{at}">{name}</a></li>\n' for level, at, name in HEADING.findall(text))
-    text = text.replace("<main>", f'<nav aria-label="Contents"><ul>\n{"".join(heads)}</ul></nav>\n<main>', 1)
+    heads = [f'<li class="level{level}"><a href="#{at}">{name}</a></li>' for level, at, name in HEADING.findall(text)]
+    if heads:
+        contents = f'<nav aria-label="Contents"><ul>\n{chr(10).join(heads)}\n</ul></nav>\n'
+        text = text.replace("<main>", f"{contents}<main>", 1)
 
     def lead(match: re.Match) -> str:
         name = match[1].removesuffix(".ipynb")
