@@ -48,6 +48,9 @@ def test_one_process_ends_finished(small_config, capsys):
     told = capsys.readouterr().out
     assert "epoch 1/1: train " in told and ": 1 process\n" in told
     assert "bitsandbytes" not in Path(run_dir(config) / "training_history.json").read_text()
+    log = (run_dir(config) / "train.log").read_text().splitlines()
+    assert [line for line in log if not line.startswith("progress: ")] == []  # no library's chatter
+    assert [line.removeprefix("progress: ") for line in log] == told.splitlines()[-len(log) :]
     saved = load_config(run_dir(config) / "config.yaml")
     assert saved.launch.num_processes == 1 and saved.experiment.task == "reverse"
 
