@@ -22,7 +22,7 @@ GALLERY = "outputs/gallery"
 LIMIT = 2 * 2**20  # bytes of a page
 DRAWS = ("plots", "tables", "gallery", "budget")  # modules whose content a page shows, where its notebook imports them
 ALWAYS = ("drawing", "render")
-STAMP = '<meta name="mmrev-made-of" content="{}">'
+STAMP = '<meta content="{}" name="mmrev-made-of"/>'  # as nbconvert writes that of the template
 
 
 def source_digest(notebook: Path) -> str:
