@@ -58,12 +58,6 @@ def _without_widget(output, state: dict) -> list:
     return found
 
 
-def preprocess(notebook, resources):
-    """`clean` for `jupyter nbconvert`, which jupyter_nbconvert_config.json in the project's folder tells of it."""
-    clean(notebook)
-    return notebook, resources
-
-
 def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
     """A notebook as one HTML page that needs nothing but itself.
 
