@@ -145,7 +145,8 @@ def test_the_original_scripts_results_are_read_and_drawn_beside_a_run(original, 
         and cell.endswith("TPR 1.00, FPR 0.00, AUROC 1.00")
     )
     figure = accuracy_figure({name: one.metrics for name, one in both.items()})
-    cells = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes if axis.get_title()}
+    drawn = {axis.get_title().replace("\n", ": "): axis.texts for axis in figure.axes if axis.get_title()}
+    cells = {title: [text.get_text() for text in texts] for title, texts in drawn.items()}
     assert cells == {
         "forward: image → description": ["1.00", "1.00", "0.95"],
         "CW image first: image → description": ["1.00", "1.00", "0.51"],
