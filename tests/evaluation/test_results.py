@@ -209,7 +209,7 @@ def test_tables_of_one_evaluation(tmp_path):
     assert table.loc[("CW", "main"), "accuracy"] == "0.50" and table.loc[("CW", "control"), "accuracy"] == "1.00"
     rates = rates_table(found.metrics)
     assert rates.loc[("CW", "main"), "TPR"] == "1.00" and rates.loc[("CW", "main"), "FPR"] == "1.00"
-    assert rates.loc[("CW", "main"), "said Correct"] == 8 and rates.loc[("CW", "control"), "separation"] == 1.0
+    assert rates.loc[("CW", "main"), "said Correct"] == 8 and rates.loc[("CW", "control"), "separation"] == "1.00"
     assert list(accuracy_table(found.metrics).index[:3]) == [
         ("forward", "all"),
         ("forward", "main"),
