@@ -1,4 +1,4 @@
-# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make reproduce   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make reproduce · make share   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -9,7 +9,7 @@ PARALLEL := --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce test test-long test-browser lint lab
+.PHONY: run train evaluate reproduce share test test-long test-browser lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
@@ -22,6 +22,9 @@ evaluate: $(READY)
 
 reproduce: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)
+
+share: $(READY)
+	@$(BIN)/python -m mmrev_kit share $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

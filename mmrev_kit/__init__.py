@@ -4,7 +4,7 @@ The rooms, each of which imports only those above it:
 
     errors       what is said to a person
     files        files and folders that are whole or absent
-    config       the settings: their defaults, reading them, paths, seeds, optimizers
+    config       the settings: their defaults, reading them, paths, seeds, optimizers; how progress is said
     data         the tasks; people, pictures, partners, retention pools; checks; rows to tokens; the mix
     model        loading in 4 or 16 bit, LoRA, packing, vision features, fused operations, scoring
     memory       what a run needs on a card, and the fastest micro-batches that fit

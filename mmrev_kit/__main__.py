@@ -41,13 +41,18 @@ def train_as_worker(config: Config) -> None:
 def read_words(words: list[str]) -> argparse.Namespace:
     """The command line; exits with 2 and a usage line where it cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m mmrev_kit", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | notebook | pretrain")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | notebook | share | pretrain")
     one = commands.add_parser("train", help="train a run; under torchrun or accelerate launch, one of its workers")
     one.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
     one.add_argument("--overrides", default="", help="section.key=value words")
     one = commands.add_parser("notebook", help="execute a notebook with papermill and render it, into the run folder")
     one.add_argument("name", help="a notebook in notebooks/, without .ipynb")
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
+    one = commands.add_parser(
+        "share", help="write pages that stand alone: of executed notebooks, or of the default run"
+    )
+    one.add_argument("notebooks", nargs="*", help="executed notebooks; none: the default experiment's, executed first")
+    one.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
     commands.add_parser("pretrain", help="make or measure an embedded model; pretrain --help lists its options")
     return parser.parse_args(words)
 
@@ -78,6 +83,10 @@ def run(words: list[str]) -> int | None:
         from mmrev_kit.notebook.render import execute
 
         return execute(given.name, [tuple(pair) for pair in given.parameters])
+    if given.command == "share":
+        from mmrev_kit.notebook.share import share
+
+        return share(given.notebooks, given.to)
     return train(load_config(given.config, given.overrides))
 
 

@@ -1,7 +1,6 @@
 """Everything that can be wrong with a run's data, told at once and before any model is loaded."""
 
 import os
-import time
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir
+from mmrev_kit.config.reporting import paced
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_image, look_of
@@ -17,8 +17,6 @@ from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, LETTERS, Row
 from mmrev_kit.data.texts import normal
-
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def repeated(values: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -164,16 +162,12 @@ def read_images(
         except ImageError as error:
             return error
 
-    told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, found in zip(paths, pool.map(read, paths), strict=True):
+        for path, found in zip(paths if quiet else paced(paths, "images"), pool.map(read, paths), strict=True):
             if isinstance(found, ImageError):
                 broken[path] = str(found)
             else:
                 sizes[path], looks[path] = found
-            if not quiet and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                print(f"decoded {len(sizes) + len(broken):,} of {len(paths):,} images", flush=True)
     return sizes, looks, broken
 
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from mmrev_kit.config.reporting import paced
 from mmrev_kit.config.sections import ConfigError, DataConfig
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.assets import read_asset
@@ -121,9 +122,9 @@ def make_experiment(folder: str | Path, data: DataConfig, seed: int) -> Path:
     entities, connectors = make_entities(data, seed), connector_split(seed)
 
     def draw(building: Path) -> None:
-        for entity in entities:
-            for view, path in enumerate(entity["images"]):
-                draw_face(entity["attributes"], data.image_size, view).save(building / path)
+        views = [(entity, view, path) for entity in entities for view, path in enumerate(entity["images"])]
+        for entity, view, path in paced(views, "pictures"):
+            draw_face(entity["attributes"], data.image_size, view).save(building / path)
 
     info = {"source": "drawn", "seed": seed, "image_size": data.image_size, "images_per_entity": data.images_per_entity}
     info |= {"connectors": connectors, "image_credits": credits()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmrev_kit.config.reporting import paced
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
@@ -222,7 +223,7 @@ def make_pool(
                 write_jsonl(building / f"{task}_{split}.jsonl", rows)
         (building / "images").mkdir()
         records = []
-        for subject in sorted(split_of, key=lambda subject: subject.image_path):
+        for subject in paced(sorted(split_of, key=lambda subject: subject.image_path), "pictures"):
             draw(subject).save(building / subject.image_path)
             names = {"id": subject.id, "image_path": subject.image_path, "split": split_of[subject]}
             records.append(names | {"attributes": subject.attributes})

@@ -3,12 +3,14 @@
 import hashlib
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import __version__
 from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
+from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.checks import check_account, check_people, check_statements, encode_all
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
@@ -27,7 +29,6 @@ from mmrev_kit.model.scoring import generate, score_options
 from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
-PROGRESS_LINES = 4  # for each drop
 MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
 DROPS = ("none", "image", "text", "both")
 
@@ -128,8 +129,14 @@ def judge(question: Question, answer: str) -> tuple[str | None, bool]:
     return judge_answer(question.row.type.format, answer, question.row.answer, question.options)
 
 
-def answer_questions(config: Config, model, questions: list[Question], drop: str, state) -> list[dict]:
-    """This process's share of the questions, answered; one record a question, see `predict`."""
+def answer_questions(
+    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None] | None = None
+) -> list[dict]:
+    """This process's share of the questions, answered; one record a question, see `predict`.
+
+    Args:
+        tell: called with the number of questions that all processes have answered by now, about.
+    """
     import torch
 
     encoder = make_encoder(config, drop)
@@ -143,7 +150,7 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
     order = sorted(range(len(pairs)), key=lambda index: (kind(index), len(pairs[index][1].input_ids), index))
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     mine, records = order[state.process_index :: state.num_processes], []
-    size, told = config.evaluation.batch_size, 0
+    size = config.evaluation.batch_size
     alike = [list(part) for _, part in itertools.groupby(mine, kind)]  # and of about one length: little is padded
     with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype != torch.float32):
         for chunk in [part[start : start + size] for part in alike for start in range(0, len(part), size)]:
@@ -153,10 +160,8 @@ def answer_questions(config: Config, model, questions: list[Question], drop: str
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
             for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
                 records.append(predict(question, encoder, answer, row, drop) | {"index": index})
-            part = PROGRESS_LINES * len(records) // max(1, len(mine))
-            if state.is_main_process and part > told:
-                told = part
-                print(f"progress: drop {drop}: {part}/{PROGRESS_LINES} of {len(order):,} questions", flush=True)
+            if tell:
+                tell(min(len(order), len(records) * state.num_processes))
     return records
 
 
@@ -198,13 +203,21 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
     import torch
 
     with worker_state(Path(folder)) as state:
+        if state.is_main_process:
+            print(f"{MARK}loading {config.model.name}", flush=True)
         model = load_base(**base_arguments(config, state.device))
         if adapter:
             model = load_adapter(model, adapter)
         model.eval()
         questions, found, began = read_questions(config), [], time.perf_counter()
-        for drop in drops:
-            found += answer_questions(config, model, questions, drop, state)
+        pace = Pace(len(questions) * len(drops), "prompts")
+        for number, drop in enumerate(drops):
+
+            def tell(done: int, before: int = number * len(questions), drop: str = drop) -> None:
+                if state.is_main_process and pace.due(before + done):
+                    print(f"{MARK}{pace.line(before + done, f' (drop {drop})')}", flush=True)
+
+            found += answer_questions(config, model, questions, drop, state, tell)
         seconds, peak = time.perf_counter() - began, peak_memory_gib(state.device)
         if state.num_processes > 1:
             from accelerate.utils import gather_object

@@ -1,5 +1,6 @@
 """Evaluations as tables."""
 
+from mmrev_kit.config.reporting import decimal, probability
 from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, IMAGE_TO_TEXT, TASK_TYPES, TEXT_TO_IMAGE
 from mmrev_kit.evaluation.metrics import compare
 from mmrev_kit.evaluation.results import Evaluation
@@ -7,17 +8,28 @@ from mmrev_kit.evaluation.verdict import Verdict
 
 
 def _interval(low_high: list[float] | None) -> str:
-    return f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else ""
+    return " to ".join(map(decimal, low_high)) if low_high else ""
+
+
+def _said(row: dict) -> dict:
+    """The row's numbers as they are said: p values in three digits, other fractions in two, what is unknown empty."""
+
+    def word(name: str, value):
+        if isinstance(value, float) or value is None:
+            return probability(value) if "p" in name.split() else decimal(value)
+        return value
+
+    return {name: word(name, value) for name, value in row.items()}
 
 
 def _table(rows: list[dict]):
-    """Rows as a DataFrame by test, under its title, and group: to three digits, what does not apply left empty."""
+    """Rows as a DataFrame by test, under its title, and group; what does not apply is left empty."""
     import pandas
 
     if not rows:
         return pandas.DataFrame()
-    rows = [row | {"test": TASK_TYPES[row["test"]].title} for row in rows]
-    return pandas.DataFrame(rows).set_index(["test", "group"]).round(3).astype(object).fillna("")
+    rows = [_said(row | {"test": TASK_TYPES[row["test"]].title}) for row in rows]
+    return pandas.DataFrame(rows).set_index(["test", "group"]).astype(object).fillna("")
 
 
 def _cell(groups: dict[str, dict]) -> str:
@@ -27,9 +39,9 @@ def _cell(groups: dict[str, dict]) -> str:
         if numbers["accuracy"] is None or (group == "all" and len(groups) > 1):
             continue
         rates = {name: (numbers["rates"] or {}).get(name.lower()) for name in ("TPR", "FPR", "AUROC")}
-        more = "".join(f", {name} {value:.2f}" for name, value in rates.items() if value is not None)
+        more = "".join(f", {name} {decimal(value)}" for name, value in rates.items() if value is not None)
         interval = _interval(numbers["cluster_interval"] or numbers["wilson"])
-        parts.append(f"{group if group != 'all' else ''} {numbers['accuracy']:.2f} ({interval}){more}".strip())
+        parts.append(f"{group if group != 'all' else ''} {decimal(numbers['accuracy'])} ({interval}){more}".strip())
     return "; ".join(parts)
 
 
@@ -106,9 +118,9 @@ def drop_table(metrics: dict):
             for drop, tests in metrics.items():
                 numbers = tests.get(test, {}).get(group)
                 if numbers and numbers["accuracy"] is not None:
-                    row[f"drop {drop}"] = f"{numbers['accuracy']:.2f} right"
+                    row[f"drop {drop}"] = f"{decimal(numbers['accuracy'])} right"
                 elif numbers and numbers["agreement"]:
-                    row[f"drop {drop}"] = f"{numbers['agreement']['share']:.2f} same answer"
+                    row[f"drop {drop}"] = f"{decimal(numbers['agreement']['share'])} same answer"
             rows.append(row)
     return _table(rows)
 
@@ -134,7 +146,7 @@ def comparison_table(first: Evaluation, second: Evaluation):
         }
         for test, numbers in compare(first.records, second.records).items()
     ]
-    return pandas.DataFrame(rows).set_index("test")
+    return pandas.DataFrame(map(_said, rows)).set_index("test")
 
 
 def gate_table(judged: Verdict):

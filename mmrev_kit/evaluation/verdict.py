@@ -9,6 +9,7 @@ right from wrong and always says Wrong knows. A claim rests on what was found, n
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from mmrev_kit.config.reporting import decimal, probability
 from mmrev_kit.config.sections import TASKS, ExperimentConfig
 from mmrev_kit.data.design import DECIDING, PLANNED, POWER_MIN, claim_power, people_needed
 from mmrev_kit.data.tasks import CW, GROUPS, MIN_GROUP, TASK_TYPES
@@ -93,11 +94,12 @@ class Verdict:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
+    return decimal(value) or "unknown"
 
 
 def _p(value: float | None) -> str:
-    return "p unknown" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    said = probability(value)
+    return f"p {said}" if said.startswith("<") else f"p = {said}" if said else "p unknown"
 
 
 def group_numbers(test: str, rows: list[dict], chance: float) -> Group:
@@ -163,7 +165,7 @@ def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Ite
         control = found.control
         limit = f"; {control.n} entities cannot show more than p = {2.0**-control.n:.3f} before Holm"
         text = f"control's mean in {found.title} is {_number(control.mean)} ({CONTROL_MIN:.2f} needed), chance "
-        text += f"{found.chance:.2f} (Holm-adjusted {_p(control.p)}{limit if control.n < 6 else ''})"
+        text += f"{_number(found.chance)} (Holm-adjusted {_p(control.p)}{limit if control.n < 6 else ''})"
         passed = None if control.p is None else control.p < ALPHA and control.mean >= CONTROL_MIN
         yield Gate(f"control passes {found.title}", passed, text)
     form, asked = TASK_TYPES[deciding.test].format, min(found.main.questions for found in tests)
@@ -175,7 +177,7 @@ def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Ite
 
 def order_gate(order: Evidence) -> Gate:
     """Whether main can use the taught order in this format."""
-    text = f"main's mean in {order.title}, the taught order, is {order.main.mean:.2f} ({LEARNED_MIN:.2f} needed)"
+    text = f"main's mean in {order.title}, the taught order, is {_number(order.main.mean)} ({LEARNED_MIN:.2f} needed)"
     return Gate(f"main in {order.title}", order.main.mean >= LEARNED_MIN, text)
 
 
@@ -245,7 +247,7 @@ def sentence_of(claim: str, reason: str | None, told: list[Gate], order: Evidenc
     main, tests = deciding.main, [order, deciding] if order else [deciding]
     text = f"{OPENINGS.get(claim) or f'Inconclusive ({reason})'}: {'; '.join(gate.text for gate in told)}."
     if claim == CURSE and (main.p < ALPHA or (main.auroc_bounds and main.auroc_bounds[0] > 0.5)):
-        area = f", AUROC from {main.auroc_bounds[0]:.2f} on" if main.auroc_bounds else ""
+        area = f", AUROC from {_number(main.auroc_bounds[0])} on" if main.auroc_bounds else ""
         text += f" It is partial: main is above chance (accuracy: Holm-adjusted {_p(main.p)}{area})."
     if claim == NO_CURSE and deciding.p_difference < ALPHA:
         text += f" A gap remains: control - main is {_number(deciding.difference)} ({_p(deciding.p_difference)})."

@@ -22,6 +22,7 @@ import torch
 
 from mmrev_kit import files
 from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.model.bases import base_fingerprint, base_of
@@ -31,7 +32,7 @@ from mmrev_kit.model.qwen3vl import feature_shape, library_tower_outputs
 
 FORMAT = 1  # to be raised when the tower's outputs are computed or written in another way
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "bitsandbytes")
-SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BEFORE_LINES = 5.0
 HEADER, BLOCK = 2048, 4096  # bytes: at most of a file's own description; of a disk's block
 Image = tuple[Path, int]  # a file and the pixel limit of the row that it is in
 
@@ -187,12 +188,12 @@ def compute(features: Features, model, images: list[Image], device, report: bool
     """Put images through the tower, batch by batch, and keep what comes out.
 
     Args:
-        report: print a line of progress every few seconds.
+        report: print lines of progress where it takes more than a few seconds.
 
     Raises:
         NotFiniteError: naming the image and the first module.
     """
-    dtype, done, reported = features.dtype, 0, time.monotonic()
+    dtype, done, pace = features.dtype, 0, Pace(len(images), "images")
     while done < len(images):
         pixels, grids = [], []
         for image in images[done:]:
@@ -209,9 +210,8 @@ def compute(features: Features, model, images: list[Image], device, report: bool
                     refuse(model, f"image {image[0]}", partial(library_tower_outputs, model, *inputs))
                 features.write(image, tensor)
         done += len(pixels)
-        if report and time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-            reported = time.monotonic()
-            print(f"progress: vision features: {done:,} of {len(images):,} images", flush=True)
+        if report and pace.due(done) and pace.elapsed > SECONDS_BEFORE_LINES:
+            print(f"{MARK}vision features: {pace.line(done)}", flush=True)
 
 
 def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sample], dtype, state) -> Features:
@@ -237,5 +237,5 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
     model.train(was_training)
     if state.is_main_process:
         line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"
-        print(f"progress: {line}, {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"{MARK}{line}, {time.perf_counter() - began:.1f} s", flush=True)
     return features

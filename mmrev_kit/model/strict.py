@@ -1,4 +1,4 @@
-"""Warnings of the libraries that mean wrong numbers are errors here."""
+"""Warnings of the libraries that mean wrong numbers are errors here; what is no news to the reader is left out."""
 
 import logging
 import re
@@ -18,6 +18,25 @@ WRONG = re.compile(
 )
 
 
+# What a library says of itself: that something faster could be installed.
+ADVERT = re.compile(r"(?is)fast path is not available|not installed.*(fall|default)|triton not found")
+
+
+def _no_advert(record: logging.LogRecord) -> bool:
+    return not ADVERT.search(record.getMessage())
+
+
+def quiet() -> None:
+    """For a process of the kit's own: no bars, no deprecations within the libraries, no notes on optional kernels."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for handler in [*logging.getLogger("transformers").handlers, *logging.getLogger().handlers]:
+        handler.addFilter(_no_advert)
+
+
 class _Notes(logging.Handler):
     """Collects the messages that `WRONG` finds."""
 
@@ -35,20 +54,29 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def strict():
-    """Within it a library's warning that something given to it is missing or ignored is an error.
+    """Within it a library's warning that something given to it is missing or ignored is an error; bars are not shown.
 
     Raises:
         ConfigError: at the end, with the first such warning.
     """
-    from transformers.utils.logging import warning_once
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+        warning_once,
+    )
 
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
     warning_once.cache_clear()  # one that an earlier call met comes again
     notes, loggers = _Notes(), [logging.getLogger(name) for name in LIBRARIES]
     levels = [logger.level for logger in loggers]
 
     def show(message, category, filename, *rest, **more) -> None:
         ours = any(f"/{name}/" in filename for name in LIBRARIES)
-        if ours and not issubclass(category, FutureWarning | DeprecationWarning):
+        if ours and issubclass(category, FutureWarning | DeprecationWarning):
+            return  # between libraries, and no news to the reader
+        if ours:
             notes.note(str(message))
         shown(message, category, filename, *rest, **more)
 
@@ -64,5 +92,7 @@ def strict():
             for logger, level in zip(loggers, levels, strict=True):
                 logger.removeHandler(notes)
                 logger.setLevel(level)
+            if bars:
+                enable_progress_bar()
     if notes.found:
         raise ConfigError(f"The model cannot be used as it is configured: {notes.found[0][:500]}")

@@ -4,13 +4,14 @@ from dataclasses import replace
 from html import escape
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
+from mmrev_kit.config.reporting import decimal
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import CONTEXT_GIB, Estimate, estimate, evaluation
 from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, padded_updates, plan, with_memory
 from mmrev_kit.memory.shapes import PUBLISHED, as_shapes, visual_tokens
+from mmrev_kit.notebook.drawing import COLORS, INK, drawn, subplots
 from mmrev_kit.notebook.knobs import panel, picture
 from mmrev_kit.notebook.parameters import is_interactive
-from mmrev_kit.notebook.plots import subplots
 
 # GiB that a process can use
 CARDS = {
@@ -44,28 +45,31 @@ def grouped(found: Estimate) -> dict[str, float]:
     return parts | {"slack, workspace, context": sum(sizes.values()) + found.slack_gib + found.context_gib}
 
 
+@drawn
 def budget_figure(estimates: dict[str, Estimate], card: str):
     """A stacked bar for each of these estimates (by label), the card's capacity, and the margin that a plan keeps."""
-    figure, (axis,) = subplots(1, 7.5, 2.1 + 0.5 * len(estimates))
+    figure, (axis,) = subplots(1, 1.9 + 0.5 * len(estimates))
     capacity, names = card_gib(card), list(estimates)
     parts = [grouped(found) for found in estimates.values()]
     left = [0.0] * len(names)
     for number, group in enumerate(parts[0]):
         widths = [part[group] for part in parts]
-        axis.barh(names, widths, left=left, color=f"C{number}", label=group, height=0.6)
+        axis.barh(names, widths, left=left, color=COLORS[number], label=group, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     limit = min(1.1 * max(*left, capacity), 2 * capacity)  # a bar far beyond the card is cut off
     for index, total in enumerate(left):
-        word = f"{total:.1f}" if total <= capacity else f"{total:.1f}: does not fit"
+        word = decimal(total, 1) if total <= capacity else f"{decimal(total, 1)}: does not fit"
         axis.annotate(word, (1.01, index), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    axis.axvline(capacity, color="black", linewidth=1.4, label=f"{card}: {capacity:g} GiB")
-    axis.axvline(capacity * (1 - MARGIN), color="black", linewidth=0.9, linestyle=":", label=f"less {MARGIN:.0%}")
+    axis.axvline(capacity, color=INK, linewidth=1.6, label=f"{card}: {capacity:g} GiB")
+    axis.axvline(capacity * (1 - MARGIN), color=INK, linewidth=1, linestyle=":", label=f"less {MARGIN:.0%}")
     axis.set_xlim(0, limit)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("GiB on the card at the peak")
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", alpha=0.25)
     figure.legend(ncols=3, fontsize=9, loc="outside lower center", frameon=False)
+    told = [f"{name} {decimal(total, 1)}" for name, total in zip(names, left, strict=True)]
+    figure.alt = f"GiB on a card of {capacity:g} ({card}) at the peak: {', '.join(told)}."
     return figure
 
 
@@ -119,8 +123,7 @@ def controls(config: Config, **start):
 
     def draw(**knobs) -> str:
         found, chosen = budget(config, **knobs)
-        sizes = ", ".join(f"{way} {one.device_gib:.1f}" for way, one in found.items())
-        bars = picture(budget_figure(found, knobs["card"]), f"GiB on {knobs['card']} at the peak: {sizes}")
+        bars = picture(budget_figure(found, knobs["card"]))
         return bars + "".join(f"<div style='line-height:1.4'>{escape(line)}</div>" for line in chosen.lines())
 
     start = with_configured(config, start)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from mmrev_kit.config.errors import Told
 from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reporting import decimal
 from mmrev_kit.data.images import find_image, load_image
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.tasks import Row
-from mmrev_kit.notebook.plots import subplots
+from mmrev_kit.notebook.drawing import INK, LIMIT, drawn, grid, subplots
 
 THUMBNAIL = 96  # pixels
 PROMPT = "font-family:monospace;font-size:13px;line-height:1.9;white-space:pre-wrap;border:1px solid #ccc;padding:8px"
 TOKEN = {
-    "special": "color:#999",
+    "special": f"color:{INK}",
     "text": "border-bottom:1px solid #ddd",
     "answer": "background:#ffe08a;color:#000;border:1px solid #c90;border-radius:3px;padding:1px",
 }
@@ -42,6 +43,7 @@ def balance_table(rows_by_file: dict[str, list[Row]]):
     return parts.agg(rows=("answer", "size"), **unique, answers=("answer", counts))
 
 
+@drawn
 def people_figure(entities: list[dict], folder: Path):
     """The people of an experiment: picture, name, group, description.
 
@@ -49,14 +51,11 @@ def people_figure(entities: list[dict], folder: Path):
         entities: from `rows.read_entities`; those without `images` are left out.
         folder: the experiment's folder.
     """
-    from matplotlib import pyplot
-
     shown = [entity for entity in entities if entity.get("images")]
     columns = 4
     lines = max(1, -(-len(shown) // columns))
-    figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.5 * lines), squeeze=False)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=0.94, hspace=0.35, wspace=0.05)
-    pyplot.close(figure)
+    figure, axes = grid(lines, columns, 1.9 * lines)
+    told = []
     for axis in axes.flat:
         axis.axis("off")
     for axis, entity in zip(axes.flat, shown, strict=False):
@@ -65,7 +64,9 @@ def people_figure(entities: list[dict], folder: Path):
         name = entity.get("name") or entity["id"]
         # parse_math: a description with dollar signs is text
         title = f"{name} ({entity.get('group', 'main')})\n{entity.get('description', '')}"
-        axis.set_title(title, fontsize=8, parse_math=False)
+        axis.set_title(title, fontsize=7.5, parse_math=False)
+        told.append(title.replace("\n", ": "))
+    figure.alt = f"{len(shown)} drawn people. {'; '.join(told)}."
     return figure
 
 
@@ -119,17 +120,20 @@ def prompts_html(samples: list[Sample], encoder: Encoder) -> str:
     return "".join(prompt_html(sample, encoder) for sample in first.values())
 
 
+@drawn
 def lengths_figure(samples: list[Sample], max_length: int):
     """Prompt lengths in tokens by task, against the limit."""
-    figure, (axis,) = subplots(1, 8, 2.6)
+    figure, (axis,) = subplots(1, 2.8)
     tasks = list(dict.fromkeys(sample.row.task for sample in samples))
     lengths = [[len(sample.input_ids) for sample in samples if sample.row.task == task] for task in tasks]
     axis.boxplot(lengths, orientation="horizontal", tick_labels=tasks, whis=(0, 100), widths=0.6)
     axis.invert_yaxis()
-    axis.axvline(max_length, color="C3", linestyle="--", linewidth=1)
-    axis.annotate("max_length", (max_length, 0.5), color="C3", fontsize=8, ha="right", va="bottom")
+    axis.axvline(max_length, color=LIMIT, linestyle="--", linewidth=1)
+    axis.annotate("max_length ", (max_length, 0.6), color=LIMIT, fontsize=9, ha="right", va="bottom")
     axis.grid(axis="x", alpha=0.25)
     axis.set(xlim=(0, None), xlabel="tokens a row (box: middle half; line: shortest to longest)")
+    told = [f"{task} {min(own)} to {max(own)}" for task, own in zip(tasks, lengths, strict=True)]
+    figure.alt = f"Tokens a row, of at most {max_length}: {', '.join(told)}."
     return figure
 
 
@@ -143,13 +147,13 @@ def answer_html(record: dict) -> str:
     prompt = "".join(_shown(next(images)) if part is None else escape(part) for part in parts)
     color = {True: "#2a9d4a", False: "#c8322b", None: "#999"}[record["right"]]
     scores = sorted(record["options"].items(), key=lambda pair: -pair[1])[:4]
-    best = ", ".join(f"{escape(option)} {score:.2f}" for option, score in scores)
+    best = ", ".join(f"{escape(option)} {decimal(score)}" for option, score in scores)
     read = "unparsed" if record["read_as"] is None else record["read_as"]
     return (
         f"<div style='{ANSWER.format(color)}'><b>{escape(record['test'])}, {escape(record['group'])}</b> "
         f"{escape(str(record['id']))}<div>{prompt}</div><div>right answer: <b>{escape(record['expected'])}</b>; "
         f"written: <b>{escape(record['answer'])}</b>; read as {escape(read)}</div>"
-        f"<div style='color:#666'>log-probability (nats): {best}</div></div>"
+        f"<div style='color:{INK}'>log-probability (nats): {best}</div></div>"
     )
 
 

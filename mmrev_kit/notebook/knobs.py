@@ -1,7 +1,6 @@
 """What can be turned in a notebook: sliders, browsers, forms; one figure or line where nobody looks."""
 
 import base64
-import io
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,12 +18,12 @@ from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.training.scheduler import Schedule
 
 
-def picture(figure, alt: str) -> str:
-    """A matplotlib figure as HTML, no wider than its place; `alt` says in words what it shows."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+def picture(figure) -> str:
+    """A figure from `plots` as HTML, no wider than its place."""
+    data, facts = figure._repr_mimebundle_()
+    source, facts = base64.b64encode(data["image/png"]).decode(), facts["image/png"]
+    wide = f"width:{facts['width']}px;max-width:100%;height:auto"
+    return f'<img alt="{escape(facts["alt"])}" style="{wide}" src="data:image/png;base64,{source}">'
 
 
 def panel(draw: Callable[..., str], knobs: dict):
@@ -75,19 +74,14 @@ def simulate(losses: list[float], training: TrainingConfig) -> list[dict]:
 def schedule_simulator(config: Config):
     """What the schedule does with losses that fall towards a floor: sliders in JupyterLab, one figure elsewhere."""
 
-    def simulated(first=2.0, floor=0.3, half_life=1.0, **knobs) -> tuple:
+    def draw(first=2.0, floor=0.3, half_life=1.0, **knobs):
         training = replace(config.training, **knobs)
         losses = [floor + (first - floor) * 0.5 ** (epoch / half_life) for epoch in range(training.num_epochs)]
         records = simulate(losses, training)
-        return plots.schedule_figure(records, training.min_lr, training.min_val_loss), records
-
-    def draw(**knobs) -> str:
-        figure, records = simulated(**knobs)
-        rates = ", ".join(f"{record['lr']:.2g}" for record in records)
-        return picture(figure, f"Simulated schedule: the learning rates of epochs 1 to {len(records)} are {rates}")
+        return plots.schedule_figure(records, training.min_lr, training.min_val_loss)
 
     if not is_interactive():
-        return simulated()[0]
+        return draw()
     from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
 
     training = config.training
@@ -101,7 +95,7 @@ def schedule_simulator(config: Config):
         "lr_patience": IntSlider(value=training.lr_patience, min=1, max=5),
         "improvement_threshold": FloatSlider(value=training.improvement_threshold, min=0.0, max=0.5, step=0.01),
     }
-    return panel(draw, knobs)
+    return panel(lambda **values: picture(draw(**values)), knobs)
 
 
 def by_file(samples: list[Sample]) -> dict[str, list[Sample]]:

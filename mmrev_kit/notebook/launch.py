@@ -56,6 +56,7 @@ def launch(config: Config) -> dict:
     with held(folder):
         finished = prepare_folder(config)
         if finished:
+            LogLines(folder / LOG, from_start=True).show()
             print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
             return finished
         return _train(config, folder)

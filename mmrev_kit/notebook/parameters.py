@@ -5,10 +5,11 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from html import escape
 from pathlib import Path
 
 from mmrev_kit.config.project import effective_batch
-from mmrev_kit.config.reading import NONE_WORDS, load_config
+from mmrev_kit.config.reading import NONE_WORDS, differences, load_config
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.training.jobs import count_processes
 from mmrev_kit.training.scheduler import warnings_for
@@ -174,18 +175,18 @@ def make_config(config: str | None = None, overrides: str | None = None, **param
 
 
 def configure(scope: dict, names: tuple[str, ...] = TRAINING, more: tuple[str, ...] = ()) -> Config:
-    """The configuration of a notebook, from its parameters; printed a line a section, with what to know.
+    """The configuration of a notebook, from its parameters; shown (see `settings_html`), with what to know of it.
 
     Args:
         scope: the notebook's `globals()`.
         names: its parameters that stand for configuration keys, beside `config` and `overrides`.
         more: parameters that the notebook reads itself.
     """
+    from IPython.display import HTML, display
+
     given = read_parameters(scope, ["config", *names, *more, "overrides"])
     config = make_config(**{name: value for name, value in given.items() if name not in more})
-    for section in fields(Config):
-        values = vars(getattr(config, section.name))
-        print(f"{section.name}: " + ", ".join(f"{name} {_plain(value)}" for name, value in values.items()))
+    display(HTML(settings_html(config)))
     training, number = config.training, config.launch.num_processes or count_processes(config)
     print(
         f"effective batch: {training.batch_size} x {training.gradient_accumulation_steps} accumulated x {number} "
@@ -194,6 +195,25 @@ def configure(scope: dict, names: tuple[str, ...] = TRAINING, more: tuple[str, .
     for warning in warnings_for(config):
         print(f"NOTE: {warning}")
     return config
+
+
+def settings_html(config: Config) -> str:
+    """A table of the settings that differ from the kit's defaults, and all others, a line a section, folded."""
+    changed = differences(Config(), config)
+    rows = ""
+    for key, (old, new) in changed.items():
+        cells = (f'<td style="text-align:left">{escape(text)}</td>' for text in (key, _plain(new), _plain(old)))
+        rows += f"<tr>{''.join(cells)}</tr>"
+    others = []
+    for section in fields(Config):
+        values = vars(getattr(config, section.name)).items()
+        same = [f"{name} {_plain(value)}" for name, value in values if f"{section.name}.{name}" not in changed]
+        others.append(f"<li><b>{section.name}</b>: {escape(', '.join(same) or 'none')}</li>")
+    head = "".join(f'<th scope="col" style="text-align:left">{name}</th>' for name in ("setting", "here", "default"))
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<details><summary>settings as by default</summary><ul>{''.join(others)}</ul></details>"
+    )
 
 
 def _plain(value) -> str:

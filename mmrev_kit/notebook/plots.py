@@ -2,22 +2,11 @@
 
 import math
 
+from mmrev_kit.config.reporting import decimal, loss_text
 from mmrev_kit.data.tasks import GENERATION, TASK_TYPES
+from mmrev_kit.notebook.drawing import COLORS, INK, LIMIT, SMALL, drawn, grid, log_scale, subplots, whole_numbers
 
 MARKERS = "osD^vP*X"
-SMALL = {"fontsize": 7, "textcoords": "offset points"}
-
-
-def subplots(rows: int, width: float, height: float):
-    """A closed matplotlib Figure of `rows` plain axes, one below the other, and the axes; inches."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, 1, figsize=(width, height), squeeze=False, layout="constrained")
-    pyplot.close(figure)  # a notebook shows the figure once, as the value of its cell
-    for axis in axes[:, 0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-    return figure, axes[:, 0]
 
 
 def _gaps(values: list) -> list[float]:
@@ -46,48 +35,51 @@ def _epoch_ends(history: dict) -> list[float]:
 def _draw_losses(axis, histories: dict[str, dict]) -> None:
     alone = len(histories) == 1
     for number, (name, history) in enumerate(histories.items()):
-        own = "0.45" if alone else f"C{number % 10}"  # several runs: a colour each
+        own = INK if alone else COLORS[number % len(COLORS)]  # several runs: a colour each
         ends = _epoch_ends(history)
         steps = history["steps"]
-        prefix = "" if alone else f"{name}: "
+        label = "training" if alone else name
         if steps:
             losses = _gaps([step["loss"] for step in steps])
             x = [step["global_step"] for step in steps]
-            axis.plot(x, losses, color=own, alpha=0.25, linewidth=0.8)
-            axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=own, linewidth=1.2, label=f"{prefix}training")
+            if alone:
+                axis.plot(x, losses, color=own, alpha=0.25, linewidth=0.8)
+            axis.plot(x, _smooth(losses, max(1, len(x) // 40)), color=own, linewidth=1.2, label=label)
         elif history["epochs"]:
             train = _gaps([record["train_loss"] for record in history["epochs"]])
-            axis.plot(ends, train, color=own, label=f"{prefix}training")
+            axis.plot(ends, train, color=own, label=label)
         sources = list(history["epochs"][0]["val_loss"]) if history["epochs"] else []
         shown = sources if alone else sources[:1]  # several runs: the source that decided
         for index, source in enumerate(shown):
             values = _gaps([record["val_loss"].get(source) for record in history["epochs"]])
-            style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4, "linestyle": "-" if alone else "--"}
-            axis.plot(ends, values, color=f"C{index % 10}" if alone else own, label=f"{prefix}{source}", **style)
-    axis.set(ylabel="loss (nats a token)", yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=8)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+            style = {"marker": MARKERS[(index if alone else number) % len(MARKERS)], "markersize": 4}
+            style |= {"linestyle": "-", "label": source} if alone else {"linestyle": "--"}
+            axis.plot(ends, values, color=COLORS[index % len(COLORS)] if alone else own, **style)
+    axis.set_ylabel("loss (nats a token)")
+    title = next(iter(histories)) if alone else "line: training; dashed: validation, of the source that decides"
+    axis.set_title(title, loc="left", parse_math=False)
+    log_scale(axis)
 
 
 def _draw_rates(axis, histories: dict[str, dict]) -> None:
-    for number, (name, history) in enumerate(histories.items()):
-        color = f"C{number % 10}"
+    told = None
+    for number, history in enumerate(histories.values()):
+        color = COLORS[number % len(COLORS)]
         steps = [step for step in history["steps"] if step.get("lr") is not None]
-        axis.step([s["global_step"] for s in steps], [s["lr"] for s in steps], where="post", color=color, label=name)
+        axis.step([s["global_step"] for s in steps], [s["lr"] for s in steps], where="post", color=color)
         for end, record in zip(_epoch_ends(history), history["epochs"], strict=True):
             decision = record["decision"]
             if decision is None or record["lr"] is None:
                 continue
-            marker, size, own = ("o", 5, color) if decision["improved"] else ("x", 6, "C3")
+            marker, size, own = ("o", 5, color) if decision["improved"] else ("x", 6, LIMIT)
             axis.plot(end, record["lr"], marker, color=own, markersize=size)
-            if decision["reduced"]:
-                axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), xytext=(3, 4), **SMALL)
+            if decision["reduced"] and (end, decision["lr"]) != told:
+                told = end, decision["lr"]
+                axis.annotate(f"{decision['lr']:g}", (end, record["lr"]), xytext=(4, 5), **SMALL)
     axis.set(ylabel="learning rate", ylim=(0, None))
-    axis.plot([], [], "o", color="0.3", label="improved, saved as best")
-    axis.plot([], [], "x", color="C3", label="no improvement")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    axis.margins(y=0.15)
+    axis.plot([], [], "o", color=INK, label="improved, saved as best")
+    axis.plot([], [], "x", color=LIMIT, label="no improvement")
 
 
 def _draw_throughput(axis, histories: dict[str, dict]) -> None:
@@ -95,10 +87,23 @@ def _draw_throughput(axis, histories: dict[str, dict]) -> None:
         steps = [step for step in history["steps"] if step.get("samples_per_second")]
         speeds = [step["samples_per_second"] for step in steps]
         x = [step["global_step"] for step in steps]
-        axis.plot(x, _smooth(speeds, max(1, len(speeds) // 40)), color=f"C{number % 10}")
+        axis.plot(x, _smooth(speeds, max(1, len(speeds) // 40)), color=COLORS[number % len(COLORS)])
     axis.set(ylabel="samples/s", ylim=(0, None), xlabel="optimizer step")
 
 
+def _history_text(name: str, history: dict) -> str:
+    """What the figure shows of a run."""
+    losses = [step["loss"] for step in history["steps"] if step["loss"] is not None]
+    text = f"{name}: {len(history['steps'])} updates"
+    text += f", training loss from {loss_text(losses[0])} to {loss_text(losses[-1])}" if losses else ""
+    for source in history["epochs"][0]["val_loss"] if history["epochs"] else []:
+        values = [record["val_loss"].get(source) for record in history["epochs"]]
+        text += f"; validation loss of {source} by epoch {', '.join(map(loss_text, values))}"
+    best = [str(one["epoch"]) for one in history["epochs"] if one["decision"] and one["decision"]["improved"]]
+    return text + (f"; improved after epoch {', '.join(best)}" if best else "") + "."
+
+
+@drawn
 def history_figure(histories: dict[str, dict]):
     """Loss by source, learning rate with the decisions, and throughput over the steps of one or several runs.
 
@@ -108,8 +113,7 @@ def history_figure(histories: dict[str, dict]):
     Returns:
         A matplotlib Figure. A loss that was not finite is a gap.
     """
-    figure, axes = subplots(3, 9, 8)
-    axes[0].set_title(", ".join(histories), loc="left", fontsize=10)
+    figure, axes = subplots(3, 8.0)
     _draw_losses(axes[0], histories)
     _draw_rates(axes[1], histories)
     _draw_throughput(axes[2], histories)
@@ -117,56 +121,84 @@ def history_figure(histories: dict[str, dict]):
         axis.sharex(axes[2])
     if not any(history["steps"] for history in histories.values()):
         axes[2].set_xlabel("epoch")
-        axes[2].text(0.5, 0.5, "the file has no steps", transform=axes[2].transAxes, ha="center", color="0.5")
+        axes[2].text(0.5, 0.5, "the file has no steps", transform=axes[2].transAxes, ha="center")
+        whole_numbers(axes[2])
+    handles = [handle for axis in axes for handle in axis.get_legend_handles_labels()[0]]
+    columns = max(1, min(4, 100 // max([len(handle.get_label()) + 8 for handle in handles], default=100)))
+    legend = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.alt = " ".join(_history_text(name, history) for name, history in histories.items())
     return figure
 
 
+@drawn
+def losses_figure(losses: list[float]):
+    """The training losses of a loop of one's own, each as the mean of it and the four before."""
+    figure, (axis,) = subplots(1, 2.8)
+    axis.plot(range(1, len(losses) + 1), _smooth(losses, 5), color=COLORS[0])
+    axis.set(xlabel="update", ylabel="loss (nats a token)")
+    figure.alt = f"Training loss of {len(losses)} updates, from {loss_text(losses[0])} to {loss_text(losses[-1])}."
+    return figure
+
+
+@drawn
 def schedule_figure(records: list[dict], min_lr: float, min_val_loss: float):
     """A simulated schedule: the losses put in, the rate each epoch trains with, and where it ends.
 
     Args:
         records: from `knobs.simulate`.
     """
-    figure, axes = subplots(2, 7, 4)
+    figure, axes = subplots(2, 4.2)
     epochs = [record["epoch"] for record in records]
-    axes[0].plot(epochs, [record["loss"] for record in records], color="0.45")
+    axes[0].plot(epochs, [record["loss"] for record in records], color=INK)
     for record in records:
-        marker, color = ("o", "C0") if record["improved"] else ("x", "C3")
+        marker, color = ("o", COLORS[0]) if record["improved"] else ("x", LIMIT)
         axes[0].plot(record["epoch"], record["loss"], marker, color=color)
     axes[0].set_ylabel("assumed\nvalidation loss")
-    axes[0].set_title("o improved, saved as best      x no improvement", loc="left", fontsize=8)
+    axes[0].set_title("o improved, saved as best      x no improvement", loc="left", fontsize=9)
     axes[1].step([*epochs, epochs[-1] + 1], [r["lr"] for r in records] + [records[-1]["next_lr"]], where="post")
     axes[1].set(ylabel="learning rate", ylim=(0, None))
-    axes[1].set_xlabel(f"epoch; ends after {epochs[-1]}: {records[-1]['stop'] or 'the losses given'}")
-    limits = (("min_val_loss", min_val_loss, "C2"), ("min_lr", min_lr, "C3"))
-    for axis, (name, value, color) in zip(axes, limits, strict=True):
-        axis.axhline(value, color=color, linewidth=0.8, linestyle="--")
-        axis.annotate(name, (epochs[0], value), fontsize=7, color=color, va="bottom")
+    end = f"ends after {epochs[-1]}: {records[-1]['stop'] or 'the losses given'}"
+    axes[1].set_xlabel(f"epoch; {end}")
+    for axis, (name, value) in zip(axes, (("min_val_loss", min_val_loss), ("min_lr", min_lr)), strict=True):
+        axis.axhline(value, color=LIMIT, linewidth=0.8, linestyle="--")
+        axis.annotate(name, (1, value), (4, 0), xycoords=("axes fraction", "data"), color=LIMIT, va="center", **SMALL)
+        axis.set_xlim(epochs[0] - 0.1, epochs[-1] + 1.1)
+        whole_numbers(axis)
+    told = [f"{r['epoch']}: loss {loss_text(r['loss'])}, rate {r['lr']:g}" for r in records]
+    figure.alt = f"A simulated schedule, by epoch {'; '.join(told)}; it {end}."
     return figure
 
 
+@drawn
 def mix_figure(table: list[dict]):
     """The rows of an epoch by source, as one bar.
 
     Args:
         table: from `Plan.table`.
     """
-    figure, (axis,) = subplots(1, 9, 1.6)
-    left = 0
+    figure, (axis,) = subplots(1, 1.9)
+    left, total = 0, sum(row["rows per epoch"] for row in table)
     for number, row in enumerate(table):
-        axis.barh([0], [row["rows per epoch"]], left=left, color=f"C{number}", height=0.6, label=row["source"])
-        text = f"{row['actual share']:.1%}"
-        axis.text(left + row["rows per epoch"] / 2, 0, text, ha="center", va="center", fontsize=8, color="white")
-        left += row["rows per epoch"]
-    axis.set(yticks=[], ylim=(-0.4, 0.4), xlabel="rows an epoch")
+        rows, color = row["rows per epoch"], COLORS[number % len(COLORS)]
+        axis.barh([0], [rows], left=left, color=color, height=0.6, label=row["source"])
+        if rows > 0.06 * total:  # else the number is wider than its bar
+            text = f"{row['actual share']:.1%}"
+            axis.text(left + rows / 2, 0, text, ha="center", va="center", fontsize=8.5, color="white", weight="bold")
+        left += rows
+    axis.set(yticks=[], ylim=(-0.4, 0.4), xlim=(0, total), xlabel="rows an epoch")
     axis.grid(False)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=4)
+    shares = [f"{row['source']} {row['rows per epoch']:,} rows ({row['actual share']:.1%})" for row in table]
+    figure.alt = f"An epoch of {total:,} rows: {', '.join(shares)}."
     return figure
 
 
-GROUP_STYLES = {"main": ("o", "C0"), "control": ("s", "C1"), "all": ("D", "0.35")}
+GROUP_STYLES = {"main": ("o", COLORS[0]), "control": ("s", COLORS[1]), "all": ("D", INK)}
 
 
+@drawn
 def accuracy_figure(metrics: dict[str, dict]):
     """Accuracy in whole prompts as a table of figures: a row a direction, a column a format.
 
@@ -175,66 +207,81 @@ def accuracy_figure(metrics: dict[str, dict]):
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
-    from matplotlib import pyplot
-
     cells = {(task.direction, task.format): task for task in TASK_TYPES.values()}
     directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
-    size = (3 + (1.6 + 0.6 * len(metrics)) * len(formats), 5.5)
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
-    figure, axes = pyplot.subplots(len(directions), len(formats), figsize=size, squeeze=False, layout="constrained")
-    pyplot.close(figure)
+    figure, axes = grid(len(directions), len(formats), 6.4)
     for line, direction in zip(axes, directions, strict=True):
         for axis, form in zip(line, formats, strict=True):
             if (direction, form) not in cells:
                 axis.axis("off")
                 key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
-                axis.text(0, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
+                axis.text(-0.15, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
                 continue
             task = cells[direction, form]
             for x, found in enumerate(metrics.values()):
-                _draw_groups(axis, x, found["none"].get(task.name, {}))
-            axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.04, 1.04), title=f"{task.title}: {direction}")
-            axis.set_xticks(range(len(metrics)), names, fontsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", alpha=0.25)
+                _draw_groups(axis, x, found["none"].get(task.name, {}), crowded=len(metrics) > 2)
+            axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=f"{task.title}\n{direction}")
+            axis.set_xticks(range(len(metrics)), names)
+            axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
             for label in axis.get_xticklabels():
                 label.set_parse_math(False)  # a name with dollar signs is text
     axes[0, 0].set_ylabel("accuracy")
     tests = [set(groups) for found in metrics.values() for groups in found["none"].values()]
-    drawn = set().union(*(groups - {"all"} or groups for groups in tests))
+    shown = set().union(*(groups - {"all"} or groups for groups in tests))
     for group, (marker, color) in GROUP_STYLES.items():
-        if group in drawn:
+        if group in shown:
             axes[0, 0].plot([], [], marker, color=color, label=group)
-    axes[0, 0].plot([], [], "--", color="C3", label="chance")
-    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    axes[0, 0].plot([], [], "--", color=LIMIT, label="chance")
+    figure.legend(loc="outside lower left", ncols=4)
+    figure.alt = " ".join(_accuracy_text(name, found["none"]) for name, found in metrics.items())
     return figure
 
 
-def _draw_groups(axis, place: int, groups: dict[str, dict]) -> None:
-    """The groups of one test of one evaluation beside each other."""
-    shown = {group: numbers for group, numbers in groups.items() if numbers["accuracy"] is not None}
-    if len(shown) > 1:
-        shown.pop("all", None)  # it is the two groups together
+def _shown(groups: dict[str, dict]) -> dict[str, dict]:
+    """The groups of a test that have an accuracy; `all` only where it is not two groups together."""
+    known = {group: numbers for group, numbers in groups.items() if numbers["accuracy"] is not None}
+    return {group: numbers for group, numbers in known.items() if group != "all" or len(known) == 1}
+
+
+def _ends(numbers: dict) -> list[float]:
+    return numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
+
+
+def _accuracy_text(name: str, tests: dict) -> str:
+    parts = []
+    for test, groups in tests.items():
+        told = [
+            f"{g} {decimal(n['accuracy'])} ({' to '.join(map(decimal, _ends(n)))})" for g, n in _shown(groups).items()
+        ]
+        parts += [f"{TASK_TYPES[test].title} {', '.join(told)}"] if told else []
+    return f"Accuracy of {name}: {'; '.join(parts)}."
+
+
+def _draw_groups(axis, place: int, groups: dict[str, dict], crowded: bool) -> None:
+    """The groups of one test of one evaluation beside each other; numbers stand clear of intervals and of chance."""
+    shown = _shown(groups)
     for number, (group, numbers) in enumerate(sorted(shown.items(), reverse=True)):
-        x = place + 0.3 * (number - (len(shown) - 1) / 2)
+        x = place + 0.44 * (number - (len(shown) - 1) / 2)
         marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
-        low, high = numbers["cluster_interval"] or numbers["wilson"] or [numbers["accuracy"]] * 2
+        low, high = _ends(numbers)
         axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
         axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)
-        side = -1 if number < len(shown) - 1 else 1  # the groups' numbers stand outside of the pair
-        place_of_text = {"xytext": (6 * side, -2), "ha": "right" if side < 0 else "left"}
-        axis.annotate(f"{numbers['accuracy']:.2f}", (x, numbers["accuracy"]), **place_of_text, **SMALL)
-        axis.hlines(numbers["chance"], place - 0.4, place + 0.4, color="C3", linestyle="--", linewidth=1)
+        height = 0.2 if crowded else 0.12  # of the text, in accuracy
+        above = not high - 0.02 < numbers["chance"] < high + height
+        aligned = {"xytext": (0, 5 if above else -5), "ha": "center", "va": "bottom" if above else "top"}
+        y = max(high, numbers["accuracy"]) if above else min(low, numbers["accuracy"])
+        axis.annotate(decimal(numbers["accuracy"]), (x, y), rotation=90 if crowded else 0, **aligned, **SMALL)
+        axis.hlines(numbers["chance"], place - 0.45, place + 0.45, color=LIMIT, linestyle="--", linewidth=1)
 
 
+@drawn
 def answers_figure(tests: dict):
     """What was answered against what is right: CW and both multiple-choice tests, a column a test, a row a group.
 
     Args:
         tests: of one drop, as from `metrics.metrics`.
     """
-    from matplotlib import pyplot
-
     tables = {
         test: {group: (n["rates"] or n["options"] or {}).get("confusion") for group, n in groups.items()}
         for test, groups in tests.items()
@@ -242,13 +289,16 @@ def answers_figure(tests: dict):
     }
     groups = [group for group in GROUP_STYLES if any(table.get(group) for table in tables.values())]
     groups = [group for group in groups if group != "all"] or groups
-    figure, axes = pyplot.subplots(
-        len(groups), len(tables), figsize=(3.1 * len(tables), 2.6 * len(groups)), squeeze=False, layout="constrained"
-    )
-    pyplot.close(figure)
+    figure, axes = grid(len(groups), len(tables), 2.4 * len(groups))
+    told = []
     for line, group in zip(axes, groups, strict=True):
         for axis, (test, table) in zip(line, tables.items(), strict=True):
-            _draw_confusion(axis, f"{TASK_TYPES[test].title}, {group}", table.get(group))
+            title = f"{TASK_TYPES[test].title}, {group}"
+            _draw_confusion(axis, title, table.get(group))
+            rows = (table.get(group) or {}).items()
+            counts = [f"{right}: {', '.join(f'{a} {n}' for a, n in row.items() if n)}" for right, row in rows]
+            told += [f"{title}, right answer: answered. {'; '.join(counts)}."] if counts else []
+    figure.alt = " ".join(told)
     return figure
 
 
@@ -262,29 +312,33 @@ def _draw_confusion(axis, title: str, table: dict[str, dict[str, int]] | None) -
     axis.imshow(values, cmap="Blues", vmin=0, vmax=max(1, max(map(sum, values))), aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            axis.text(
-                x, y, str(value), ha="center", va="center", fontsize=8, color="w" if value > sum(row) / 2 else "k"
-            )
-    axis.set_xticks(range(len(answers)), answers, fontsize=8)
+            color = "white" if value > max(map(sum, values)) / 2 else "black"
+            axis.text(x, y, str(value), ha="center", va="center", fontsize=9, color=color)
+    axis.set_xticks(range(len(answers)), ["?" if answer == "unparsed" else answer for answer in answers], fontsize=8)
     axis.set_yticks(range(len(table)), table, fontsize=8)
-    axis.set_xlabel("answered", fontsize=8)
+    axis.set_xlabel("answered (?: unparsed)", fontsize=8)
     axis.set_ylabel("right answer", fontsize=8)
 
 
+@drawn
 def pretraining_figure(record: dict):
     """The share of whole answers that were right while the embedded model was pretrained, by kind of prompt.
 
     Args:
         record: with `log`, entries of step, rate, and loss and right by kind of prompt.
     """
-    figure, (shares, rates) = subplots(2, 7.0, 5.0)
+    figure, (shares, rates) = subplots(2, 5.4)
     entries = [entry for entry in record["log"] if entry["right"]]
     steps = [entry["step"] for entry in entries]
-    for name in entries[-1]["right"] if entries else []:
-        shares.plot(steps, [entry["right"][name] for entry in entries], label=name, linewidth=1.2)
+    names = entries[-1]["right"] if entries else {}
+    for number, name in enumerate(names):
+        line = "-" if number < len(COLORS) else "--"
+        shares.plot(steps, [entry["right"][name] for entry in entries], line, label=name, linewidth=1.2)
     shares.set(ylabel="right as a whole", ylim=(0, 1.02))
     if entries:
-        shares.legend(frameon=False, fontsize=8, title="task, attributes named", title_fontsize=8)
-    rates.plot(steps, [entry["rate"] for entry in entries], color="0.3")
+        figure.legend(loc="outside lower left", ncols=4, title="task, attributes named")
+    rates.plot(steps, [entry["rate"] for entry in entries], color=INK)
     rates.set(ylabel="learning rate", xlabel="step")
+    last = ", ".join(f"{name} {decimal(value)}" for name, value in names.items())
+    figure.alt = f"Right as a whole after step {steps[-1] if steps else 0}: {last or 'nothing was asked yet'}."
     return figure

@@ -1,37 +1,100 @@
 """Executed notebooks, and the pages made of them."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
-from mmrev_kit.config.project import project_root, refuse_secrets, run_dir
-from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.config.project import ASSETS, project_root, refuse_secrets, run_dir
+from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import write_text
 from mmrev_kit.notebook.parameters import PARAMETERS, make_config, refuse_unknown, written_parameters
 
+DEFAULT = "configs/tiny_cpu.yaml"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BARS = re.compile(r"^.*\r(?!$)", re.MULTILINE)  # of a line that was written over itself, all but the last
+HEADING = re.compile(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor-link".*?</h\1>', re.DOTALL)
+LINK = re.compile(r'<a href="(?!https?:|#)([^"]*)"[^>]*>(.*?)</a>', re.DOTALL)
+
 
 def clean(notebook) -> None:
-    """Take out, in place, what a widget leaves in an executed notebook: nbconvert fails on it or shows a blank."""
-    notebook.metadata.pop("widgets", None)
+    """Make what was shown in JupyterLab showable in a page, in place: of a widget its picture stays, of a progress bar
+    its last state, and what was printed in pieces becomes one text."""
+    state = notebook.metadata.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            kept = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-            cell.outputs = kept
+            outputs = []
+            for output in (one for found in cell.outputs for one in _without_widget(found, state)):
+                if output.output_type == "stream" and outputs and outputs[-1].get("name") == output.name:
+                    outputs[-1].text += output.text
+                else:
+                    outputs.append(output)
+            for output in outputs:
+                if output.output_type == "stream":
+                    output.text = BARS.sub("", output.text)
+            cell.outputs = outputs
 
 
-def render(notebook: str | Path, html: str | Path | None = None) -> Path:
-    """An executed notebook as one HTML page beside it (or at `html`)."""
+def _without_widget(output, state: dict) -> list:
+    """The output, or in the place of a widget the pictures and texts that it shows."""
     import nbformat
+
+    if WIDGET not in output.get("data", {}):
+        return [output]
+    model = output.data.pop(WIDGET)["model_id"]
+    if {"text/html", "image/png"} & set(output.data):
+        return [output]
+    found, waiting = [], [model]
+    while waiting:
+        one = state.get(waiting.pop(0), {}).get("state", {})
+        waiting += [child.removeprefix("IPY_MODEL_") for child in one.get("children", [])]
+        found += map(nbformat.from_dict, one.get("outputs", []))
+        if one.get("_model_name") == "HTMLModel" and one.get("value"):
+            found.append(nbformat.v4.new_output("display_data", {"text/html": one["value"]}))
+    return found
+
+
+def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
+    """A notebook as one HTML page that needs nothing but itself.
+
+    Args:
+        notebook: executed; it is cleaned in place.
+        pages: names of the pages that lie beside it: links to their notebooks lead to them.
+    """
     from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    clean(notebook)
+    exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(ASSETS)])
+    dark = HtmlFormatter(style="github-dark", nobackground=True).get_style_defs(".highlight")
+    css = HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
+    css += f"\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+    text, _ = exporter.from_notebook_node(notebook, {"page": {"title": title, "code_css": css}})
+    heads = [f'<li class="level{level}"><a href="#{at}">{name}</a></li>' for level, at, name in HEADING.findall(text)]
+    if heads:
+        contents = f'<nav aria-label="Contents"><ul>\n{chr(10).join(heads)}\n</ul></nav>\n'
+        text = text.replace("<main>", f"{contents}<main>", 1)
+
+    def lead(match: re.Match) -> str:
+        name = match[1].removesuffix(".ipynb")
+        return f'<a href="{name}.html">{match[2]}</a>' if name in pages else match[2]
+
+    return LINK.sub(lead, text).replace(f"{project_root()}/", "")
+
+
+def render(notebook: str | Path, html: str | Path | None = None, pages: Iterable[str] = ()) -> Path:
+    """An executed notebook as one HTML page beside it (or at `html`); see `to_page`."""
+    import nbformat
 
     notebook = Path(notebook)
     loaded = nbformat.read(notebook, as_version=4)
-    clean(loaded)
-    text, _ = HTMLExporter().from_notebook_node(loaded, {"metadata": {"name": notebook.stem}})
-    return write_text(html or notebook.with_suffix(".html"), text)
+    title = loaded.cells[0].source.splitlines()[0].lstrip("# ") if loaded.cells else notebook.stem
+    page = to_page(loaded, f"{title} - {notebook.parent.name}", pages)
+    return write_text(html or notebook.with_suffix(".html"), page)
 
 
 def execute(name: str, parameters: list[tuple[str, str]]) -> int:
@@ -52,11 +115,8 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
         raise ConfigError(f"There is no notebook {name}. There are {there}.")
     written = written_parameters(source)
     refuse_unknown(dict(parameters), written)
-    values = {"config": "configs/tiny_cpu.yaml"} | written | dict(parameters)
-    known = {key: value for key, value in values.items() if key in (*PARAMETERS, "config", "overrides")}
-    config = make_config(**known)
-    folder = run_dir(config)
-    folder = folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
+    config = notebook_config(written | dict(parameters))
+    folder = page_folder(name, config)
     kept = folder.parent / f"{name}_{folder.name}.ipynb"
     waiting = kept.with_suffix(f".{os.getpid()}.ipynb")  # another process may run the same notebook
     waiting.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +147,18 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     if kept.is_file():
         print(f"Open {render(kept)}")
     return 2 if status and error and len(error) == 1 else status
+
+
+def notebook_config(values: dict) -> Config:
+    """The configuration that a notebook's parameters stand for."""
+    values = {"config": DEFAULT} | values
+    return make_config(**{key: value for key, value in values.items() if key in (*PARAMETERS, "config", "overrides")})
+
+
+def page_folder(name: str, config: Config) -> Path:
+    """Where an executed notebook and its page go: its run's folder; `reproduce`, of many runs, has one of its own."""
+    folder = run_dir(config)
+    return folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
 
 
 def failure(notebook: Path) -> list[str] | None:

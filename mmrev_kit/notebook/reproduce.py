@@ -4,6 +4,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.reporting import Pace, decimal, duration
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
@@ -62,9 +63,12 @@ def run_all(config: Config, seeds: str) -> dict[Condition, dict[int, Evaluation]
         raise ConfigError(f"seeds = {seeds!r}: must be numbers separated by spaces, such as '0 1 2'.")
     found: dict[Condition, dict[int, Evaluation]] = {condition: {} for condition in CONDITIONS}
     runs = [(seed, condition) for seed in dict.fromkeys(map(int, words)) for condition in CONDITIONS]
-    for number, (seed, condition) in enumerate(runs, start=1):
+    pace = Pace(len(runs), "runs")
+    for number, (seed, condition) in enumerate(runs):
         own = condition.config(config, seed)
-        print("\n".join([f"-- {number} of {len(runs)}: seed {seed}, {condition.title}", *ensure_data(own)]), flush=True)
+        print(f"-- run {number + 1} of {len(runs)}: seed {seed}, {condition.title}; {pace.timing(number)}", flush=True)
+        print("\n".join(ensure_data(own)), flush=True)
+        pace.start += (run_dir(own) / "final").exists()  # takes no time, and says nothing of the others
         launch(own)
         found[condition][seed] = read_evaluation(evaluate(own), run_dir(own).name)
     return found
@@ -86,7 +90,7 @@ def pooled(found: dict[Condition, dict[int, Evaluation]]) -> dict[Condition, Eva
 
 def seed_table(config: Config, found: dict[Condition, dict[int, Evaluation]]):
     """A pandas DataFrame, a row a condition and seed, and one over all seeds: accuracy by test (main / control), the
-    claim beside the expected one, and seconds of training."""
+    claim beside the expected one, and how long training took."""
     import pandas
 
     rows = []
@@ -94,11 +98,11 @@ def seed_table(config: Config, found: dict[Condition, dict[int, Evaluation]]):
         for seed, one in [*by_seed.items(), ("all", pooled({condition: by_seed})[condition])]:
             row: dict = {"condition": condition.title, "seed": seed}
             for test, groups in one.metrics["none"].items():
-                levels = [f"{groups[group]['accuracy']:.2f}" for group in GROUPS if group in groups]
+                levels = [decimal(groups[group]["accuracy"]) for group in GROUPS if group in groups]
                 row[TASK_TYPES[test].title] = " / ".join(levels)
             row |= {"expected": condition.expected, "claim": one.verdict().claim}
             if seed != "all":
                 history = read_history(run_dir(condition.config(config, seed)) / "training_history.json")
-                row["training (s)"] = f"{sum(record['seconds'] for record in history['epochs']):.0f}"
+                row["training"] = duration(sum(record["seconds"] for record in history["epochs"]))
             rows.append(row)
     return pandas.DataFrame(rows).set_index(["condition", "seed"]).fillna("")

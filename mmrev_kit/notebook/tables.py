@@ -1,6 +1,7 @@
 """A run's history as tables and a sentence."""
 
 from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reporting import decimal, duration, loss_text
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.training.history import read_history
 
@@ -16,13 +17,24 @@ def epoch_table(history: dict):
         if decision.get("reduced"):
             verdict += f", rate to {decision['lr']:g}"
         losses = {f"validation {source}": loss for source, loss in record["val_loss"].items()}
-        start = {"epoch": record["epoch"], "training": record["train_loss"]}
-        rows.append(start | losses | {"lr": record["lr"], "decision": verdict})
-    return pandas.DataFrame(rows).set_index("epoch") if rows else pandas.DataFrame()
+        losses = {"training": record["train_loss"]} | losses
+        losses = {name: "" if loss is None else loss_text(loss) for name, loss in losses.items()}
+        lr = "" if record["lr"] is None else f"{record['lr']:g}"
+        rows.append({"epoch": record["epoch"]} | losses | {"lr": lr, "decision": verdict})
+    return pandas.DataFrame(rows).set_index("epoch").fillna("") if rows else pandas.DataFrame()
+
+
+def mix_table(table: list[dict]):
+    """A pandas DataFrame of `MixingPlan.table`, a row a source."""
+    import pandas
+
+    found = pandas.DataFrame(table).set_index("source")
+    shares = {name: found[name].map("{:.1%}".format) for name in ("asked share", "actual share")}
+    return found.assign(**shares, **{"uses of each row": found["uses of each row"].map(decimal)})
 
 
 def summary(history: dict) -> str:
-    """The result of a run in one sentence."""
+    """The result of a run in a sentence, and in another what it took."""
     losses = [(next(iter(record["val_loss"].values())), record["epoch"]) for record in history["epochs"]]
     finite = [pair for pair in losses if pair[0] is not None]
     if not finite:
@@ -33,8 +45,21 @@ def summary(history: dict) -> str:
     reason = f" ({history['reason']})" if history["reason"] else ""
     return (
         f"The run {how} after epoch {history['epochs'][-1]['epoch']}{reason}; "
-        f"its lowest validation loss on {source} rows is {loss:.4g}, after epoch {epoch}."
+        f"its lowest validation loss on {source} rows is {loss_text(loss)}, after epoch {epoch}.{_effort(history)}"
     )
+
+
+def _effort(history: dict) -> str:
+    """Duration, samples and peak memory, as far as the history knows them."""
+    steps = history["steps"]
+    seconds = steps[-1].get("seconds") if steps else None
+    seconds = max(seconds or 0.0, sum(record.get("seconds", 0.0) for record in history["epochs"]))
+    samples = sum(step.get("samples", 0) for step in steps)
+    peak = max((step.get("peak_memory_gib") or 0.0 for step in steps), default=0.0)
+    parts = [f"took {duration(seconds)}"] if seconds else []
+    parts += [f"saw {samples:,} samples ({decimal(samples / seconds, 1)} a second)"] if samples and seconds else []
+    parts += [f"used at most {decimal(peak)} GiB of memory in a process"] if peak else []
+    return f" It {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}." if parts else ""
 
 
 def find_histories(paths: str | None, output_dir: str) -> dict[str, dict]:

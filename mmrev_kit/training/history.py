@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
+from mmrev_kit.config.reporting import MARK, Pace, decimal, duration, loss_text, timing
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import DiskFull, write_json, write_text
 
@@ -42,11 +43,20 @@ class History:
     def __init__(self, path: Path):
         self.path = path
         self.data = {"status": "running", "reason": None, "steps": [], "epochs": []}
-        self._written = 0.0
+        self._written, self._pace = 0.0, None
+
+    def begin(self) -> None:
+        """Write the file; from now on each step has `seconds`, those of training so far, and lines tell of it."""
+        steps = self.data["steps"]
+        spent = steps[-1].get("seconds", 0.0) if steps else 0.0
+        self._pace = Pace(self.data["total_steps"], "updates", len(steps), spent)
+        self.write()
 
     def add_step(self, record: dict) -> None:
         """Add a step; the file follows at most every `SECONDS_BETWEEN_WRITES`."""
-        self.data["steps"].append(record)
+        self.data["steps"].append(record | ({"seconds": self._pace.elapsed} if self._pace else {}))
+        if self._pace and self._pace.due(record["global_step"]):
+            print(f"{MARK}{step_line(self.data)}", flush=True)
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
             self.write()
 
@@ -54,6 +64,9 @@ class History:
         """Add an epoch and write the file."""
         self.data["epochs"].append(record)
         self.write()
+        if self._pace:
+            num_epochs = self.data["total_steps"] // self.data["steps_per_epoch"]
+            print(f"{MARK}{epoch_line(record, num_epochs)}", flush=True)
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
@@ -64,6 +77,34 @@ class History:
         """Write the file now."""
         write_json(self.path, self.data)
         self._written = time.monotonic()
+
+
+def step_line(history: dict) -> str:
+    """Where a run stands after its latest step: share, epoch, update, loss, speed, elapsed and remaining time."""
+    step, total, per_epoch = history["steps"][-1], history["total_steps"], history["steps_per_epoch"]
+    done, spent = step["global_step"], step.get("seconds")
+    speeds = [one["samples_per_second"] for one in history["steps"][-10:]]
+    speed = len(speeds) / sum(1 / one for one in speeds)
+    line = f"{done / total:.0%}, epoch {step['epoch']}/{total // per_epoch}, update {done:,}/{total:,}: "
+    line += f"loss {loss_text(step['loss'])}, {decimal(speed, 1)} samples/s"
+    return line if spent is None else f"{line}, {timing(spent, spent / done * (total - done))}"
+
+
+def epoch_line(record: dict, num_epochs: int) -> str:
+    """One epoch in one line of text."""
+    decision = record["decision"]
+    losses = ", ".join(f"{source} {loss_text(loss)}" for source, loss in record["val_loss"].items())
+    if decision["improved"]:
+        verdict = "improved, saved as best"
+    elif decision["reduced"]:
+        verdict = f"no improvement, rate reduced to {decision['lr']:g}"
+    else:
+        verdict = f"no improvement ({decision['bad_epochs']} in a row)"
+    end = f"; ends: {decision['stop']}" if decision["stop"] else ""
+    return (
+        f"epoch {record['epoch']}/{num_epochs}: train {loss_text(record['train_loss'])}, validation {losses}, "
+        f"lr {record['lr']:g}, {verdict}, {duration(record['seconds'])}{end}"
+    )
 
 
 def mark_ended(path: Path, status: str) -> None:

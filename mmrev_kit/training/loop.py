@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 from mmrev_kit.config.project import run_dir
+from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config
 from mmrev_kit.files import tidy
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
@@ -94,10 +95,10 @@ def train(config: Config, state) -> None:
 
     if run.state.is_main_process:
         for warning in warnings_for(config):
-            print(f"progress: NOTE: {warning}", flush=True)
+            print(f"{MARK}NOTE: {warning}", flush=True)
         begin_run(config)
         write_manifest(run)
-        run.history.write()
+        run.history.begin()
     try:
         with on_interrupt(note_interrupt):
             stop = run.schedule.stop

@@ -19,6 +19,7 @@ from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import needing, write_text
+from mmrev_kit.model.strict import quiet
 from mmrev_kit.training import history, lock
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
@@ -75,6 +76,7 @@ def worker_state(folder: Path):
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # segments that grow: batches of many sizes leave few gaps
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
+        quiet()
         state = PartialState(cpu=not torch.cuda.is_available())
         with needing(folder):  # a disk may be full for a line of the log, too
             yield state

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmrev_kit.config.project import effective_batch, experiment_dir, run_dir
+from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.checks import (
@@ -206,7 +207,7 @@ def make_batcher(config: Config, model, task: Prepared, dtype, state) -> Batcher
     """
     reason = obstacle(model)
     if reason and state.is_main_process:
-        print(f"progress: rows are not packed and vision features not kept: {reason}", flush=True)
+        print(f"{MARK}rows are not packed and vision features not kept: {reason}", flush=True)
     features = None
     if config.memory.cache_features and reason is None:
         features = build_features(config, model, task.encoder, used_samples(task), dtype, state)
@@ -257,6 +258,8 @@ def start(config: Config, state) -> Run:
     dtype = torch_dtype(config.quantization.compute_dtype, state.device)
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     check_disk(config, task, steps * config.training.num_epochs, dtype, state.device)
+    if state.is_main_process:
+        print(f"{MARK}loading {config.model.name}", flush=True)
     base = load_base(**base_arguments(config, state.device))
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank

@@ -126,6 +126,7 @@ def update(run, samples: list[Sample]) -> dict:
     run.skipped, run.taken = (0, run.taken + 1) if finite else (run.skipped + 1, run.taken)
     run.progress["global_step"] += 1
     record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}
+    record["samples"] = len(samples)
     record |= speed(run, len(samples), time.perf_counter() - began)
     record["peak_memory_gib"] = max(run.peaks)
     if run.state.num_processes > 1:

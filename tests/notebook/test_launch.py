@@ -20,9 +20,9 @@ from mmrev_kit.data.make import ensure_data
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model import features
 from mmrev_kit.notebook.launch import evaluate, launch
-from mmrev_kit.notebook.progress import Progress, epoch_line
+from mmrev_kit.notebook.progress import LogLines
 from mmrev_kit.training import checkpoints, loop, preflight
-from mmrev_kit.training.history import begin_run, prepare_folder, read_history
+from mmrev_kit.training.history import History, begin_run, epoch_line, prepare_folder, read_history
 from mmrev_kit.training.jobs import count_processes, job_environment
 from mmrev_kit.training.update import TrainingError
 
@@ -48,6 +48,9 @@ def test_one_process_ends_finished(small_config, capsys):
     told = capsys.readouterr().out
     assert "epoch 1/1: train " in told and ": 1 process\n" in told
     assert "bitsandbytes" not in Path(run_dir(config) / "training_history.json").read_text()
+    log = (run_dir(config) / "train.log").read_text().splitlines()
+    assert [line for line in log if not line.startswith("progress: ")] == []  # no library's chatter
+    assert [line.removeprefix("progress: ") for line in log] == told.splitlines()[-len(log) :]
     saved = load_config(run_dir(config) / "config.yaml")
     assert saved.launch.num_processes == 1 and saved.experiment.task == "reverse"
 
@@ -219,23 +222,53 @@ def test_more_processes_than_gpus_are_refused(small_config, monkeypatch):
     assert count_processes(small_config("launch.num_processes=null")) == 1
 
 
-def step(number: int) -> dict:
-    return {"global_step": number, "epoch": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "samples_per_second": 5.0}
-
-
-def test_progress_is_a_few_plain_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    path = tmp_path / "training_history.json"
-    progress = Progress(path)
-    progress.show()  # no file yet
-    history = {"status": "running", "reason": None, "total_steps": 50, "steps_per_epoch": 50, "steps": [], "epochs": []}
+def test_progress_is_a_few_plain_lines_that_say_the_rest(tmp_path, capsys, monkeypatch):
+    """50 updates of 2 s each: 5 of 50 are 10 %, after 10 s, and 45 updates of 2 s remain."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("mmrev_kit.config.reporting.time.monotonic", lambda: clock.now)
+    history = History(tmp_path / "training_history.json")
+    history.data |= {"total_steps": 50, "steps_per_epoch": 25}
+    history.begin()
     for number in range(1, 51):
-        history["steps"].append(step(number))
-        path.write_text(json.dumps(history))
-        progress.show(last=True)  # last: whatever the clock says of the file
+        clock.now += 2.0
+        epoch = (number + 24) // 25
+        record = {"global_step": number, "epoch": epoch, "loss": 1.0, "samples": 8, "samples_per_second": 4.0}
+        history.add_step(record)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 10 and lines[0] == "step 5/50: loss 1, 5.0 samples/s"
-    assert "\r" not in "".join(lines) and "\x1b" not in "".join(lines)
+    assert len(lines) == 10
+    assert lines[0] == (
+        "progress: 10%, epoch 1/2, update 5/50: loss 1, 4.0 samples/s, 10 s elapsed, about 1 min 30 s remaining"
+    )
+    assert lines[-1] == "progress: 100%, epoch 2/2, update 50/50: loss 1, 4.0 samples/s, 1 min 40 s elapsed"
+    assert read_history(history.path)["steps"][4]["seconds"] == 10.0
+
+    gone_on = History(history.path)
+    gone_on.data |= {"total_steps": 100, "steps_per_epoch": 25, "steps": history.data["steps"]}
+    gone_on.begin()  # an hour later: the time between does not count
+    clock.now += 40.0
+    gone_on.add_step({"global_step": 51, "epoch": 3, "loss": None, "samples": 8, "samples_per_second": 0.2})
+    (line,) = capsys.readouterr().out.splitlines()  # after twenty seconds without a line
+    assert line.startswith("progress: 51%, epoch 3/4, update 51/100: loss not finite, ")
+    assert line.endswith("2 min 20 s elapsed, about 2 min 15 s remaining")  # 140 s / 51 * 49
+
+
+def test_the_notebook_shows_the_logs_lines_and_in_jupyterlab_one_that_follows(tmp_path, capsys, monkeypatch):
+    log = tmp_path / "train.log"
+    log.write_text("progress: of an earlier run\n")
+    for person in (False, True):
+        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+        if person:
+            monkeypatch.setenv("JPY_SESSION_NAME", "train.ipynb")
+        lines = LogLines(log)
+        with log.open("a") as file:
+            file.write("a library says\nprogress: loading embedded\nprogress: 10%, epoch 1/2, update 5/50: loss 1")
+        lines.show()
+        assert capsys.readouterr().out == "loading embedded\n"  # the other line is not whole yet
+        with log.open("a") as file:
+            file.write(", 4.0 samples/s\nprogress: epoch 1/2: train 1\nprogress: 40%, 4 of 10 prompts\n")
+        lines.show()
+        told = ["10%, epoch 1/2, update 5/50: loss 1, 4.0 samples/s", "epoch 1/2: train 1"] * (not person)
+        assert capsys.readouterr().out.splitlines() == [*told, "40%, 4 of 10 prompts"]
 
 
 def decision(improved: bool, reduced: bool, bad_epochs: int, lr: float, stop: str | None) -> dict:

@@ -15,7 +15,7 @@ from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_json
 from mmrev_kit.notebook import reproduce
-from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters
+from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters, settings_html
 from mmrev_kit.notebook.render import clean, render
 from mmrev_kit.notebook.tables import find_histories, summary
 from mmrev_kit.training.history import read_history
@@ -119,7 +119,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
     assert "epoch 1/1: train " in text and "\r" not in text
     notebook = nbformat.read(executed, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "launch.launch(cfg)" in cell.source]
-    assert len("".join(output.get("text", "") for output in cell.outputs).splitlines()) <= 14
+    assert len("".join(output.get("text", "") for output in cell.outputs).splitlines()) <= 16
     assert "widgets" not in notebook.metadata
 
     page = render(executed).read_text()
@@ -320,8 +320,7 @@ def test_the_same_notebook_started_twice_at_once_goes_into_each_runs_own_folder(
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     for name in ("one", "two"):
         folder = tmp_path / "outputs" / f"{name}_forward"
-        assert f"experiment: name {name}, " in printed(folder / "data.ipynb")
-        assert f"name {name}, " in (folder / "data.html").read_text()
+        assert re.search(rf">experiment\.name</td><td[^>]*>{name}</td>", (folder / "data.html").read_text())
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["one_forward", "two_forward"]
 
 
@@ -333,6 +332,15 @@ def test_the_cell_of_parameters_and_the_package_agree():
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     names = [node.targets[0].id for node in ast.parse(cell.source).body]
     assert sorted(names) == sorted(["config", *TRAINING, "overrides"])
+
+
+def test_set_up_shows_what_differs_from_the_defaults_and_folds_the_rest():
+    page = settings_html(make_config("configs/tiny_cpu.yaml", "data.dir=<b>x training.lr_patience=3"))
+    table, folded = page.split("<details>")
+    assert "&lt;b&gt;x" in table and "<b>x" not in page
+    assert re.search(r"training\.lr_patience</td><td[^>]*>3</td><td[^>]*>1</td>", table)
+    assert "weight_decay" in folded and "weight_decay" not in table
+    assert "lr_patience" not in folded
 
 
 KNOWN = ["task", "learning_rate"]

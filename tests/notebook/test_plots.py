@@ -1,16 +1,18 @@
 """Figures: gaps stay gaps, decisions are marked, and no figure is left open."""
 
+import io
 import math
 
 import matplotlib
 import pytest
+from PIL import Image
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
 from mmrev_kit.config.sections import TrainingConfig
-from mmrev_kit.notebook import plots
+from mmrev_kit.notebook import drawing, plots
 from mmrev_kit.notebook.knobs import simulate
 
 
@@ -102,7 +104,7 @@ def test_decisions_are_marked_where_they_fell():
     marks = [(line.get_marker(), points(line)) for line in axis.lines if len(line.get_xdata()) == 1]
     assert marks == [("o", [(2, 1e-3)]), ("x", [(4, 1e-3)])]
     assert [text.get_text() for text in axis.texts] == ["0.0005"]
-    assert points(lines(axis)["run"]) == [(n, 1e-3) for n in (1, 2, 3, 4)]
+    assert points(axis.lines[0]) == [(n, 1e-3) for n in (1, 2, 3, 4)]
 
 
 def test_throughput():
@@ -113,17 +115,107 @@ def test_throughput():
 def test_several_runs_show_the_source_that_decides():
     figure = plots.history_figure({"a": history(), "b": history((8.0, 6.0)), "old": old_history()})
     found = lines(figure.axes[0])
-    assert set(found) == {
-        "a: training", "a: forward", "b: training", "b: forward", "old: training", "old: validation",
-    }  # fmt: skip
-    assert points(found["b: training"]) == [(1, 8.0), (2, 6.0)]
-    for run in ("a", "b", "old"):  # a run is one colour, its validation dashed
-        training, validation = (line for name, line in found.items() if name.startswith(f"{run}:"))
-        assert training.get_color() == validation.get_color()
-        assert (training.get_linestyle(), validation.get_linestyle()) == ("-", "--")
-    assert len({line.get_color() for line in found.values()}) == 3
-    assert figure.axes[0].get_title(loc="left") == "a, b, old"
+    assert set(found) == {"a", "b", "old"}
+    assert points(found["b"]) == [(1, 8.0), (2, 6.0)]
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]  # a run's validation
+    assert [line.get_color() for line in dashed] == [line.get_color() for line in found.values()]
+    assert len({line.get_color() for line in dashed}) == 3
+    assert points(dashed[0]) == [(2, 2.5), (4, 2.4)] and points(dashed[2]) == [(1, 2.5), (2, 2.0), (3, None)]
     figure.canvas.draw()
+
+
+def boxes(figure) -> list[tuple[str, object]]:
+    """(text, rectangle in pixels) of every text that is seen, tick labels included."""
+    figure.canvas.draw()
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip() and text.get_visible()]
+    outside = set()  # matplotlib keeps labels of ticks beyond the limits, and does not draw them
+    for axis in (one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+            if not low <= tick.get_loc() <= high:
+                outside |= {tick.label1, tick.label2}
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text not in outside]
+
+
+def check_readable(figure) -> None:
+    """Within its edges, no text over another, and no wider than a notebook."""
+    found = boxes(figure)
+    width, height = figure.bbox.width, figure.bbox.height
+    for number, (text, box) in enumerate(found):
+        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text
+        for other, another in found[number + 1 :]:
+            apart = box.x1 <= another.x0 or another.x1 <= box.x0 or box.y1 <= another.y0 or another.y1 <= box.y0
+            assert apart, f"{text!r} lies over {other!r}"
+    assert figure.get_size_inches()[0] <= 8
+
+
+def test_eight_runs_in_one_figure_are_readable_and_told_apart():
+    """As one figure over more than a decade: labels at the decades alone."""
+    names = [f"faces13x13_seed{number}_one-order_forward" for number in range(8)]
+    figure = plots.history_figure({name: history((40.0, 2.0, 0.3, 0.01)) for name in names})
+    check_readable(figure)
+    axis = figure.axes[0]
+    assert len({line.get_color() for line in lines(axis).values()}) == 8
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert {"0.01", "0.1", "1", "10"} <= set(labels)
+    assert all(math.log10(float(label)).is_integer() for label in labels if label)
+    assert not [text for text in axis.get_yticklabels("minor") if text.get_text()]
+    assert all(name in figure.alt for name in names)
+
+
+def test_a_loss_that_stays_within_a_decade_still_has_numbers_beside_it():
+    figure = plots.history_figure({"run": history((3.9, 3.5, 3.2, 3.0))})
+    low, high = figure.axes[0].get_ylim()
+    figure.canvas.draw()
+    labels = [float(text.get_text()) for text in figure.axes[0].get_yticklabels() if text.get_text()]
+    assert len([label for label in labels if low <= label <= high]) >= 2
+
+
+def test_figures_say_their_numbers_and_stand_on_light_and_dark():
+    """0.375 is 0.38 in the figure and in its text; every ink has 3 : 1 against white and against #111."""
+    numbers = {"accuracy": 0.375, "cluster_interval": [0.125, 0.625], "wilson": None, "chance": 0.5}
+    metrics = {"none": {"reverse": {"main": numbers, "control": numbers | {"accuracy": 1.0}}}}
+    figure = plots.accuracy_figure({"run": metrics})
+    check_readable(figure)
+    assert "0.38" in [text for text, _ in boxes(figure)] and "main 0.38 (0.13 to 0.63)" in figure.alt
+    data, facts = figure._repr_mimebundle_()
+    assert facts["image/png"]["alt"] == figure.alt and facts["image/png"]["width"] == 800
+    with Image.open(io.BytesIO(data["image/png"])) as picture:
+        assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0
+    for color in (*drawing.COLORS, drawing.INK):
+        light = luminance(color)
+        assert 1.05 / (light + 0.05) >= 3 and (light + 0.05) / (luminance("#111111") + 0.05) >= 3, color
+
+
+def luminance(color: str) -> float:
+    """WCAG's relative luminance."""
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_numbers_stand_clear_of_chance_and_of_each_other(number):
+    """An interval that ends just below the line of chance would put its number onto it."""
+    groups = {
+        "main": {"accuracy": 0.3, "cluster_interval": [0.2, 0.44], "wilson": None, "chance": 0.5},
+        "control": {"accuracy": 0.96, "cluster_interval": [0.8, 1.0], "wilson": None, "chance": 0.5},
+    }
+    figure = plots.accuracy_figure({f"run {n}": {"none": {"reverse": groups}} for n in range(number)})
+    check_readable(figure)
+    (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("CW\n")]
+    chance = axis.transData.transform((0, 0.5))[1]
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert box.y1 < chance or box.y0 > chance
+
+
+def test_epochs_are_whole_numbers():
+    figure = plots.schedule_figure(simulate([2.0, 1.0, 0.9], TrainingConfig()), 6e-5, 0.2)
+    check_readable(figure)
+    old = plots.history_figure({"old": old_history()})
+    for axis in (*figure.axes, old.axes[2]):
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_a_history_without_steps_is_drawn_over_epochs():
@@ -180,7 +272,8 @@ def test_mix_figure():
     bars = [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches]
     assert bars == [(0, 70), (70, 30)]
     assert [text.get_text() for text in figure.axes[0].texts] == ["70.0%", "30.0%"]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["forward", "face_cw"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "face_cw"]
+    assert figure.alt == "An epoch of 100 rows: forward 70 rows (70.0%), face_cw 30 rows (30.0%)."
 
 
 def test_simulate_tells_each_epoch_up_to_the_end():
