@@ -373,7 +373,7 @@ def project(small_data, tmp_path_factory):
     write_json(note, json.loads(note.read_text()) | {"counts": {}})  # a third of the rows is meant
     overrides = (
         "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 training.num_epochs=1 "
-        f"retention.face_pool={small_data}/pool evaluation.max_new_tokens=4"
+        f"retention.face_pool={small_data}/pool evaluation.max_new_tokens=40"
     )
     environment = os.environ | {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
     for name, words in {"data": [], "train": [], "evaluate": ["-p", "drops", "none", "-p", "base", "False"]}.items():

@@ -279,8 +279,10 @@ def add_adapter(
 
     target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     sections.LoraConfig(r, alpha, dropout, target_modules)  # its limits hold here
-    if kept_layers < 0 or hasattr(model, "peft_config"):
-        raise ConfigError(f"kept_layers = {kept_layers}: must be a number from 0; and the model may have no adapter.")
+    if kept_layers < 0:
+        raise ConfigError(f"kept_layers = {kept_layers}: must be a number from 0.")
+    if hasattr(model, "peft_config"):
+        raise ConfigError("This model has an adapter already. Load the base anew.")
     names = {name.rsplit(".", 1)[-1] for name, _ in qwen3vl.language_model(model).layers.named_modules()}
     unknown = [name for name in target_modules if name not in names]
     if unknown:

@@ -34,7 +34,7 @@ def load_processor(name: str, revision: str | None = None):
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # what a file of another shape raises: KeyError, TypeError, Exception itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:300]})") from None
+            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:600]})") from None
         kind = type(processor).__name__
         if kind != "Qwen3VLProcessor":
             raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")

@@ -238,7 +238,7 @@ def test_an_adapter_takes_one_name_or_an_iterator_and_comes_once():
         for model in (add_adapter(one, target_modules="q_proj"), add_adapter(two, target_modules=iter(["q_proj"])))
     ]
     assert names[0] == names[1] and all(".q_proj.lora_" in name for name in names[0])
-    with pytest.raises(ConfigError, match="may have no adapter"):
+    with pytest.raises(ConfigError, match="has an adapter already"):
         add_adapter(one)
 
 

@@ -457,7 +457,7 @@ def test_the_unchanged_adapter_and_base_are_read(adapter, base):
 def test_a_second_adapter_on_the_same_model_is_refused():
     model = load_base("embedded-one-order", device="cpu")
     add_adapter(model, target_modules=("q_proj",))
-    with pytest.raises(ConfigError, match=r"second time|multiple adapters"):
+    with pytest.raises(ConfigError, match="has an adapter already"):
         add_adapter(model, target_modules=("q_proj",))
 
 
