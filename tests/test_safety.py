@@ -396,7 +396,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tag = tag
-        self.active += [tag for name, value in attributes if "alert(" in (value or "") or (name, value) == ("src", "x")]
+        run = [(name, value or "") for name, value in attributes if name != "alt"]  # a picture's text is only read
+        self.active += [tag for name, value in run if "alert(" in value or (name, value) == ("src", "x")]
 
     def handle_data(self, data):
         if self.tag == "script" and "alert(" in data:

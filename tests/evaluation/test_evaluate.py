@@ -231,7 +231,7 @@ def test_each_row_is_counted_once_on_two_processes(few, rows, capsys):
     for left, right in zip(one, two, strict=True):
         assert right["options"] == pytest.approx(left["options"], abs=1e-4)
         assert {**left, "options": 0} == {**right, "options": 0}
-    assert f"4/4 of {rows} questions" in capsys.readouterr().out
+    assert f"100%, {rows} of {rows} prompts (drop none)" in capsys.readouterr().out
     assert json.loads((evaluate(few(rows), None) / "facts.json").read_text())["num_processes"] == 2
 
 

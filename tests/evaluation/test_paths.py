@@ -18,10 +18,8 @@ from mmrev_kit.training.run import prepare
 
 @pytest.fixture
 def config(small_config, small_data, tmp_path, monkeypatch):
-    """Pictures of the same names in the experiment (32 pixels), the project (40) and the current folder (48).
-
-    The first person's picture is missing in the experiment; one name is in the current folder only.
-    """
+    """Pictures of the same names in the experiment (32 pixels), the project (40) and the current folder (48), and one
+    name that is in the current folder only."""
     made = small_config(f"data.dir={tmp_path}/data")
     experiment, project, current = experiment_dir(made), tmp_path / "project", tmp_path / "project" / "notebooks"
     shutil.copytree(small_data / "small", experiment)
@@ -29,7 +27,6 @@ def config(small_config, small_data, tmp_path, monkeypatch):
         for picture in sorted((experiment / "images").iterdir()):
             (folder / "images").mkdir(parents=True, exist_ok=True)
             load_image(picture).resize((side, side)).save(folder / "images" / picture.name)
-    (experiment / "images" / "entity_000_00.png").unlink()
     Image.new("RGB", (48, 48)).save(current / "images" / "alone.png")
     (project / "configs").mkdir()
     monkeypatch.chdir(current)
@@ -44,29 +41,39 @@ def sides(images) -> dict[str, set[int]]:
     return found
 
 
-def test_check_training_evaluation_and_asking_read_the_same_picture(config, monkeypatch):
+@pytest.mark.parametrize(("beside", "side"), [(True, 32), (False, 40)])
+def test_check_training_evaluation_and_asking_read_the_same_picture(config, monkeypatch, beside, side):
+    """Those beside the data's files, or where none is there those of the project."""
+    folder = experiment_dir(config)
+    if not beside:
+        shutil.rmtree(folder / "images")
+        folder = folder.parents[1] / "project"
     task = prepare(config)
     samples = [sample for part in (task.train, task.val) for kept in part.values() for sample in kept]
     own = [sample for sample in samples if sample.row.source in ("forward", "reverse")]
-    expected = {f"entity_{number:03d}_00.png": {32 if number else 40} for number in range(8)}
+    expected = {f"entity_{number:03d}_00.png": {side} for number in range(8)}
     assert sides(image for sample in own for image in sample.row.images) == expected
     read = {path: task.encoder.image_size(path)[0] for sample in own for path in sample.row.images}
-    assert all({side} == expected[path.name] for path, side in read.items())
+    assert set(read.values()) == {side}
     assert sides(image for question in read_questions(config) for image in question.row.images) == expected
     rows, faults = read_experiment(experiment_dir(config))
     assert not faults and sides(image for part in rows.values() for row in part for image in row.images) == expected
 
     shown = people_figure(read_entities(experiment_dir(config)), experiment_dir(config))
-    assert [axis.images[0].get_array().shape[0] for axis in shown.axes] == [40] + [32] * 7
-    assert (
-        next(iter(ask.pictures(config).values()))
-        == experiment_dir(config).parents[1] / "project" / "images" / "entity_000_00.png"
-    )
+    assert [axis.images[0].get_array().shape[0] for axis in shown.axes] == [side] * 8
+    assert next(iter(ask.pictures(config).values())) == folder / "images" / "entity_000_00.png"
     monkeypatch.setattr(ask, "generate", lambda model, encoder, prompts, *_: [prompts[0].row.images[0]])
     asker = ask.Asker(config, None)
     assert load_image(asker("images/entity_003_00.png", "[image] is")).width == 40
     with pytest.raises(ConfigError, match="no picture"):
         asker("images/alone.png", "[image] is")
+
+
+def test_a_picture_that_is_missing_among_the_others_is_not_taken_from_the_project(config):
+    (experiment_dir(config) / "images" / "entity_000_00.png").unlink()
+    rows, faults = read_experiment(experiment_dir(config))
+    assert faults and all("there is no image images/entity_000_00.png" in fault.reason for fault in faults)
+    assert all(found == {32} for part in rows.values() for row in part for found in sides(row.images).values())
 
 
 def test_a_picture_in_the_current_folder_only_is_no_picture(config):
