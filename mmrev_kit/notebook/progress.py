@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, path: Path):
         self.path = path
         self._changed = path.stat().st_mtime if path.is_file() else 0.0  # what is there may be to be replaced
-        self._displays: list | None = None
+        self._displays: list = []
 
     def show(self, last: bool = False) -> None:
         """Look once; `last` looks even where nothing has changed."""
@@ -37,11 +37,11 @@ class Progress:
 
         line = HTML(f"<div style='font-family:monospace'>{escape(step_line(history))}</div>")
         shown = [line, plots.history_figure({self.path.parent.name: history})]
-        if self._displays is None:
-            self._displays = [display(one, display_id=True) for one in shown]
-        else:
-            for handle, one in zip(self._displays, shown, strict=True):
-                handle.update(one)
+        for index, one in enumerate(shown):
+            if index < len(self._displays):
+                self._displays[index].update(one)
+            else:  # one by one: an interrupt may come between them
+                self._displays.append(display(one, display_id=True))
 
 
 class LogLines:

@@ -29,7 +29,7 @@ ONE_EPOCH = "experiment.task=reverse training.num_epochs=1"
 
 def papermill(*words: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "papermill", *words]
-    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, timeout=400, **options)
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, timeout=900, **options)
 
 
 def under_pty(command: list[str]) -> tuple[int, str]:
@@ -148,6 +148,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_reproduce_runs_its_five_conditions_and_goes_on(small_overrides, tmp_path):
     executed = tmp_path / "reproduce.ipynb"
     words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
