@@ -143,7 +143,7 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
         "predictions.jsonl", "metrics.json", "verdict.json", "facts.json",
     }  # fmt: skip
     page = render(evaluated).read_text()
-    assert "McNemar p" in page and "drop text" in page and "Traceback" not in page
+    assert "McNemar p" in page and "drop text" in page and "Traceback (most" not in page
     assert page.count("data:image/png") >= 2 + 16  # two figures, and right or wrong answers with their pictures
 
 
