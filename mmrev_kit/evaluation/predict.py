@@ -76,7 +76,7 @@ def read_questions(config: Config) -> list[Question]:
     return questions
 
 
-def check_room(config: Config, questions: list[Question]) -> None:
+def check_answer_lengths(config: Config, questions: list[Question]) -> None:
     """Refuse a question whose expected answer is longer than any that the model may give.
 
     Raises:

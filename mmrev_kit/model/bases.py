@@ -47,7 +47,7 @@ def model_folder(name: str, revision: str | None = None, weights: bool = True) -
     read_config(folder / "config.json", name)
     if weights:
         if on_hub:
-            check_room(folder, name)
+            check_download_fits(folder, name)
             folder = _download(name, revision, SMALL_FILES + WEIGHTS)
         weight_files(folder)
     return folder
@@ -68,7 +68,7 @@ def bytes_to_download(folder: Path) -> int:
     return max(0, int(size) - sum((folder / name).stat().st_size for name in places if (folder / name).is_file()))
 
 
-def check_room(folder: Path, name: str) -> None:
+def check_download_fits(folder: Path, name: str) -> None:
     """Raises ConfigError where the disk of the hub's cache has no room for the rest of a model's weights."""
     needed, free = bytes_to_download(folder), shutil.disk_usage(folder).free
     if needed > free:

@@ -54,11 +54,8 @@ def load_processor(name: str, revision: str | None = None):
 
 def refuse_contradiction(folder: Path, processor) -> None:
     """Raises ConfigError where the processor makes other inputs than the model of the same folder takes."""
-    config, images = (
-        whole_config(folder / "config.json", read_object(folder / "config.json")),
-        processor.image_processor,
-    )
-    vision = config.vision_config
+    config = whole_config(folder / "config.json", read_object(folder / "config.json"))
+    vision, images = config.vision_config, processor.image_processor
     pairs = {
         "image_token_id": (config.image_token_id, processor.image_token_id),
         "patch_size": (vision.patch_size, images.patch_size),

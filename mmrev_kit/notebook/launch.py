@@ -10,7 +10,14 @@ from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.evaluation.predict import DROPS, MEASURED, check_room, evaluate_worker, evaluation_key, read_questions
+from mmrev_kit.evaluation.predict import (
+    DROPS,
+    MEASURED,
+    check_answer_lengths,
+    evaluate_worker,
+    evaluation_key,
+    read_questions,
+)
 from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
 from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
@@ -146,7 +153,7 @@ def evaluate(
     asked = {question.row.task for question in questions}
     if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
         print(f"not asked, for there are no rows: {', '.join(left_out)}")
-    check_room(config, questions)
+    check_answer_lengths(config, questions)
     key = evaluation_key(config, chosen, base, drops, questions)
     with held(folder):
         if not again and _holds(folder, key):

@@ -16,7 +16,7 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.evaluation import predict as predict_module
-from mmrev_kit.evaluation.predict import check_room, evaluation_key, judge, read_questions, reorder
+from mmrev_kit.evaluation.predict import check_answer_lengths, evaluation_key, judge, read_questions, reorder
 from mmrev_kit.evaluation.results import read_records
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
@@ -52,7 +52,7 @@ def test_answers_that_may_not_be_as_long_as_the_right_one_are_refused_before_any
     texts = {question.row.answer for question in questions}
     most = 1 + max(len(encoder.tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
     config.evaluation.max_new_tokens = most
-    check_room(config, questions)
+    check_answer_lengths(config, questions)
     config.evaluation.max_new_tokens = most - 1
     told = rf"max_new_tokens = {most - 1}: .* \d+ questions is longer, in .*forward_test\.jsonl:\d+ {most} tokens"
     with pytest.raises(ConfigError, match=told):
