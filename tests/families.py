@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from mmrev_kit.model.plain import LORA_TARGETS
 from mmrev_kit.pretraining.tokenizer import SPECIAL_TOKENS, tokenizer_corpus, train_tokenizer
 
 SIDE = 32  # pixels: of the families that show every picture at one size
@@ -48,14 +49,34 @@ INTERN = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """How a tiny model of a family is made: `build(folder)` writes it; `pixels` are those of one picture."""
+    """A tiny model of a family.
+
+    Attributes:
+        build: writes it to a folder.
+        lora: linear layers that LORA_TARGETS names for it, over all layers of the language model.
+        pixels: model.min_pixels and model.max_pixels that suit its processor.
+        shown: how its processor is told to show a picture within them.
+        before: what its chat template writes between what asks for an answer and the answer.
+    """
 
     name: str
     build: Callable[[Path], None]
-    targets: str
+    lora: int
     pixels: tuple[int, int]
+    shown: dict
+    before: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def settings(self) -> str:
+        """What a configuration has to say of it, beside model.name."""
+        low, high = self.pixels
+        targets = LORA_TARGETS[self.name].replace(" ", "")
+        return f"model.min_pixels={low} model.max_pixels={high} lora.target_modules=[{targets}]"
 
 
 @cache
@@ -171,13 +192,13 @@ def internvl(folder: Path) -> None:
     save(folder, config, processor)
 
 
-ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
+LIMITS = {"size": {"shortest_edge": 1024, "longest_edge": 4096}}
 FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen2_5_vl", qwen2_5_vl, ATTENTION, (1024, 16384)),
-        Family("qwen3_5", qwen3_5, f"{ATTENTION},in_proj_qkv,in_proj_z,out_proj", (1024, 16384)),
-        Family("smolvlm", smolvlm, ATTENTION, (SIDE**2, SIDE**2)),
-        Family("internvl", internvl, ATTENTION, (SIDE**2, SIDE**2)),
+        Family("qwen2_5_vl", qwen2_5_vl, 2 * 4, (1024, 4096), LIMITS),
+        Family("qwen3_5", qwen3_5, 1 * 4 + 3 * 3, (1024, 4096), LIMITS),
+        Family("smolvlm", smolvlm, 2 * 4, (SIDE**2, SIDE**2), {"do_image_splitting": False}, " "),
+        Family("internvl", internvl, 2 * 4, (SIDE**2, SIDE**2), {"crop_to_patches": False}),
     )
 }

@@ -55,8 +55,15 @@ def takes_fast_path(model) -> bool:
 
 
 def language_model(model):
-    """The language model without its head: `embed_tokens`, `layers`, `norm`."""
-    return core_model(model).get_decoder()
+    """The language model without its head: `embed_tokens`, `layers`, `norm`.
+
+    Raises:
+        ConfigError: no part of the model has layers where transformers' models have them.
+    """
+    decoder = core_model(model).get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise ConfigError(f"{type(core_model(model)).__name__} has no language model with layers to be adapted.")
+    return decoder
 
 
 def text_config(model):
