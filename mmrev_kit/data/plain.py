@@ -163,9 +163,11 @@ class PlainEncoder(Encoder):
         return {name: joined([row[name] for row in rows]) for name in rows[0]}
 
     def image_inputs(self, images: list[tuple[Path, int]]) -> dict:
-        text, pictures = [self.processor.image_token], [([[self.picture(path)]], limit) for path, limit in images]
-        rows = [self.processor(text=text, images=shown, **self.options(limit)) for shown, limit in pictures]
-        return {name: joined([row[name] for row in rows]) for name in rows[0] if "ids" not in name}
+        text, rows = [self.processor.image_token], []
+        for path, limit in images:
+            found = self.processor(text=text, images=[[self.picture(path)]], **self.options(limit))
+            rows.append({name: value for name, value in found.items() if value.shape != found["input_ids"].shape})
+        return {name: joined([row[name] for row in rows]) for name in rows[0]}
 
 
 def joined(tensors: list):

@@ -1,15 +1,17 @@
 """The plain path: four other families, each row against the library's own processing and loss of that row alone."""
 
-import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, SMOL
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.reading import load_config
@@ -17,18 +19,16 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.plain import PlainEncoder
 from mmrev_kit.data.prompts import IGNORED, PromptError
 from mmrev_kit.data.tasks import Row, build_prompt
-from mmrev_kit.memory.plan import plan_or_refuse
-from mmrev_kit.model.batches import Batcher, make_layout, obstacle
+from mmrev_kit.memory import plan as plan_module
+from mmrev_kit.memory.estimate import estimate
 from mmrev_kit.model.bases import base_fingerprint
+from mmrev_kit.model.batches import Batcher, make_layout, obstacle
 from mmrev_kit.model.loading import add_adapter, load_base, trainable
 from mmrev_kit.model.plain import LORA_TARGETS, language_model
 from mmrev_kit.model.processor import load_processor, make_encoder
 from mmrev_kit.model.scoring import generate, score_options
 from mmrev_kit.training.preflight import preflight
-from mmrev_kit.training.rehearse import Rehearsal
-from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import sample_losses
-from families import FAMILIES, SMOL
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
@@ -100,6 +100,9 @@ def test_rows_are_the_librarys_token_for_token_and_pixel_for_pixel(family, famil
         assert batch.keys() == expected.keys() and len(batch["input_ids"][0]) == len(sample.input_ids)
         for name, value in expected.items():
             assert torch.equal(batch[name], value), name
+        if len(row.images) == 1:
+            shown = encoder.image_inputs([(row.images[0], sample.max_pixels)])
+            assert all(torch.equal(batch[name], value) for name, value in shown.items()) and "pixel_values" in shown
         prompt = encoder.encode(row, with_answer=False)
         assert prompt.input_ids == sample.input_ids[: sample.answer_start]
         assert (batch["labels"][0] != IGNORED).nonzero()[0].item() == sample.answer_start
@@ -203,3 +206,177 @@ def test_answers_and_option_log_probabilities_are_the_librarys(family, family_fo
                 expected = by_the_library(family, folder, replace(row, answer=text))
                 count = (expected["labels"] != IGNORED).sum()
                 assert abs(scores[number, column] + count * model(**expected).loss) < 1e-4
+
+
+def test_pictures_of_one_prompt_are_scaled_alike_until_it_fits(family_folder, pictures, rows):
+    """Qwen2.5-VL: four pictures of 16, 15, 16 and 10 tokens (16 x 16 pixels each) and 81 others, in 111 of room."""
+    family = FAMILIES["qwen2_5_vl"]
+    folder, row = family_folder(family), rows[3]
+    whole = encoder_of(family, folder).encode(row)
+    text = len(whole.input_ids) - whole.image_tokens
+    encoder = encoder_of(family, folder, text + 30)
+    sample = encoder.encode(row)
+    assert whole.max_pixels == 4096 and sample.max_pixels == (30 // 4) * 16**2  # 7 tokens for each picture
+    assert len(sample.input_ids) == text + sample.image_tokens and 4 * 4 <= sample.image_tokens <= 30
+    smaller = replace(family, shown={"size": {"shortest_edge": 1024, "longest_edge": sample.max_pixels}})
+    expected, batch = by_the_library(smaller, folder, row), encoder.collate([sample])
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    together = encoder.collate([sample, encoder.encode(rows[0])])  # of two limits in one batch
+    assert together["image_grid_thw"].prod(1).tolist() == [*expected["image_grid_thw"].prod(1).tolist(), 64]
+    with pytest.raises(PromptError, match=rf"{text} text tokens and \d+ image tokens do not fit"):
+        encoder_of(family, folder, text + 3).encode(row)
+
+
+def change(folder: Path, target: Path, name: str, edit) -> Path:
+    """A copy of a base with one file changed; None for its new text removes it."""
+    copy = Path(shutil.copytree(folder, target))
+    text = edit((copy / name).read_text())
+    (copy / name).unlink() if text is None else (copy / name).write_text(text)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (SMOL, None, "has no chat_template.jinja"),
+        # all pictures before all texts, as LLaVA's template writes them
+        (
+            "in message['content'] %}",
+            "in message['content'] | sort(attribute='type') %}",
+            "does not keep the order of texts and images",
+        ),
+        ("{{ 'Assistant:' }}", "Bot:", "is not how the same conversation begins once it is answered"),
+        ("'Assistant:'", "'Assistant: '", "tokens of prompt and answer run into one another"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_followed_is_refused(family_folder, rows, tmp_path, before, after, words):
+    def spoil(text: str) -> str | None:
+        assert text.count(before) == 1
+        return after and text.replace(before, after)
+
+    family = FAMILIES["smolvlm"]
+    folder = change(family_folder(family), tmp_path / "base", "chat_template.jinja", spoil)
+    with pytest.raises(ConfigError, match=words) as caught:
+        encoder_of(family, folder).encode(rows[2])
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_what_ends_an_answer_is_the_templates_token_or_the_tokenizers(family_folder, rows, tmp_path):
+    family = FAMILIES["internvl"]
+    with_end = encoder_of(family, family_folder(family))
+    bare = change(
+        family_folder(family), tmp_path / "base", "chat_template.jinja", lambda text: text.replace("<|im_end|>", "")
+    )
+    without = encoder_of(family, bare)
+    end = with_end.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert with_end.end_id == end == without.end_id == without.tokenizer.eos_token_id
+    assert without.encode(rows[1]).input_ids[-1] == end
+
+
+def test_a_text_that_holds_a_token_of_the_model_is_a_fault_of_its_row(family_folder, rows):
+    family = FAMILIES["smolvlm"]
+    encoder = encoder_of(family, family_folder(family))
+    for field in ("description", "connector", "answer"):
+        with pytest.raises(PromptError, match=r"holds <image>, which is a token of this model"):
+            encoder.encode(replace(rows[2], **{field: "the keeper of <image> Hall"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "key"), [("smolvlm", (256, 1000), "max_pixels"), ("internvl", (1100, 4096), "min_pixels")]
+)
+def test_pixel_limits_that_a_processors_own_size_breaks_are_refused(family_folder, rows, name, limits, key):
+    family = replace(FAMILIES[name], pixels=limits)
+    with pytest.raises(ConfigError, match=rf"model\.{key} = .* with 1024 pixels\. Set model\.{key}=1024\."):
+        encoder_of(family, family_folder(FAMILIES[name])).encode(rows[0])
+
+
+def test_a_processor_that_lacks_its_package_says_which(family_folder, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(ConfigError, match=r"its processor needs a package: .*num2words"):
+        load_processor(str(family_folder(FAMILIES["smolvlm"])))
+
+
+def test_a_folder_that_calls_itself_another_family_lacks_that_familys_tensors(tmp_path):
+    """Qwen3-VL's file names with Qwen2.5-VL's model_type: nothing is drawn at random."""
+
+    def rename(text: str) -> str:
+        return text.replace('"qwen3_vl', '"qwen2_5_vl')
+
+    folder = change(EMBEDDED_MODEL, tmp_path / "base", "config.json", rename)
+    with pytest.raises(ConfigError, match=r"tensors in .* are not those that its configuration asks for; missing: "):
+        load_base(str(folder), bits=16, device="cpu")
+
+
+@each_family
+def test_the_fingerprint_covers_weights_template_and_tokenizer(family, family_folder, tmp_path):
+    folder = family_folder(family)
+    found = {base_fingerprint(str(folder))}
+    for name, edit in {
+        "chat_template.jinja": lambda text: text + "\n",
+        "tokenizer.json": lambda text: text + "\n",
+        "processor_config.json": lambda text: text.replace("0.5", "0.4").replace("0.48145466", "0.5") + " ",
+        "config.json": lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+    }.items():
+        found.add(base_fingerprint(str(change(folder, tmp_path / name.partition(".")[0], name, edit))))
+    copy = Path(shutil.copytree(folder, tmp_path / "weights"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors[max(tensors)] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    found.add(base_fingerprint(str(copy)))
+    assert len(found) == 6 - (family.name == "qwen3_5")  # which has four layers
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@each_family
+def test_random_weights_stand_in_for_any_family(family, family_folder, bits):
+    """For a rehearsal: what no file holds is what the library computes; weights are normal, equal for equal seeds."""
+    path = family_folder(family) / "config.json"
+    models = [load_base(str(path), bits=bits, compute_dtype="fp32", device="cpu", seed=seed) for seed in (0, 0, 1)]
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+    first, same, other = (dict(model.named_parameters()) for model in models)
+    buffers = dict(models[0].named_buffers())
+    assert all(torch.equal(buffers[name], value) for name, value in whole.named_buffers())
+    assert first.keys() == dict(whole.named_parameters()).keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    spread = [value.std().item() for value in first.values() if value.ndim > 1 and value.is_floating_point()]
+    assert all(abs(std - 0.02) < 0.004 for std in spread) and spread
+    name = next(name for name, value in first.items() if value.ndim > 1)
+    assert not torch.equal(first[name], other[name])
+
+
+def test_the_preflight_tells_the_path_and_the_projections(family_folder):
+    def path_of(words: str) -> list[str]:
+        facts = preflight(load_config("configs/tiny_cpu.yaml", words)).facts
+        return [line for line in facts if line.startswith(("path", "lora"))]
+
+    assert path_of("") == ["path: fast (qwen3_vl has a module of its own)"]
+    family = FAMILIES["qwen3_5"]
+    folder = family_folder(family)
+    plain, lora = path_of(f"model.name={folder} lora.target_modules=[q_proj,v_proj]")
+    assert plain.startswith("path: plain (qwen3_5 has no module of its own)") and "rehearse(cfg)" in plain
+    assert lora.startswith(
+        "lora.target_modules=[q_proj, k_proj, v_proj, o_proj, in_proj_qkv, in_proj_z, out_proj] adapt"
+    )
+    assert len(path_of(f"model.name={folder} {family.settings}")) == 1
+
+
+def test_on_a_gpu_nothing_is_planned_for_a_family_that_the_estimate_does_not_know(family_folder, monkeypatch, capsys):
+    family = FAMILIES["internvl"]
+    config = load_config("configs/tiny_cpu.yaml", f"model.name={family_folder(family)} {family.settings}")
+    monkeypatch.setattr(plan_module, "card_memory", lambda config, device: 16.0)
+    state = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cuda"))
+    for plan in ("auto", "off"):
+        config.memory.plan = plan
+        assert plan_module.plan_or_refuse(config, [], [], 0, state) == (config, None)
+        told = capsys.readouterr().out
+        assert "as configured" in told and "knows Qwen3-VL only" in told and "rehearse(cfg)" in told
+    with pytest.raises(ConfigError, match=r"is a internvl: the memory estimate knows Qwen3-VL only\. .*rehearse"):
+        estimate(config)
+
+
+def test_the_table_of_projections_is_the_codes():
+    text = (ROOT / "configs" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `([^`|]+)` \|", text, flags=re.MULTILINE)
+    assert {name: targets for name, targets in rows if name in LORA_TARGETS} == LORA_TARGETS
