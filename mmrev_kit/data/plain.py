@@ -91,6 +91,12 @@ class PlainEncoder(Encoder):
         return self.tokenizer(self.frame((True,))[1] + text, add_special_tokens=False).input_ids
 
     def tokens(self, row: Row) -> tuple[list[int], list[int]]:
+        """As in `Encoder`.
+
+        Raises:
+            ConfigError: the last token of the prompt is another one where an answer follows.
+            PromptError: see `texts`.
+        """
         prompt, whole = (self.tokenizer(text, **self.special).input_ids for text in self.texts(row))
         if whole[: len(prompt)] != prompt:
             raise ConfigError(
@@ -116,8 +122,8 @@ class PlainEncoder(Encoder):
         if not self.scales and not self.min_pixels <= pixels <= self.max_pixels:
             key = "max_pixels" if pixels > self.max_pixels else "min_pixels"
             raise ConfigError(
-                f"model.{key} = {getattr(self, key)}: {type(self.processor).__name__} shows every picture with "
-                f"{pixels} pixels. Set model.{key}={pixels}."
+                f"model.{key} = {getattr(self, key)}: {type(self.processor).__name__} shows a picture of {size[0]} x "
+                f"{size[1]} with {pixels} pixels. Set model.{key}={pixels}."
             )
         return found["input_ids"][0].tolist()
 

@@ -83,7 +83,7 @@ def check_answer_lengths(config: Config, questions: list[Question]) -> None:
         ConfigError: naming the row, how many there are, and the least setting.
     """
     encoder, rows = make_encoder(config), {question.row.where: question.row for question in questions}
-    sizes = {where: len(encoder.tokens(row)[1]) for where, row in rows.items()}  # with the end
+    sizes = {where: len(encoder.text_ids(row.answer)) + 1 for where, row in rows.items()}  # and the end's
     longest, most = max(sizes, key=sizes.__getitem__), config.evaluation.max_new_tokens
     if sizes[longest] > most:
         many = sum(size > most for size in sizes.values())

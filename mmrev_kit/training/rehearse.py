@@ -26,7 +26,8 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
-from mmrev_kit.memory.shapes import UNKNOWN
+from mmrev_kit.memory.shapes import UNKNOWN, size_in_name
+from mmrev_kit.model.bases import known_config, model_folder
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
@@ -84,6 +85,8 @@ def rehearse(config: Config, updates: int = 3) -> Rehearsal:
         raise ConfigError(f"updates = {updates}: must be a number from 1.")
     config = deepcopy(config)
     ensure_data(config)
+    if known_config(config) is None and size_in_name(config.model.name) is None:
+        model_folder(config.model.name, config.model.revision, weights=False)  # the small files tell the architecture
     config.model.name, config.launch.num_processes = architecture_of(config), 1
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

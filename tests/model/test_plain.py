@@ -286,7 +286,7 @@ def test_a_text_that_holds_a_token_of_the_model_is_a_fault_of_its_row(family_fol
 )
 def test_pixel_limits_that_a_processors_own_size_breaks_are_refused(family_folder, rows, name, limits, key):
     family = replace(FAMILIES[name], pixels=limits)
-    with pytest.raises(ConfigError, match=rf"model\.{key} = .* with 1024 pixels\. Set model\.{key}=1024\."):
+    with pytest.raises(ConfigError, match=rf"model\.{key} = .* of 64 x 64 with 1024 pixels\. Set model\.{key}=1024\."):
         encoder_of(family, family_folder(FAMILIES[name])).encode(rows[0])
 
 
