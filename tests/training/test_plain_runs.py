@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
+from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.files import write_text
 from mmrev_kit.training import loop
@@ -74,6 +76,19 @@ def test_a_rehearsal_measures_a_family_that_the_estimate_does_not_know(family_fo
     found = rehearse(load_config("configs/tiny_cpu.yaml", words), updates=1)
     assert found.estimate == {} and found.samples_per_second > 0 and found.table()["estimated"].isna().all()
     assert "CPU: built in" in str(found) and not (tmp_path / "outputs").exists()
+
+
+def test_a_rehearsal_asks_the_hub_for_the_small_files_alone(four_people, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, allow_patterns))
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"someone/internvl-1b.*the hub gave no model: no network"):
+        rehearse(load_config("configs/tiny_cpu.yaml", f"{four_people} model.name=someone/internvl-1b"))
+    assert asked == [("someone/internvl-1b", ["*.json", "*.jinja", "*.txt"])]
 
 
 @pytest.mark.long
