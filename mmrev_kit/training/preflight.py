@@ -202,7 +202,7 @@ def free_bytes(config: Config) -> int:
 def preflight(config: Config) -> Preflight:
     """Cards, kernels, driver, memory, the base's files, disk, versions and the power of the design, without CUDA."""
     report, cards = Preflight(), read_cards()
-    check_model(report, config)
+    path = check_model(report, config)
     for index, card in enumerate(cards):
         report.facts.append(f"GPU {index}: {card}")
         check_build(report, f"GPU {index} ({card.name}", card)
@@ -215,6 +215,7 @@ def preflight(config: Config) -> Preflight:
         if shutil.which("nvidia-smi") and (asked := ask_driver("--query-gpu=name")).returncode:
             report.warnings.append(f"the run uses the CPU: nvidia-smi fails ({' '.join(asked.stdout.split())})")
     check_room(report, config)
+    report.facts += path
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     report.facts += [f"design: {line}" for line in design_of(config)]
     return report
@@ -235,16 +236,17 @@ def check_room(report: Preflight, config: Config) -> None:
         report.warnings.append(f"the disk may fill up: {more}, {load:,} of the base to be downloaded, and the saves")
 
 
-def check_model(report: Preflight, config: Config) -> None:
-    """Whether the base's files, as far as they are here, are those of a model that the kit can use, and which path."""
+def check_model(report: Preflight, config: Config) -> list[str]:
+    """Whether the base's files, as far as they are here, are those of a model that the kit can use; and the path that
+    it takes, see `describe_path`."""
     known, name = known_config(config), config.model.name
     try:
         if known and model_path(name).is_dir():
             model_folder(name)
-        if known:
-            report.facts += describe_path(known, config.lora.target_modules)
+        return describe_path(known, config.lora.target_modules) if known else []
     except ConfigError as error:
         report.problems.append(str(error))
+        return []
 
 
 def torch_build() -> tuple[list[str], str | None]:
