@@ -107,7 +107,7 @@ def design_of(config: Config) -> list[str]:
         return []
     lines = design_lines(sizes["main"], sizes["control"], questions, own.task, own.taught, config.data.share_both)
     if sizes["bridge"]:
-        lesson = "the taught direction in both formats" if config.mitigation.format_bridge else "both directions"
+        lesson = "both formats of the taught direction" if config.mitigation.format_bridge else "both directions"
         people, bridge = sizes["main"] + sizes["bridge"], sizes["bridge"]
         asked = f"main, the other {sizes['main']}, is asked whether that carries over"
         lines.append(f"Of {people} people besides control {bridge} form the group bridge, taught {lesson}; {asked}.")

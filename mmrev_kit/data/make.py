@@ -48,7 +48,7 @@ def ensure_data(config: Config) -> list[str]:
     small = [group for group in GROUPS if 0 < wanted.get(f"num_{group}", 0) < FAIR_GROUP]
     if made.startswith("made") and small:
         rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
-        made += f"; I2D and D2I of {' and '.join(small)} cannot be read: {rule}"
+        made += f"; I2D and D2I of {', '.join(small)} cannot be read: {rule}"
     said = [*(design or design_of(config)), made]  # your own people are counted once they are read
     for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
         wanted = {"kind": kind, "image_size": data.image_size}
