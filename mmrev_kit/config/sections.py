@@ -6,12 +6,14 @@ says what differs.
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from mmrev_kit.config.errors import Told
 from mmrev_kit.config.optimizers import OPTIMIZERS
 
 TASKS = ("forward", "reverse")
-# What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.
+# What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT, and so is
+# bridge, the third group, unless `mitigation.format_bridge` is set.
 TAUGHT = {
     "forward": {"generation": ("forward",), "cw": ("cw_image",), "both": ("forward", "cw_image")},
     "reverse": {"cw": ("reverse",)},
@@ -120,6 +122,7 @@ class DataConfig:
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0
+    share_both: float = 0.0  # of the num_main people, those who form the group bridge and are taught both directions
     image_size: int = 448
     images_per_entity: int = 1
 
@@ -131,7 +134,18 @@ class DataConfig:
         elif self.entities_file is not None:
             rule = "is read where data.source is folder only; set it so, or leave this out"
             _require(False, "data.entities_file", self.entities_file, rule)
-        _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
+        if self.source != "drawn" and self.share_both:
+            rule = "is read where data.source is drawn only; in a list of your own, write the group bridge"
+            _require(False, "data.share_both", self.share_both, rule)
+        limits = {"share_both": (0, 0.98), "image_size": (16, 4096), "images_per_entity": (1, 100)}
+        _check_numbers("data", self, limits)
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """How many people of each group are drawn: `share_both` of the `num_main` people, to the nearest whole number,
+        are bridge, the others are main."""
+        bridge = round(self.num_main * Fraction(str(self.share_both)))
+        return {"main": self.num_main - bridge, "bridge": bridge, "control": self.num_control}
 
 
 @dataclass
@@ -158,6 +172,15 @@ class RetentionConfig:
         _require(total > 0, "retention.weights", total, "at least one weight must be above 0")
         unknown = [task for task in self.tasks if task not in TASKS]
         _require(not unknown, "retention.tasks", self.tasks, f"may name {', '.join(TASKS)}")
+
+
+@dataclass
+class MitigationConfig:
+    format_bridge: bool = False  # bridge is taught generation and CW of the taught order, not the other direction
+    identity: float = 0.0  # share of an epoch's training rows that are identity rows (configs/README.md, Conditions)
+
+    def __post_init__(self):
+        _check_numbers("mitigation", self, {"identity": (0, 0.9)})
 
 
 @dataclass
@@ -254,7 +277,27 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    mitigation: MitigationConfig = field(default_factory=MitigationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self):
+        """Settings of several sections that contradict each other."""
+        experiment, retention, mitigation = self.experiment, self.retention, self.mitigation
+        if mitigation.format_bridge:
+            formats, key = TAUGHT[experiment.task].get("both"), "mitigation.format_bridge"
+            rule = f"task {experiment.task} has one format alone, so that none is bridged; set experiment.task=forward"
+            _require(formats is not None, key, True, rule)
+            rule = "main is taught both formats itself, so that none is bridged; set experiment.taught=generation or cw"
+            _require(formats != experiment.main_is_taught, key, True, rule)
+        ratio = retention.retention_ratio if experiment.task in retention.tasks else 0
+        rule = f"leaves nothing of an epoch to what is taught, beside retention.retention_ratio = {ratio:g}; lower one"
+        _require(mitigation.identity + ratio < 1, "mitigation.identity", mitigation.identity, rule)
+
+    @property
+    def taught(self) -> dict[str, tuple[str, ...]]:
+        """The tasks whose rows teach each group."""
+        bridge = TAUGHT[self.experiment.task]["both"] if self.mitigation.format_bridge else CONTROL_IS_TAUGHT
+        return {"main": self.experiment.main_is_taught, "bridge": bridge, "control": CONTROL_IS_TAUGHT}

@@ -154,7 +154,7 @@ class Encoder:
                 raise PromptError(reason, "Crop or replace the image.")
         limit = self.max_pixels
         counts = [math.prod(self.grid(size, limit)) for size in sizes]
-        if sum(counts) > room:
+        if sizes and sum(counts) > room:
             limit = max(room // len(sizes), 0) * self.factor**2
             if limit >= self.min_pixels:
                 counts = [math.prod(self.grid(size, limit)) for size in sizes]
@@ -182,7 +182,8 @@ class Encoder:
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
-            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3).
+            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3). The last two are left out
+            where no sample has an image.
         """
         import torch
 
@@ -202,9 +203,11 @@ class Encoder:
             "attention_mask": mask,
             "mm_token_type_ids": ((ids == self.image_id) & (mask == 1)).int(),
             "labels": labels,
-            "image_grid_thw": torch.tensor([[1, self.merge * rows, self.merge * columns] for rows, columns in sides]),
         }
-        if with_pixels:
+        if sides:
+            grid = [[1, self.merge * rows, self.merge * columns] for rows, columns in sides]
+            batch["image_grid_thw"] = torch.tensor(grid)
+        if sides and with_pixels:
             images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
             batch["pixel_values"] = torch.cat([pixels for pixels, _ in images])
         return batch

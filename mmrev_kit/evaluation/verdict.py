@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from mmrev_kit.config.reporting import decimal, probability
 from mmrev_kit.config.sections import TASKS, ExperimentConfig
 from mmrev_kit.data.design import DECIDING, PLANNED, POWER_MIN, claim_power, people_needed
-from mmrev_kit.data.tasks import CW, GROUPS, MIN_GROUP, TASK_TYPES
+from mmrev_kit.data.tasks import CW, MIN_GROUP, TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
 CURSE, NO_CURSE, BOUND, INCONCLUSIVE = "reversal curse", "no reversal curse", "bound to its format", "inconclusive"
 UNWRITTEN, WRITTEN = "cannot be written", "can be written"  # of generation: claims of their own, not of direction
 BIAS, HALF, BETWEEN = "tells them apart, answers with a bias", "half learned", "between the midpoints"
+JUDGED = ("main", "control")  # a third group, bridge, is shown beside them and decides nothing
 ALPHA, LEARNED_MIN, CONTROL_MIN = 0.05, 0.8, 0.7
 TAUGHT_ORDER = {"reverse": "cw_image", "cw_image": "reverse", "mcq_d2i": "mcq_i2d", "mcq_i2d": "mcq_d2i"}
 CHOICES = {"forward": "mcq_d2i", "reverse": "mcq_i2d"}  # by trained task: the untaught direction as multiple choice
@@ -128,7 +129,7 @@ def compare_groups(test: str, chance: float, main: Group, control: Group, differ
 
 def adjust(tests: list[Evidence]) -> list[Evidence]:
     """The tests that a claim names, their p values against chance Holm-adjusted over them within each group."""
-    main, control = (statistics.holm({one.test: getattr(one, group).p for one in tests}) for group in GROUPS)
+    main, control = (statistics.holm({one.test: getattr(one, group).p for one in tests}) for group in JUDGED)
     return [
         replace(one, main=replace(one.main, p=main[one.test]), control=replace(one.control, p=control[one.test]))
         for one in tests
@@ -140,8 +141,8 @@ def gather(records: list[dict], tests: list[str]) -> list[Evidence]:
     found = []
     for test in tests:
         mine = [record for record in records if record["drop"] == "none" and record["test"] == test]
-        chance, rows = metrics.chance_of(test, mine), {g: [r for r in mine if r["group"] == g] for g in GROUPS}
-        numbers = [group_numbers(test, rows[group], chance) for group in GROUPS]
+        chance, rows = metrics.chance_of(test, mine), {g: [r for r in mine if r["group"] == g] for g in JUDGED}
+        numbers = [group_numbers(test, rows[group], chance) for group in JUDGED]
         means = [statistics.entity_means(rows[group]) for group in ("control", "main")]
         found.append(compare_groups(test, chance, *numbers, statistics.permutation_difference(*means)))
     return adjust(found)
@@ -150,7 +151,7 @@ def gather(records: list[dict], tests: list[str]) -> list[Evidence]:
 def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Iterator[Gate]:
     """The gates before any claim, in their order: those of `tests` (the taught order, if there is one, then the
     deciding test) and of what main was taught (`learned`: main's mean by test)."""
-    deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in GROUPS]
+    deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in JUDGED]
     unasked = [TASK_TYPES[test].long_title for test, mean in learned.items() if mean is None]
     unasked += [found.title for found in tests if not found.main.n + found.control.n and found.title not in unasked]
     text = f"this evaluation does not hold {', '.join(unasked)}" if unasked else "all questions were asked"
