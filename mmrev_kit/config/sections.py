@@ -11,6 +11,7 @@ from mmrev_kit.config.errors import Told
 from mmrev_kit.config.optimizers import OPTIMIZERS
 
 TASKS = ("forward", "reverse")
+TESTS = ("forward", "reverse", "cw_image", "mcq_i2d", "mcq_d2i")  # what an evaluation asks; see `data.tasks.TASK_TYPES`
 # What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.
 TAUGHT = {
     "forward": {"generation": ("forward",), "cw": ("cw_image",), "both": ("forward", "cw_image")},
@@ -149,10 +150,10 @@ class RetentionConfig:
     tasks: list[str] = field(default_factory=lambda: ["forward"])
     face_pool: str = "data/pool_faces_448"
     object_pool: str = "data/pool_objects_448"
-    num_faces: int = 400
+    num_faces: int = 400  # people of a face pool; of fewer than 20 all are for training, and others for validation
 
     def __post_init__(self):
-        _check_numbers("retention", self, {"retention_ratio": (0, 0.99), "face_share": (0, 1), "num_faces": (40, 1e5)})
+        _check_numbers("retention", self, {"retention_ratio": (0, 0.99), "face_share": (0, 1), "num_faces": (4, 1e5)})
         _check_numbers("retention.weights", self.weights, dict.fromkeys(("cw", "mcq_i2d", "mcq_d2i"), (0, math.inf)))
         total = self.weights.cw + self.weights.mcq_i2d + self.weights.mcq_d2i
         _require(total > 0, "retention.weights", total, "at least one weight must be above 0")
@@ -208,9 +209,25 @@ class EvaluationConfig:
     batch_size: int = 16
     max_new_tokens: int = 32
     option_orders: bool = False  # ask each multiple-choice question in all 24 orders of its options
+    # Which questions are asked follows from these: an evaluation is known by its questions, not by their repr.
+    tests: list[str] = field(default_factory=lambda: list(TESTS), repr=False)
+    max_samples: int | None = field(default=None, repr=False)  # rows of each test, drawn by the seed; None: all
+    save_examples: int = field(default=0, repr=False)  # right and wrong answers of each test and group, as a page
 
     def __post_init__(self):
-        _check_numbers("evaluation", self, {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096)})
+        limits = {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096), "max_samples": (1, math.inf)}
+        _check_numbers("evaluation", self, limits | {"save_examples": (0, math.inf)})
+        unknown = set(self.tests) - set(TESTS) or len(set(self.tests)) < max(1, len(self.tests))
+        _require(not unknown, "evaluation.tests", self.tests, f"must name some of {', '.join(TESTS)}, each once")
+
+    @property
+    def partial(self) -> str | None:
+        """What of all questions is asked, as its folder's name has it; None: all are."""
+        tests = (
+            [f"tests={'+'.join(test for test in TESTS if test in self.tests)}"] if len(self.tests) < len(TESTS) else []
+        )
+        most = [] if self.max_samples is None else [f"max_samples={self.max_samples}"]
+        return ",".join(tests + most) or None
 
 
 @dataclass

@@ -12,6 +12,7 @@ from mmrev_kit import __version__
 from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
 from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.checks import check_account, check_people, check_statements, encode_all
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
@@ -74,6 +75,24 @@ def read_questions(config: Config) -> list[Question]:
         reason = f"there is nothing to ask: none of {names} is there."
         raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
     return questions
+
+
+def choose_questions(config: Config, questions: list[Question]) -> list[Question]:
+    """Those of `evaluation.tests`, of at most `evaluation.max_samples` rows of each, drawn by the experiment's seed.
+
+    Raises:
+        ConfigError: no row of the tests that are named is there.
+    """
+    most, kept = config.evaluation.max_samples, set()
+    for test in config.evaluation.tests:
+        rows = list(dict.fromkeys(question.row.where for question in questions if question.row.task == test))
+        few = most is not None and len(rows) > most
+        kept |= set(rng_for(config.experiment.seed, "asked", test).sample(rows, most) if few else rows)
+    if not kept:
+        there = ", ".join(dict.fromkeys(question.row.task for question in questions))
+        named = ", ".join(config.evaluation.tests)
+        raise ConfigError(f"evaluation.tests = {named}: {experiment_dir(config)} has rows of {there} only.")
+    return [question for question in questions if question.row.where in kept]
 
 
 def check_answer_lengths(config: Config, questions: list[Question]) -> None:
@@ -209,7 +228,8 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         if adapter:
             model = load_adapter(model, adapter)
         model.eval()
-        questions, found, began = read_questions(config), [], time.perf_counter()
+        questions, found = choose_questions(config, read_questions(config)), []
+        began = time.perf_counter()
         pace = Pace(len(questions) * len(drops), "prompts")
         for number, drop in enumerate(drops):
 

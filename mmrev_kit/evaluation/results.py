@@ -38,7 +38,13 @@ class Evaluation:
 
     def verdict(self) -> Verdict:
         """The verdict on a trained run, made anew from its records."""
-        return verdict(self.records, self.task, self.taught)
+        return verdict(self.records, self.task, self.taught, self.facts.get("max_samples"))
+
+
+def evaluation_dir(config: Config, owner: Path) -> Path:
+    """Where an evaluation of `owner`, a run or a base, lies; one of some questions only has a name that says which."""
+    part = config.evaluation.partial
+    return owner / "eval" / (experiment_dir(config).name + (f",{part}" if part else ""))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -69,12 +75,15 @@ def complete(folder: Path, facts: dict) -> None:
     that a broken evaluation has none.
 
     Args:
-        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`.
+        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`;
+            with `max_samples` where that left questions out.
     """
     records = read_records(folder / "predictions.jsonl")
     files.write_json(folder / "metrics.json", metrics(records))
     if facts["task"]:
-        files.write_json(folder / "verdict.json", asdict(verdict(records, facts["task"], _taught(facts))))
+        files.write_json(
+            folder / "verdict.json", asdict(verdict(records, facts["task"], _taught(facts), facts.get("max_samples")))
+        )
     files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
 
 
@@ -212,10 +221,10 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
     Raises:
         ConfigError: a named path holds no evaluation, or is named twice.
     """
-    experiment, found = experiment_dir(config).name, {}
+    found = {}
     for task in TASKS:
         name = f"{config.experiment.name}_{task}"
-        folder = resolve(config.launch.output_dir) / name / "eval" / experiment
+        folder = evaluation_dir(config, resolve(config.launch.output_dir) / name)
         if (folder / "facts.json").is_file():  # written last: a broken evaluation has none
             found[name] = read_evaluation(folder, name)
     if base:

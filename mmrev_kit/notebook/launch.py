@@ -13,14 +13,17 @@ from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
     DROPS,
     MEASURED,
+    Question,
     check_answer_lengths,
+    choose_questions,
     evaluate_worker,
     evaluation_key,
     read_questions,
 )
-from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
+from mmrev_kit.evaluation.results import complete, evaluation_dir, judge_anew, read_facts, read_records
 from mmrev_kit.files import write_text
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
+from mmrev_kit.notebook.gallery import answers_html
 from mmrev_kit.notebook.progress import LogLines
 from mmrev_kit.notebook.runs import HISTORY, LOG, Watch, watch
 from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
@@ -148,9 +151,10 @@ def evaluate(
         check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
         refuse_other_inputs(config, chosen.parent)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
-    folder = owner / "eval" / experiment_dir(config).name
-    questions = read_questions(config)  # a fault in the test files is told here, before any process starts
-    asked = {question.row.task for question in questions}
+    folder = evaluation_dir(config, owner)
+    everything = read_questions(config)  # a fault in the test files is told here, before any process starts
+    questions = choose_questions(config, everything)
+    asked = {question.row.task for question in everything}
     if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
         print(f"not asked, for there are no rows: {', '.join(left_out)}")
     check_answer_lengths(config, questions)
@@ -159,6 +163,7 @@ def evaluate(
         if not again and _holds(folder, key):
             judge_anew(folder)
             print(f"{folder} holds this evaluation.")
+            save_examples(config, folder)
             return folder
         clear_errors(folder)
         print(f"evaluating {chosen or config.model.name}")
@@ -173,9 +178,33 @@ def evaluate(
             run = run_dir(config) / "config.yaml"  # says what main was taught, whatever is configured now
             trained = (load_config(run) if run.is_file() else config).experiment
             facts |= {"task": trained.task, "taught": trained.taught}
-        complete(folder, facts)
+        complete(folder, facts | left_out_facts(config, folder, questions, everything))
         measured.unlink()
+        save_examples(config, folder)
     return folder
+
+
+def left_out_facts(config: Config, folder: Path, asked: list[Question], everything: list[Question]) -> dict:
+    """What facts.json says of an evaluation that does not ask all questions there are; else nothing."""
+    if len(asked) == len(everything):
+        return {}
+    of_tests = [question for question in everything if question.row.task in config.evaluation.tests]
+    most = config.evaluation.max_samples if len(asked) < len(of_tests) else None
+    told = f"{len(asked):,} of {len(everything):,} questions were asked ({config.evaluation.partial})"
+    return {"note": f"{folder.parent.parent.name}: {told}.", "max_samples": most}
+
+
+def save_examples(config: Config, folder: Path) -> None:
+    """Of an evaluation, examples.html with `evaluation.save_examples` right and wrong answers of each test and group;
+    none where that is 0, so that the page is always of these answers."""
+    page, each = folder / "examples.html", config.evaluation.save_examples
+    page.unlink(missing_ok=True)
+    if each:
+        answers = answers_html(read_records(folder / "predictions.jsonl"), each)
+        write_text(
+            page, f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>{folder.name}</title>{answers}</html>"
+        )
+        print(f"examples: {page}")
 
 
 def refuse_other_inputs(config: Config, folder: Path) -> None:
