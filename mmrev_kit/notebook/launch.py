@@ -9,7 +9,6 @@ from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.run_data import people_digest
-from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
     DROPS,
     MEASURED,
@@ -152,12 +151,7 @@ def evaluate(
         refuse_other_inputs(config, chosen.parent)
     owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
     folder = evaluation_dir(config, owner)
-    everything = read_questions(config)  # a fault in the test files is told here, before any process starts
-    questions = choose_questions(config, everything)
-    asked = {question.row.task for question in everything}
-    if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
-        print(f"not asked, for there are no rows: {', '.join(left_out)}")
-    check_answer_lengths(config, questions)
+    questions, left_out = what_to_ask(config)
     key = evaluation_key(config, chosen, base, drops, questions)
     with held(folder):
         if not again and _holds(folder, key):
@@ -178,20 +172,30 @@ def evaluate(
             run = run_dir(config) / "config.yaml"  # says what main was taught, whatever is configured now
             trained = (load_config(run) if run.is_file() else config).experiment
             facts |= {"task": trained.task, "taught": trained.taught}
-        complete(folder, facts | left_out_facts(config, folder, questions, everything))
+        complete(folder, facts | left_out)
         measured.unlink()
         save_examples(config, folder)
     return folder
 
 
-def left_out_facts(config: Config, folder: Path, asked: list[Question], everything: list[Question]) -> dict:
-    """What facts.json says of an evaluation that does not ask all questions there are; else nothing."""
+def what_to_ask(config: Config) -> tuple[list[Question], dict]:
+    """The questions of an evaluation, and what its facts.json says where they are not all that there are.
+
+    Raises:
+        DataError, ConfigError: a fault in the test files, or an answer that cannot be given, before any process starts.
+    """
+    everything = read_questions(config)
+    there = {question.row.task for question in everything}
+    if missing := [f"{test}_test.jsonl" for test in config.evaluation.tests if test not in there]:
+        print(f"not asked, for there are no rows: {', '.join(missing)}")
+    asked = choose_questions(config, everything)
+    check_answer_lengths(config, asked)
     if len(asked) == len(everything):
-        return {}
+        return asked, {}
     of_tests = [question for question in everything if question.row.task in config.evaluation.tests]
-    most = config.evaluation.max_samples if len(asked) < len(of_tests) else None
     told = f"{len(asked):,} of {len(everything):,} questions were asked ({config.evaluation.partial})"
-    return {"note": f"{folder.parent.parent.name}: {told}.", "max_samples": most}
+    most = config.evaluation.max_samples if len(asked) < len(of_tests) else None
+    return asked, {"note": f"A part of an evaluation: {told}.", "max_samples": most}
 
 
 def save_examples(config: Config, folder: Path) -> None:
