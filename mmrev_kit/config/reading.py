@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mmrev_kit.config.flags import ELSEWHERE
 from mmrev_kit.config.project import hide_secrets, refuse_secrets, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 
@@ -56,6 +57,8 @@ def _merge(config, values: dict, where: str):
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = str(error).splitlines()[0]
+        if isinstance(error, ConfigKeyError) and (own := ELSEWHERE.get(key.rsplit(".", 1)[-1])):
+            reason = f"there is no such key; here it is {own}."
         raise ConfigError(f"{where}: {key}: {reason}") from None
 
 

@@ -14,7 +14,7 @@ from mmrev_kit.data.objects import make_object_pool
 from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
 from mmrev_kit.data.records import read_info
-from mmrev_kit.data.run_data import pool_folders, uses_retention
+from mmrev_kit.data.run_data import pool_folder, pool_folders, uses_retention
 from mmrev_kit.data.shapes import make_shapes
 from mmrev_kit.data.tasks import FAIR_GROUP, GROUPS
 
@@ -45,17 +45,21 @@ def ensure_data(config: Config) -> list[str]:
         rule = f"in groups of fewer than {FAIR_GROUP} their wrong options are pairs that training called wrong"
         made += f"; its I2D and D2I cannot be read: {rule}"
     said = [*(design or design_of(config)), made]  # your own people are counted once they are read
-    for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
-        wanted = {"kind": kind, "image_size": data.image_size}
-        if kind == "face":
-            wanted["num_faces"] = config.retention.num_faces
-            make_pool = partial(make_face_pool, pool, config.retention.num_faces, data.image_size, seed)
-        else:
-            make_pool = partial(make_object_pool, pool, data.image_size, seed)
-        line = _ensure(pool, wanted, f"retention.{kind}_pool", make_pool)
-        other = read_info(pool).get("seed", seed)
-        said.append(line if other == seed else f"{line}, made with seed {other}")
-    return said
+    return said + [ensure_pool(config, kind) for kind in (pool_folders(config) if uses_retention(config) else ())]
+
+
+def ensure_pool(config: Config, kind: str) -> str:
+    """Make the face or the object pool where it is absent, as `ensure_data` does; the line that says so."""
+    retention, size, seed = config.retention, config.data.image_size, config.experiment.seed
+    folder, wanted = pool_folder(config, kind), {"kind": kind, "image_size": size}
+    if kind == "face":
+        wanted["num_faces"] = retention.num_faces
+        make_pool = partial(make_face_pool, folder, retention.num_faces, size, seed)
+    else:
+        make_pool = partial(make_object_pool, folder, size, seed)
+    line = _ensure(folder, wanted, f"retention.{kind}_pool", make_pool)
+    other = read_info(folder).get("seed", seed)
+    return line if other == seed else f"{line}, made with seed {other}"
 
 
 def _ensure(

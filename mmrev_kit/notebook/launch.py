@@ -83,7 +83,7 @@ def _train(config: Config, folder: Path) -> dict:
         mark_ended(folder / HISTORY, how)
         show()
         own = saved.exists() and not changed_settings(config, folder / "config.yaml")
-        again = "run the same cell again" + (" with overwrite=False" if own and config.launch.overwrite else "")
+        again = "start it again" + (" with overwrite=False" if own and config.launch.overwrite else "")
         print(f"{how}; {again} to " + (f"go on from {saved}" if own else "start anew"))
         if how == "interrupted":
             raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
