@@ -139,10 +139,8 @@ def find_adapter(path: str) -> Path:
     """The folder of an adapter; ConfigError for one that is not there, with those that are."""
     folder = resolve(path)
     if not (folder / "adapter_config.json").is_file():
-        there = sorted(found.parent for found in resolve("outputs").glob("*/*/adapter_config.json"))
-        raise ConfigError(
-            f"{folder}: no adapter is there. There are {', '.join(map(str, there)) or 'none in outputs'}."
-        )
+        there = ", ".join(sorted(str(found.parent) for found in resolve("outputs").glob("*/*/adapter_config.json")))
+        raise ConfigError(f"{folder}: no adapter is there. In outputs there are {there or 'none'}.")
     return folder
 
 
