@@ -91,7 +91,7 @@ def make_parser() -> Parser:
             one.add_argument("--config", help="a YAML file, such as a run folder's config.yaml")
             one.add_argument("--overrides", default="", help="any other settings, as section.key=value words")
         for flag, setting in FLAGS.get(name, {}).items():
-            alone = {"nargs": "?", "const": "true"} if flag == "overwrite" else {}
+            alone = {"nargs": "?", "const": "true"} if flag in ("overwrite", "unbound") else {}
             known = {"choices": ["auto"]} if flag == "device_map" else {"metavar": "VALUE"}
             one.add_argument(f"--{flag}", help=f"the setting {setting}", **alone, **known)
         command.add(one)

@@ -27,6 +27,7 @@ FLAGS = {
         "max_samples": "evaluation.max_samples",
         "save_examples": "evaluation.save_examples",
         "device_map": "launch.mode",
+        "unbound": "adapter.unbound",
         "num_processes": "launch.num_processes",
         "output_dir": "launch.output_dir",
     },

@@ -17,6 +17,8 @@ from mmrev_kit.config.sections import Config, ConfigError
 
 NONE_WORDS = ("none", "null", "~")
 _SECTIONS = {section.name for section in fields(Config)}
+# Those that every configuration saved with a run of the first version has.
+_FIRST_SECTIONS = set("experiment model quantization lora data retention training evaluation memory launch".split())
 
 
 def _none_words(value):
@@ -115,7 +117,7 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
             raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
         _check_texts(loaded, str(file))
         config = _merge(config, loaded, str(file))
-        if loaded.keys() >= set(_SECTIONS) and "taught" not in loaded["experiment"]:
+        if loaded.keys() >= _FIRST_SECTIONS and "taught" not in loaded["experiment"]:
             config.experiment.taught = "generation"  # the whole configuration of a run of the first version
     refuse_secrets(overrides or "", "overrides")
     for word, key, value in _read_overrides(overrides or ""):

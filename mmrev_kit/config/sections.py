@@ -110,6 +110,11 @@ class LoraConfig:
 
 
 @dataclass
+class AdapterConfig:
+    unbound: bool = False  # put an adapter that no card of a run binds to this base onto it; every result then says so
+
+
+@dataclass
 class DataConfig:
     source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
     dir: str = "data"  # where experiments are kept
@@ -269,6 +274,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -114,14 +114,17 @@ def check_answer_lengths(config: Config, questions: list[Question]) -> None:
 
 
 def evaluation_key(
-    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
-) -> str:
+    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question],
+    more: tuple = (),
+) -> str:  # fmt: skip
     """A digest of everything that an evaluation's answers depend on: `base` stands for the weights, the small files of
-    the model for its processor (chat template, tokenizer, image mean), and the versions for the code."""
+    the model for its processor (chat template, tokenizer, image mean), and the versions for the code; `more` for what
+    its results say besides."""
     digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
     digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
     for question in questions:
         digest.update(repr(question).encode())
+    digest.update("".join(map(repr, more)).encode())
     digest.update(repr([__version__, *(version(name) for name in LIBRARIES)]).encode())
     processor = (
         EMBEDDED_MODEL
@@ -226,7 +229,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             print(f"{MARK}loading {config.model.name}", flush=True)
         model = load_base(**base_arguments(config, state.device))
         if adapter:
-            model = load_adapter(model, adapter)
+            model = load_adapter(model, adapter, config.adapter.unbound)
         model.eval()
         questions, found = choose_questions(config, read_questions(config)), []
         began = time.perf_counter()

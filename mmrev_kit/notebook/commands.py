@@ -120,7 +120,7 @@ def evaluate(given: Namespace) -> None:
         adapter = find_adapter(given.model_path)
         saved = adapter.parent / "config.yaml"
         if saved.is_file():  # of a run
-            default, more = str(saved), {"launch__output_dir": str(adapter.parent.parent)}
+            default = str(saved)
     if given.task:
         more["evaluation__tests"] = list(TESTS) if given.task == "all" else given.task.split(",")
     if given.device_map:
@@ -128,20 +128,22 @@ def evaluate(given: Namespace) -> None:
     config = read_flags(given, default, **more)
     folder = launch.evaluate(config, adapter and str(adapter), tuple(given.drops.split()))
     found = read_evaluation(folder)
-    print(*tables.notes({found.name: found}), sep="\n")
-    print(tables.direction_table({found.name: found}).to_string())
+    for line in tables.notes({found.name: found}):
+        print(f"NOTE: {line}")
+    for (_, direction), row in tables.direction_table({found.name: found}).iterrows():
+        print(*(f"{direction}, {form}: {cell}" for form, cell in row.items() if cell), sep="\n")
     if found.task:
-        print(*tables.verdict_lines(found.verdict()), sep="\n\n")
+        print(*tables.verdict_lines(found.verdict()), sep="\n")
     print(f"results: {folder}")
 
 
 def find_adapter(path: str) -> Path:
-    """The folder of an adapter; ConfigError for one that is not there, with those that are."""
-    folder = resolve(path)
-    if not (folder / "adapter_config.json").is_file():
-        there = ", ".join(sorted(str(found.parent) for found in resolve("outputs").glob("*/*/adapter_config.json")))
-        raise ConfigError(f"{folder}: no adapter is there. In outputs there are {there or 'none'}.")
-    return folder
+    """The folder of an adapter, or of a run's best one; ConfigError where none is there, with those in outputs/."""
+    for folder in (resolve(path), resolve(path) / "best"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    there = ", ".join(sorted(str(found.parent) for found in resolve("outputs").glob("*/*/adapter_config.json")))
+    raise ConfigError(f"{resolve(path)}: no adapter is there. In outputs there are {there or 'none'}.")
 
 
 def generate_data(given: Namespace) -> None:

@@ -1,0 +1,41 @@
+"""Adapters by name, and what an adapter must not be."""
+
+from pathlib import Path
+
+from mmrev_kit.config.project import resolve, run_dir
+from mmrev_kit.config.sections import Config, ConfigError
+
+
+def adapter_folder(config: Config, adapter: str) -> Path:
+    """The folder of an adapter: "best" or "final" of the configured run, or a path, of the adapter or of a folder with
+    such a `best/`.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if adapter in ("best", "final"):
+        return run_dir(config) / adapter
+    folder = resolve(adapter)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"adapter = {adapter!r}: must be best or final, of the run {run_dir(config)}, or a folder with an adapter, "
+            f"and there is no folder {folder}. One on the hub: `hf download` it first."
+        )
+    inner = folder / "best"
+    held = [(one / "adapter_config.json").is_file() for one in (folder, inner)]
+    return inner if held == [False, True] else folder
+
+
+def refuse_passed_over(peft_model, folder: Path) -> None:
+    """Raises ConfigError where an adapter would change nothing: virtual tokens, which only a model that is called
+    through PEFT sees, and layers whose weights the fast operations read past their modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    kind = peft_model.active_peft_config
+    if kind.is_prompt_learning:
+        raise ConfigError(f"{folder}: an adapter of virtual tokens ({kind.peft_type.value}), which is not asked here.")
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    changed = (name for name, part in peft_model.named_modules() if isinstance(part, kinds))
+    if past := [name for name in changed if name.endswith(("patch_embed.proj", "q_norm", "k_norm"))]:
+        raise ConfigError(f"{folder}: it changes {past[0]}, which an adapter cannot do here.")
