@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -23,21 +24,21 @@ from mmrev_kit.training.preflight import preflight, torch_build
 LAPTOP, RECIPE, FACES = (f"configs/{name}.yaml" for name in ("tiny_cpu", "config_qwen3vl32_fp16", "face_config"))
 
 
-def read_flags(given: Namespace, default: str, **more) -> Config:
+def read_flags(given: Namespace, default: str, more: dict | None = None) -> Config:
     """The configuration of a command line: --config, then --overrides, then the flags of `config.flags.FLAGS`.
 
     A training takes data and a pool that its flags name as they were made, whatever --config would make.
 
     Args:
         default: what is read without --config.
-        more: keys with dots as double underscores, and their values, as if by flags.
+        more: {"section.key": value}, as if by flags.
 
     Raises:
         ConfigError: see `load_config`; DataError: a note in a data folder that is no JSON.
     """
     named = {flag: value for flag in FLAGS[given.command] if (value := getattr(given, flag)) is not None}
     values = {FLAGS[given.command][flag]: value for flag, value in named.items()}
-    values |= {key.replace("__", "."): value for key, value in more.items()}
+    values |= more or {}
     file, made = given.config or default, " ".join(as_made(named) if given.command == "train" else [])
     if made and is_first():
         asked = load_config(file, given.overrides, values)
@@ -88,28 +89,30 @@ def train_as_worker(config: Config) -> None:
 def check_started(config: Config, started: int) -> None:
     """Raises ConfigError where another number of processes was started than was asked for: of accelerate, which starts
     one on a machine without GPUs unless it is told `--multi_gpu`, or by launch.num_processes."""
-    for source, asked in (
-        ("accelerate launch", None if "RANK" in os.environ else asked_of_accelerate()),
-        ("launch.num_processes", config.launch.num_processes),
-    ):
-        if asked not in (None, started):
-            if not is_first():
-                sys.exit(2)
-            raise ConfigError(
-                f"The launcher started {started} of the {asked} processes that {source} asks for. Without GPUs "
-                f"accelerate launch needs --multi_gpu to start several; `mmrev train --num_processes {asked}` needs no "
-                f"launcher; --num_processes {started} behind `train` says that {started} are meant."
-            )
+    asked, wanted = None if "RANK" in os.environ else asked_of_accelerate(), config.launch.num_processes
+    if asked in (None, started) and wanted in (None, started):
+        return
+    if not is_first():
+        sys.exit(2)
+    if asked not in (None, started):
+        raise ConfigError(
+            f"accelerate launch was asked for {asked} processes and has started {started}: without GPUs it needs "
+            f"--multi_gpu to start several. `mmrev train --num_processes {asked}` needs no launcher."
+        )
+    raise ConfigError(
+        f"launch.num_processes = {wanted}, but the launcher has started {started}. If so many are meant, give `train` "
+        f"--num_processes {started}; without GPUs accelerate launch starts 1 unless it is told --multi_gpu."
+    )
 
 
 def asked_of_accelerate() -> int | None:
     """The number of processes on the command line of the `accelerate launch` that started this one."""
     import psutil
-    from accelerate.commands.launch import launch_command_parser
 
     words = psutil.Process(os.getppid()).cmdline()
-    before = words[: words.index("mmrev_kit")] if "mmrev_kit" in words else []
-    return launch_command_parser().parse_known_args([*before, "mmrev_kit"])[0].num_processes if before else None
+    own = " ".join(words[: words.index("mmrev_kit")] if "mmrev_kit" in words else [])
+    asked = re.search(r"--num[_-]processes[= ](\d+)", own)
+    return int(asked[1]) if asked else None
 
 
 def evaluate(given: Namespace) -> None:
@@ -122,10 +125,10 @@ def evaluate(given: Namespace) -> None:
         if saved.is_file():  # of a run
             default = str(saved)
     if given.task:
-        more["evaluation__tests"] = list(TESTS) if given.task == "all" else given.task.split(",")
+        more["evaluation.tests"] = list(TESTS) if given.task == "all" else given.task.split(",")
     if given.device_map:
-        more |= {"quantization__bits": 16, "launch__num_processes": 1}  # one 16-bit model over all cards
-    config = read_flags(given, default, **more)
+        more |= {"quantization.bits": 16, "launch.num_processes": 1}  # one 16-bit model over all cards
+    config = read_flags(given, default, more)
     folder = launch.evaluate(config, adapter and str(adapter), tuple(given.drops.split()))
     found = read_evaluation(folder)
     for line in tables.notes({found.name: found}):

@@ -189,7 +189,7 @@ def test_another_number_of_processes_than_asked_for_is_an_error(monkeypatch):
     commands.check_started(config, 3)
     config.launch.num_processes = 8
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match=r"started 16 of the 8 processes that launch\.num_processes asks for"):
+    with pytest.raises(ConfigError, match=r"num_processes = 8, but the launcher has started 16\. .*num_processes 16"):
         commands.check_started(config, 16)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as end:  # the first process has said it
@@ -216,9 +216,12 @@ def test_accelerate_launch_starts_what_was_asked_for_or_is_refused(project, mmre
     there = {"HF_HOME": str(tmp_path)}
     train = "train --config configs/tiny_cpu.yaml --task reverse --overrides training.batch_size=128 --name"
     assert mmrev("generate-data --config configs/tiny_cpu.yaml --data_dir data/two")[0] == 0
-    for words, asked in (("--num_processes=2", 2), ("--num_processes=1", 4)):
+    for words, asked, told in (
+        ("--num_processes=2", 2, "accelerate launch was asked for 2 processes and has started 1: without GPUs"),
+        ("--num_processes=1", 4, "launch.num_processes = 4, but the launcher has started 1."),
+    ):
         done = accelerate(project, words, f"{train} refused --data_dir data/two --num_processes {asked}", **there)
-        assert done.returncode and "The launcher started 1 of the" in done.stderr, done.stderr
+        assert done.returncode and told in done.stderr, done.stderr
     assert not (project / "outputs" / "refused_reverse").exists()
     two = "--multi_gpu --num_processes=2 --mixed_precision=no --dynamo_backend=no"
     done = accelerate(project, two, f"{train} two --data_dir data/two --num_processes 2", **there)
