@@ -215,7 +215,7 @@ def test_accelerate_launch_starts_what_was_asked_for_or_is_refused(project, mmre
     )
     there = {"HF_HOME": str(tmp_path)}
     train = "train --config configs/tiny_cpu.yaml --task reverse --overrides training.batch_size=128 --name"
-    assert mmrev("generate-data --config configs/tiny_cpu.yaml --data_dir data/two")[0] == 0
+    assert mmrev("generate-data --data_dir data/two")[0] == 0
     for words, asked, told in (
         ("--num_processes=2", 2, "accelerate launch was asked for 2 processes and has started 1: without GPUs"),
         ("--num_processes=1", 4, "launch.num_processes = 4, but the launcher has started 1."),
