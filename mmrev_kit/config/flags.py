@@ -19,7 +19,11 @@ PARAMETERS = {
 _DATA = {name: PARAMETERS[name] for name in ("name", "seed")} | {"data_dir": "data.folder"}
 _POOL = {"face_retention_pool": "retention.face_pool"}
 FLAGS = {
-    "train": PARAMETERS | _DATA | _POOL | {"base_model": "model.name", "retention_ratio": "retention.retention_ratio"},
+    "train": PARAMETERS | _DATA | _POOL | {
+        "retention_ratio": "retention.retention_ratio",
+        "base_model": "model.name",
+        "mode": "launch.mode",
+    },
     "evaluate": {
         "data_dir": "data.folder",
         "base_model": "model.name",

@@ -265,7 +265,8 @@ class LaunchConfig:
 
     def __post_init__(self):
         _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
-        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data or auto")
+        self.mode = "data" if self.mode == "qlora" else self.mode  # the guide's name, as in the table of modes
+        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data (or qlora) or auto")
 
 
 @dataclass

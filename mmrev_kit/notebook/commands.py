@@ -124,6 +124,9 @@ def evaluate(given: Namespace) -> None:
         saved = adapter.parent / "config.yaml"
         if saved.is_file():  # of a run
             default = str(saved)
+    if given.data_dir and not resolve(given.data_dir).is_dir():
+        there = ", ".join(sorted(str(found.parent) for found in resolve("data").glob("*/entities.json")))
+        raise ConfigError(f"{resolve(given.data_dir)}: there is no such folder. In data there are {there or 'none'}.")
     if given.task:
         more["evaluation.tests"] = list(TESTS) if given.task == "all" else given.task.split(",")
     if given.device_map:

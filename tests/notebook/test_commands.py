@@ -130,6 +130,8 @@ def partial(project, mmrev, whole: Path) -> None:
         ("evaluate --model_path outputs/none/best", "outputs/none/best: no adapter is there. In outputs there are "),
         ("evaluate --device_map balanced", "invalid choice: 'balanced' (choose from 'auto')"),
         ("generate-face-retention-pool --num_entities 3", "retention.num_faces = 3: must be between 4 and"),
+        ("evaluate --data_dir data/none", "data/none: there is no such folder. In data there are "),
+        ("train --config configs/tiny_cpu.yaml --mode zero", "launch.mode = 'zero': must be data (or qlora) or auto."),
         ("memory --card V99", "card = 'V99': must be one of V100 32"),
     ],
 )
@@ -145,6 +147,33 @@ def test_help_names_the_setting_behind_each_flag(mmrev, command):
     assert status == 0
     for flag, setting in flags.FLAGS[command].items():
         assert re.search(rf"--{flag} (\[?VALUE\]?|{{auto}}) the setting {re.escape(setting)}( |$)", text), flag
+
+
+def flagged(line: str):
+    """The configuration of a command line's flags."""
+    return commands.read_flags(program.make_parser().parse_args(shlex.split(line)), "configs/tiny_cpu.yaml")
+
+
+def test_flags_win_over_overrides_and_these_over_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("lora: {r: 2}\ntraining: {num_epochs: 2, batch_size: 2}\n")
+    words = "--overrides 'training.num_epochs=3 training.batch_size=3' --batch_size 4 --retention_ratio 0.1 --overwrite"
+    config = flagged(f"train --config {tmp_path}/mine.yaml {words} --mode qlora")
+    assert (config.lora.r, config.training.num_epochs, config.training.batch_size) == (2, 3, 4)
+    assert (config.retention.retention_ratio, config.launch.overwrite, config.launch.mode) == (0.1, True, "data")
+    assert flagged("train").data.num_main == 13  # the laptop's, without a file
+
+
+def test_a_training_takes_the_folders_that_its_flags_name_as_they_were_made(small_data, capsys):
+    """4 + 4 people of 32 pixels and a pool of 40; the laptop's would be 13 + 13 of 64 and 400."""
+    words = f"--data_dir {small_data}/small --face_retention_pool {small_data}/pool"
+    config = flagged(f"train {words} --seed 3")
+    assert (config.data.num_main, config.data.num_control, config.data.image_size) == (4, 4, 32)
+    assert config.retention.num_faces == 40 and config.experiment.seed == 3  # a flag's own value is kept
+    told = capsys.readouterr().out
+    assert "NOTE: data.num_main = 4, as what is there was made with, and not 13\n" in told
+    assert "NOTE: retention.num_faces = 40, as" in told and len(told.splitlines()) == 4
+    assert flagged(f"train {words} --overrides data.num_main=5").data.num_main == 5
+    assert flagged(f"generate-data --data_dir {small_data}/small").data.num_main == 13  # which is refused then
 
 
 def test_every_setting_behind_a_name_is_there():
