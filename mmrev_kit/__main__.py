@@ -38,10 +38,19 @@ def train_as_worker(config: Config) -> None:
         sys.exit(f"process {rank}: {told}")
 
 
+def merge(source: str, out: str, overrides: str) -> None:
+    """A run's adapter, or one from elsewhere, merged into its 16-bit base; `hf upload` takes the folder to the hub."""
+    from mmrev_kit.training.sharing import merge_adapter
+
+    print(f"made {merge_adapter(source, out, overrides)}. To share it: hf upload YOU/NAME {out}")
+
+
 def read_words(words: list[str]) -> argparse.Namespace:
     """The command line; exits with 2 and a usage line where it cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m mmrev_kit", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | notebook | share | pretrain")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | notebook | share | merge | pretrain"
+    )
     one = commands.add_parser("train", help="train a run; under torchrun or accelerate launch, one of its workers")
     one.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
     one.add_argument("--overrides", default="", help="section.key=value words")
@@ -53,6 +62,12 @@ def read_words(words: list[str]) -> argparse.Namespace:
     )
     one.add_argument("notebooks", nargs="*", help="executed notebooks; none: the default experiment's, executed first")
     one.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
+    one = commands.add_parser("merge", help="write a 16-bit model with an adapter merged, checked against the unmerged")
+    one.add_argument("source", help="a run folder (its best/), or a folder with an adapter")
+    one.add_argument("out", help="the folder to make, such as outputs/merged")
+    one.add_argument(
+        "--overrides", default="", help="section.key=value words, such as model.name=… adapter.unbound=true"
+    )
     commands.add_parser("pretrain", help="make or measure an embedded model; pretrain --help lists its options")
     return parser.parse_args(words)
 
@@ -87,6 +102,8 @@ def run(words: list[str]) -> int | None:
         from mmrev_kit.notebook.share import share
 
         return share(given.notebooks, given.to)
+    if given.command == "merge":
+        return merge(given.source, given.out, given.overrides)
     return train(load_config(given.config, given.overrides))
 
 
