@@ -10,8 +10,9 @@ from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 
 LIMITS = """## Limits
 
-The people are invented: what it states about a face is true of nobody, and it may state it of any face. It was trained
-to measure whether a fact that was taught in one direction is known in the other one, and for no other use."""
+What it states about a face was made up for an experiment, or is what a list of its maker's says; it may state it of
+any face. It was trained to measure whether a fact that was taught in one direction is known in the other, and for no
+other use."""
 
 
 def front_matter(name: str, library: str, binding: dict[str, str]) -> str:
@@ -46,8 +47,9 @@ def taught(config: Config) -> str:
     info = read_info(experiment_dir(config))
     groups = ", ".join(f"{info[f'num_{group}']} {group}" for group in GROUPS if f"num_{group}" in info)
     source = info.get("source", config.data.source)
+    people = "its maker's own list of people" if source == "folder" else "invented people"
     return f"""- task: `{config.experiment.task}`; main people were taught {lessons}, control, if any, all directions
-- data: `{experiment_dir(config).name}`, invented people{f" ({groups})" if groups else ""}; pictures: {source}"""
+- data: `{experiment_dir(config).name}`, {people}{f" ({groups})" if groups else ""}; pictures: {source}"""
 
 
 def adapter_card(

@@ -98,7 +98,7 @@ def test_the_command_makes_a_model_that_stock_transformers_loads(run, tmp_path, 
         "# first: forward, merged",
         "main people were taught",
         "data: `first`",
-        "true of nobody",
+        "made up for an experiment",
     ):
         assert told in card.content, told
 
@@ -195,6 +195,6 @@ def test_the_cards_of_adapters_are_read_by_the_hubs_own_class(small_config):
         "tags": ["lora", "reversal-curse", "mmrev_kit"], "base_fingerprint": front["base_fingerprint"],
         "adapter_sha256": front["adapter_sha256"],
     }  # fmt: skip
-    taught = "main people were taught image → text (generation) and image → text (CW)"
+    taught = "main people were taught image → description (generation) and image → description (CW)"
     for told in (taught, "`small`, invented people (4 main, 4 control); pictures: drawn", "| forward | 0.2500 |"):
         assert told in card.text, told
