@@ -68,6 +68,12 @@ def _add_share(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a run folder (its best/), or a folder with an adapter")
+    parser.add_argument("out", help="the folder to make, such as outputs/merged")
+    parser.add_argument("--overrides", default="", help="section.key=value words, such as adapter.unbound=true")
+
+
 COMMANDS = {
     "train": Command("train a run; under torchrun or accelerate launch, one of its workers", "train"),
     "evaluate": Command("ask the tests of an adapter, or of a base model", "evaluate", _add_evaluate),
@@ -77,6 +83,7 @@ COMMANDS = {
     "doctor": Command("look at the machine before a run", "doctor"),
     "notebook": Command("execute a notebook and render it, into the run folder", "notebook", _add_notebook),
     "share": Command("write pages that stand alone, of executed notebooks or the default run", "share", _add_share),
+    "merge": Command("write a 16-bit model with an adapter merged, checked against the unmerged", "merge", _add_merge),
     "pretrain": Command("make or measure an embedded model; pretrain --help lists its options", ""),
 }
 

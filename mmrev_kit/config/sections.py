@@ -6,6 +6,7 @@ says what differs.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmrev_kit.config.errors import Told
 from mmrev_kit.config.optimizers import OPTIMIZERS
@@ -116,11 +117,13 @@ class AdapterConfig:
 
 @dataclass
 class DataConfig:
-    source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
+    source: str = "drawn"  # folder: your own people; diffusers: by image_model; shapes: the format check
     dir: str = "data"  # where experiments are kept
     folder: str | None = None  # this run's experiment; None: <dir>/<experiment.name>. Many runs may name the same one
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
+    image_model: str | None = None  # of source diffusers: any text-to-image pipeline, a folder or a name on the hub
+    image_options: dict[str, Any] = field(default_factory=dict)  # of its call, such as {num_inference_steps: 4}
     link_images: bool = False  # link to the images instead of copying them
     allow_outside: bool = False  # images outside the data's own folder and the project, too
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
@@ -130,13 +133,17 @@ class DataConfig:
     images_per_entity: int = 1
 
     def __post_init__(self):
-        _check_words("data", self, {"source": ("drawn", "folder", "shapes")})
-        if self.source == "folder":
-            for name in ("entities_file", "images_dir"):
-                _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
-        elif self.entities_file is not None:
-            rule = "is read where data.source is folder only; set it so, or leave this out"
-            _require(False, "data.entities_file", self.entities_file, rule)
+        _check_words("data", self, {"source": ("drawn", "folder", "diffusers", "shapes")})
+        needed = {"folder": ("entities_file", "images_dir"), "diffusers": ("image_model",)}
+        for name in needed.get(self.source, ()):
+            rule = f"is needed where data.source is {self.source}"
+            _require(getattr(self, name) is not None, f"data.{name}", None, rule)
+        for name, source in (("entities_file", "folder"), ("image_model", "diffusers"), ("image_options", "diffusers")):
+            value, rule = (
+                getattr(self, name),
+                f"is read where data.source is {source} only; set it so, or leave this out",
+            )
+            _require(not value or self.source == source, f"data.{name}", value, rule)
         _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
 
 

@@ -13,6 +13,7 @@ from mmrev_kit.data.folder import changed_pictures, make_folder_experiment
 from mmrev_kit.data.objects import make_object_pool
 from mmrev_kit.data.people import make_experiment
 from mmrev_kit.data.pools import make_face_pool
+from mmrev_kit.data.portraits import make_portraits
 from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import pool_folder, pool_folders, uses_retention
 from mmrev_kit.data.shapes import make_shapes
@@ -32,11 +33,15 @@ def ensure_data(config: Config) -> list[str]:
     """
     data, seed = config.data, config.experiment.seed
     wanted = {"source": data.source, "seed": seed, "images_per_entity": data.images_per_entity}
-    if data.source == "drawn":
+    if data.source in ("drawn", "diffusers"):
         wanted |= {name: getattr(data, name) for name in ("num_main", "num_control", "image_size")}
+    if data.source == "diffusers":
+        wanted |= {name: getattr(data, name) for name in ("image_model", "image_options")}
     if data.source == "folder" and resolve(data.entities_file).is_file():
         wanted["entities_file_sha256"] = sha256(resolve(data.entities_file).read_bytes()).hexdigest()
-    make = {"drawn": make_experiment, "folder": make_folder_experiment, "shapes": make_shapes}[data.source]
+    make = {
+        "drawn": make_experiment, "folder": make_folder_experiment, "diffusers": make_portraits, "shapes": make_shapes,
+    }[data.source]  # fmt: skip
     folder = experiment_dir(config)
     design = design_of(config)
     look = partial(changed_pictures, folder, data) if data.source == "folder" else list

@@ -5,11 +5,11 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from mmrev_kit.config.project import hide_secrets, model_path
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.files import checksum
 from mmrev_kit.model.base_files import read_config, read_object, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
@@ -110,8 +110,8 @@ def check_base(adapter: Path, base: Callable[..., str], name: str, unbound: bool
     """
     reason, there = _why_unbound(adapter, base, name), (adapter / "adapter_config.json").is_file()
     if reason and not (unbound and there):
-        way = f" To ask it on {name} all the same set adapter.unbound=true; every result then says so." if there else ""
-        raise ConfigError(f"{adapter}{reason}{way}")
+        way = f" To put it onto {name} all the same set adapter.unbound=true; every result then says so."
+        raise ConfigError(f"{adapter}{reason}{way if there else ''}")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
     return reason and f"{adapter}{reason}"
@@ -182,32 +182,6 @@ def fingerprint(folder: str | Path, version: int = VERSION) -> str:
 def _marked(facts: list, version: int) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return digest if version == 1 else f"{version}-{digest}"
-
-
-def checksum(file: Path) -> str:
-    """The SHA-256 of a file in hex digits.
-
-    In the hub's cache it is the file's name, as the hub gave it. Of other files it is kept in `HF_HOME/mmrev_kit` by
-    path, size and times, so that 64 GB are read once; not where `HF_HOME` is no absolute path.
-    """
-    from huggingface_hub.constants import HF_HOME
-
-    file = file.resolve()
-    if file.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", file.name):
-        return file.name
-    state = file.stat()
-    facts = f"{file}\n{state.st_size}\n{state.st_mtime_ns}\n{state.st_ctime_ns}"
-    kept = Path(HF_HOME) / "mmrev_kit" / hashlib.sha256(facts.encode()).hexdigest()
-    trusted = kept.is_absolute()  # else it would be another one for each folder that one stands in
-    if trusted and kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
-        return known
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    with suppress(OSError):  # a folder that cannot be written to only costs the time again
-        if trusted:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(digest, encoding="utf-8")
-    return digest
 
 
 def _samples(folder: Path) -> list:

@@ -201,3 +201,11 @@ def share(given: Namespace) -> int | None:
     from mmrev_kit.notebook.share import share
 
     return share(given.notebooks, given.to)
+
+
+def merge(given: Namespace) -> None:
+    """Merge a run's adapter, or one from elsewhere, into its 16-bit base; `hf upload` takes the folder to the hub."""
+    from mmrev_kit.training.sharing import merge_adapter
+
+    made = merge_adapter(given.source, given.out, given.overrides)
+    print(f"made {made}. To share it: hf upload YOU/NAME {given.out}")

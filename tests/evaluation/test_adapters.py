@@ -51,7 +51,7 @@ def save_stock(folder: Path, config) -> Path:
 
 
 def test_an_adapter_from_elsewhere_is_refused_in_a_sentence_that_names_the_way(small_config, elsewhere):
-    told = r"no model card with a base_fingerprint in it\. To ask it on embedded-one-order .* adapter\.unbound=true"
+    told = r"no model card with a base_fingerprint in it\. To put it onto embedded-one-order .* adapter\.unbound=true"
     with pytest.raises(ConfigError, match=told):
         evaluate(small_config(ONE_ORDER), str(elsewhere))
     with pytest.raises(ConfigError, match=r"must be best or final, .* there is no folder .*nowhere.*`hf download`"):
