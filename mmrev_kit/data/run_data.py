@@ -237,7 +237,11 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     return data, files.faults + faults
 
 
+def pool_folder(config: Config, kind: str) -> Path:
+    """Where the face or the object pool lies."""
+    return resolve({"face": config.retention.face_pool, "object": config.retention.object_pool}[kind])
+
+
 def pool_folders(config: Config) -> dict[str, Path]:
     """The pools this run draws from, by kind."""
-    folders = {"face": config.retention.face_pool, "object": config.retention.object_pool}
-    return {kind: resolve(folders[kind]) for kind in _pool_shares(config.retention)}
+    return {kind: pool_folder(config, kind) for kind in _pool_shares(config.retention)}

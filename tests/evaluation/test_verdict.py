@@ -231,6 +231,13 @@ def test_the_numbers_of_a_curse():
     assert "CW: main TPR 0.50, FPR 0.50, AUROC 0.50; control TPR 1.00, FPR 0.00, AUROC 1.00." in found.sentence
 
 
+def test_of_a_draw_of_the_questions_nothing_is_claimed():
+    whole, some = (verdict.verdict(answers(FAILED), "forward", None, most) for most in (None, 12))
+    assert (whole.claim, some.claim, some.reason) == (CURSE, INCONCLUSIVE, "questions")
+    assert "asked at most 12 questions of each test (evaluation.max_samples)" in some.sentence
+    assert {one.claim for one in some.beside} == {INCONCLUSIVE} and some.evidence == whole.evidence
+
+
 def test_only_the_gates_of_the_nearer_claim_are_shown():
     assert [gate.name for gate in judged({}).gates[-2:]] == ["accuracy above its midpoint", "AUROC above its midpoint"]
     early = judged({}, n_control=0)
