@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import __version__
-from mmrev_kit.config.project import EMBEDDED_MODEL, experiment_dir
+from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import rng_for
@@ -22,7 +22,7 @@ from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.data.tasks import CHOICE, LETTERS, TASK_TYPES, Row
 from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.files import write_json, write_jsonl
-from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, is_random, model_folder
+from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, processor_folder, stands_in
 from mmrev_kit.model.features import LIBRARIES
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
@@ -126,11 +126,7 @@ def evaluation_key(
         digest.update(repr(question).encode())
     digest.update("".join(map(repr, more)).encode())
     digest.update(repr([__version__, *(version(name) for name in LIBRARIES)]).encode())
-    processor = (
-        EMBEDDED_MODEL
-        if is_random(config.model.name)
-        else model_folder(config.model.name, config.model.revision, False)
-    )
+    processor = processor_folder(config.model.name, config.model.revision)
     small = {path for pattern in SMALL_FILES for path in processor.glob(pattern)}
     files = {image for question in questions for image in question.row.images}
     for file in [*sorted(small), *sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
@@ -253,7 +249,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             facts = {
                 "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
                 "adapter": adapter,
-                "processor": "stand-in: the embedded tokenizer" if is_random(config.model.name) else "the model's own",
+                "processor": "stand-in: the embedded tokenizer" if stands_in(config.model.name) else "the model's own",
                 "prompts": len(found),
                 "prompts_per_second": len(found) / seconds,
                 "seconds": seconds,

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mmrev_kit.config.project import hide_secrets, model_path
+from mmrev_kit.config.project import EMBEDDED_MODEL, hide_secrets, model_path, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import checksum
-from mmrev_kit.model.base_files import read_config, read_object, weight_files
+from mmrev_kit.model.base_files import FAMILY, family_in, read_config, read_object, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
 FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
@@ -88,6 +88,37 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = hide_secrets(str(error).strip().splitlines()[0])
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
+
+
+def known_config(config: Config) -> Path | None:
+    """The configured model's config.json or architecture file; None for a model that is not here yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = config.model.name
+    source = model_path(name)
+    if source.exists():
+        return source / "config.json" if source.is_dir() else source
+    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def processor_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with a base's processor. A random Qwen3-VL's is the embedded model's, a random model's of another
+    family lies beside its architecture file."""
+    if not is_random(name):
+        return model_folder(name, revision, weights=False)
+    return EMBEDDED_MODEL if stands_in(name) else resolve(name).parent
+
+
+def stands_in(name: str) -> bool:
+    """Whether a base is a random Qwen3-VL, for which the embedded model's tokenizer stands in."""
+    return is_random(name) and family_of(name) == FAMILY
+
+
+def family_of(name: str, revision: str | None = None) -> str:
+    """transformers' word for a base's family, its `model_type`."""
+    path = resolve(name) if is_random(name) else model_folder(name, revision, weights=False) / "config.json"
+    return family_in(path, name)
 
 
 def is_random(name: str) -> bool:

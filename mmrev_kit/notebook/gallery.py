@@ -4,6 +4,7 @@ import base64
 import io
 from collections import Counter
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 from mmrev_kit.config.errors import Told
@@ -101,7 +102,8 @@ def prompt_html(sample: Sample, encoder: Encoder) -> str:
         if token == encoder.image_id:
             run += 1
             if sample.input_ids[position + 1] != encoder.image_id:
-                pieces.append(f"{_picture(next(images))}<span style='{TOKEN['special']}'>{run} tokens</span>")
+                shown = "".join(map(_picture, islice(images, 1)))  # other families may write a picture in several runs
+                pieces.append(f"{shown}<span style='{TOKEN['special']}'>{run} tokens</span>")
                 run = 0
             continue
         kind = "answer" if position >= sample.answer_start else "special" if token in specials else "text"

@@ -39,8 +39,9 @@ from mmrev_kit.model.loading import (
     trainable,
 )
 from mmrev_kit.model.packing import gather_images, image_key
+from mmrev_kit.model.plain import takes_fast_path, text_config
 from mmrev_kit.model.processor import make_encoder
-from mmrev_kit.model.qwen3vl import drop_tower, text_config
+from mmrev_kit.model.qwen3vl import drop_tower
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
@@ -184,7 +185,7 @@ class Run:
     history: History
     batcher: Batcher
     memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
-    peak_flops: float | None = None  # FLOP/s of one card's matrix products; None: not known
+    peak_flops: float | None = None  # FLOP/s of one card's matrix products; None: not known, or the model's are not
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
@@ -256,7 +257,7 @@ def check_disk(config: Config, task: Prepared, steps: int, dtype, device) -> Non
         ConfigError: with what is needed for what, and what is free.
     """
     shapes, features = configured_shapes(config), 0
-    if config.memory.cache_features:
+    if config.memory.cache_features and shapes:
         shape = 1 + shapes.v_deepstack, shapes.hidden_size
         features = bytes_to_write(config, task.encoder, used_samples(task), shape, dtype, device)
     if problems := disk_problems(config, free_bytes(config), shapes, 2 * STEP_BYTES * steps, features):
@@ -290,7 +291,7 @@ def start(config: Config, state) -> Run:
         history=History(run_dir(config) / "training_history.json"),
         batcher=batcher,
         memory=memory,
-        peak_flops=measure_peak_flops(state.device, dtype),
+        peak_flops=measure_peak_flops(state.device, dtype) if takes_fast_path(base) else None,
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
     run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}

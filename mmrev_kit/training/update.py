@@ -15,7 +15,7 @@ from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch, from_labels
 from mmrev_kit.model.fused import takes_wanted
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.plain import core_model
 from mmrev_kit.training.throughput import peak_memory_gib, speed
 
 
@@ -29,7 +29,7 @@ class TrainingError(Told, RuntimeError):
 
 
 def sample_losses(model, batch: Batch | dict, device, dtype):
-    """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, <|im_end|> included.
+    """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, with the one that ends it.
 
     Args:
         batch: from a `Batcher`, or from `Encoder.collate`.
