@@ -75,8 +75,11 @@ class PlainEncoder(Encoder):
         """The prompt of a row as text, and the prompt with its answer and the token that ends it.
 
         Raises:
+            ConfigError: the row shows no picture.
             PromptError: a text holds what the tokenizer would read as one of its added tokens.
         """
+        if not row.images:
+            raise ConfigError("mitigation.identity: rows without a picture are for Qwen3-VL alone. Set it to 0.")
         parts = self.parts(row)
         texts = [part for part in parts if not isinstance(part, Path)]
         for text in (*texts, row.answer):

@@ -168,7 +168,7 @@ class Encoder:
                 raise PromptError(reason, "Crop or replace the image.")
         limit = self.max_pixels
         images = [self.image_ids(size, limit) for size in sizes]
-        if sum(map(len, images)) > room:
+        if sizes and sum(map(len, images)) > room:
             limit = max(room // len(sizes), 0) * self.factor**2
             if limit >= self.min_pixels:
                 images = [self.image_ids(size, limit) for size in sizes]
@@ -196,7 +196,8 @@ class Encoder:
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
-            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3).
+            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3). The last two are left out
+            where no sample has an image.
         """
         import torch
 
@@ -216,9 +217,11 @@ class Encoder:
             "attention_mask": mask,
             "mm_token_type_ids": ((ids == self.image_id) & (mask == 1)).int(),
             "labels": labels,
-            "image_grid_thw": torch.tensor([[1, self.merge * rows, self.merge * columns] for rows, columns in sides]),
         }
-        if with_pixels:
+        if sides:
+            grid = [[1, self.merge * rows, self.merge * columns] for rows, columns in sides]
+            batch["image_grid_thw"] = torch.tensor(grid)
+        if sides and with_pixels:
             batch |= self.image_inputs([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
         return batch
 

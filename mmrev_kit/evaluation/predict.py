@@ -12,6 +12,7 @@ from mmrev_kit import __version__
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.checks import check_account, check_people, check_statements, encode_all
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
@@ -76,6 +77,24 @@ def read_questions(config: Config) -> list[Question]:
     return questions
 
 
+def choose_questions(config: Config, questions: list[Question]) -> list[Question]:
+    """Those of `evaluation.tests`, of at most `evaluation.max_samples` rows of each, drawn by the experiment's seed.
+
+    Raises:
+        ConfigError: no row of the tests that are named is there.
+    """
+    most, kept = config.evaluation.max_samples, set()
+    for test in config.evaluation.tests:
+        rows = list(dict.fromkeys(question.row.where for question in questions if question.row.task == test))
+        few = most is not None and len(rows) > most
+        kept |= set(rng_for(config.experiment.seed, "asked", test).sample(rows, most) if few else rows)
+    if not kept:
+        there = ", ".join(dict.fromkeys(question.row.task for question in questions))
+        named = ", ".join(config.evaluation.tests)
+        raise ConfigError(f"evaluation.tests = {named}: {experiment_dir(config)} has rows of {there} only.")
+    return [question for question in questions if question.row.where in kept]
+
+
 def check_answer_lengths(config: Config, questions: list[Question]) -> None:
     """Refuse a question whose expected answer is longer than any that the model may give.
 
@@ -95,14 +114,17 @@ def check_answer_lengths(config: Config, questions: list[Question]) -> None:
 
 
 def evaluation_key(
-    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
-) -> str:
+    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question],
+    more: tuple = (),
+) -> str:  # fmt: skip
     """A digest of everything that an evaluation's answers depend on: `base` stands for the weights, the small files of
-    the model for its processor (chat template, tokenizer, image mean), and the versions for the code."""
+    the model for its processor (chat template, tokenizer, image mean), and the versions for the code; `more` for what
+    its results say besides."""
     digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
     digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
     for question in questions:
         digest.update(repr(question).encode())
+    digest.update("".join(map(repr, more)).encode())
     digest.update(repr([__version__, *(version(name) for name in LIBRARIES)]).encode())
     processor = processor_folder(config.model.name, config.model.revision)
     small = {path for pattern in SMALL_FILES for path in processor.glob(pattern)}
@@ -203,9 +225,10 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             print(f"{MARK}loading {config.model.name}", flush=True)
         model = load_base(**base_arguments(config, state.device))
         if adapter:
-            model = load_adapter(model, adapter)
+            model = load_adapter(model, adapter, config.adapter.unbound)
         model.eval()
-        questions, found, began = read_questions(config), [], time.perf_counter()
+        questions, found = choose_questions(config, read_questions(config)), []
+        began = time.perf_counter()
         pace = Pace(len(questions) * len(drops), "prompts")
         for number, drop in enumerate(drops):
 

@@ -111,7 +111,10 @@ class Batcher:
             yield make(micro_batch.content)
 
     def images(self, images: list[tuple[Path, int]]) -> dict:
-        """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
+        """What the model is given of these images, in the order of their tokens: features, or pixels without them;
+        nothing where there are none."""
+        if not images:
+            return {}
         if self.features is not None and all(image in self.features for image in images):
             features = [self.features.get(image) for image in images]
             return as_model_input(features, self.device)

@@ -18,7 +18,8 @@ from mmrev_kit.config import sections
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
+from mmrev_kit.model.adapters import attach_adapter
+from mmrev_kit.model.base_files import read_object, refuse_tensors
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.finite import refuse_not_finite, sums_of_quantized
 from mmrev_kit.model.fused import fuse
@@ -312,33 +313,21 @@ def set_recomputed(model, kept_layers: int) -> None:
 
 
 @strict()
-def load_adapter(model, folder: str | Path):
+def load_adapter(model, folder: str | Path, unbound: bool = False):
     """A saved adapter on its base, for inference: a `peft.PeftModel`.
 
     Args:
         model: from `load_base`; it is changed.
         folder: with the adapter and its model card, as a run's `best/` and `final/` are.
+        unbound: take an adapter in peft's format from elsewhere, which no card binds to this base, too.
 
     Raises:
         ConfigError: the adapter was trained on another base (both fingerprints are named); a file of it is missing or
-            broken; or its tensors are not those that its adapter_config.json asks for, one for one.
+            broken; its tensors are not those that its adapter_config.json asks for, one for one; or it is of a kind
+            that would not count here.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    folder = Path(folder)
-    check_base(folder, model.fingerprint, model.name_or_path)
-    read_object(folder / "adapter_config.json")
-    stored = tensor_shapes(folder / "adapter_model.safetensors")
-    try:
-        peft_model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)  # refused below, by name
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'} fits no adapter of this model ({error}). {AGAIN}"
-        ) from None
-    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    reshaped = [name for name, shape in stored.items() if wanted.get(name, shape) != shape]
-    refuse_tensors(str(folder), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), reshaped)
+    check_base(Path(folder), model.fingerprint, model.name_or_path, unbound)
+    peft_model = attach_adapter(model, Path(folder))
     fuse(model)
     return peft_model
 

@@ -164,10 +164,10 @@ def _shown(path: str) -> str:
     return _picture(Path(path)) if Path(path).is_file() else f"[{escape(Path(path).name)}]"
 
 
-def answers_html(records: list[dict]) -> str:
-    """For each test and group the first right and the first wrong answer to a whole prompt."""
-    chosen: dict[tuple, dict] = {}
+def answers_html(records: list[dict], each: int = 1) -> str:
+    """For each test and group the first `each` right and as many wrong answers to whole prompts."""
+    chosen: dict[tuple, list[dict]] = {}
     for record in records:
         if record["drop"] == "none" and record["right"] is not None:
-            chosen.setdefault((record["test"], record["group"], record["right"]), record)
-    return "".join(map(answer_html, chosen.values()))
+            chosen.setdefault((record["test"], record["group"], record["right"]), []).append(record)
+    return "".join(answer_html(record) for found in chosen.values() for record in found[:each])
