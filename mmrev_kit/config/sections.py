@@ -208,6 +208,9 @@ class EvaluationConfig:
     batch_size: int = 16
     max_new_tokens: int = 32
     option_orders: bool = False  # ask each multiple-choice question in all 24 orders of its options
+    # All five tests by log-probability after each epoch of a training; nothing is decided on them. An evaluation does
+    # not depend on it, and is not made again for it: its key is a digest of this section's `repr`.
+    by_epoch: bool = field(default=False, repr=False)
 
     def __post_init__(self):
         _check_numbers("evaluation", self, {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096)})

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.questions import read_questions
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
@@ -16,7 +17,6 @@ from mmrev_kit.evaluation.predict import (
     check_answer_lengths,
     evaluate_worker,
     evaluation_key,
-    read_questions,
 )
 from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
 from mmrev_kit.files import write_text

@@ -13,6 +13,7 @@ from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
 from mmrev_kit.config.reporting import MARK, Pace, decimal, duration, loss_text, timing
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.files import DiskFull, write_json, write_text
 
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
@@ -37,7 +38,8 @@ class History:
     """The record of a run, written to training_history.json as it grows.
 
     `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
-    `steps` (one record an optimizer step, see `update.update`) and `epochs` (one record a validation).
+    `steps` (one record an optimizer step, see `update.update`) and `epochs` (one record a validation, with
+    `evaluation.by_epoch` also `tests`, see `by_epoch.ask`, and `tests_seconds`, part of `seconds`).
     """
 
     def __init__(self, path: Path):
@@ -67,6 +69,8 @@ class History:
         if self._pace:
             num_epochs = self.data["total_steps"] // self.data["steps_per_epoch"]
             print(f"{MARK}{epoch_line(record, num_epochs)}", flush=True)
+            if "tests" in record:
+                print(f"{MARK}{tests_line(record)}", flush=True)
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
@@ -105,6 +109,20 @@ def epoch_line(record: dict, num_epochs: int) -> str:
         f"epoch {record['epoch']}/{num_epochs}: train {loss_text(record['train_loss'])}, validation {losses}, "
         f"lr {record['lr']:g}, {verdict}, {duration(record['seconds'])}{end}"
     )
+
+
+def tests_line(record: dict) -> str:
+    """An epoch's tests in one line of text: accuracy by test, main / control."""
+    parts = []
+    for test, people in record["tests"].items():
+        groups: dict[str, list[int]] = {}
+        for person in people.values():
+            total = groups.setdefault(person["group"], [0, 0])
+            total[0], total[1] = total[0] + person["right"], total[1] + person["asked"]
+        shares = " / ".join(decimal(right / asked) for _, (right, asked) in sorted(groups.items(), reverse=True))
+        parts.append(f"{TASK_TYPES[test].title} {shares}")
+    groups = " / ".join(sorted(groups, reverse=True))
+    return f"tests after epoch {record['epoch']} ({groups}): {', '.join(parts)}, {record['tests_seconds']:.1f} s"
 
 
 def mark_ended(path: Path, status: str) -> None:

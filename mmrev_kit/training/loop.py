@@ -11,6 +11,7 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config
 from mmrev_kit.files import tidy
+from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
 from mmrev_kit.training.diagnose import check_finite, check_learning, explain
 from mmrev_kit.training.history import begin_run, overwrite_status
@@ -69,10 +70,13 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
             raise TrainingError(f"The validation loss of {source} is {loss}. {explain(run, run.task.val[source])}")
     taught = run.config.experiment.main_is_taught
     decision = run.schedule.observe(sum(losses[task] for task in taught) / len(taught))
+    tests, asking = {}, time.perf_counter()
+    if run.task.asked:
+        tests = {"tests": ask(run), "tests_seconds": time.perf_counter() - asking}
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
         record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}
-        record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began}
+        record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began} | tests
         if decision.improved:
             save_adapter(run, run.folder / "best", losses)
         run.history.add_epoch(record)
