@@ -1,4 +1,4 @@
-"""`python -m mmrev_kit`: a run without a notebook, a notebook without JupyterLab, a new embedded model.
+"""`python -m mmrev_kit`: a run or a sweep without a notebook, a notebook without JupyterLab, a new embedded model.
 
 `train` does what notebooks/train.ipynb does. Started by `torchrun` or `accelerate launch` it is one of their workers.
 """
@@ -41,10 +41,17 @@ def train_as_worker(config: Config) -> None:
 def read_words(words: list[str]) -> argparse.Namespace:
     """The command line; exits with 2 and a usage line where it cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m mmrev_kit", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | notebook | share | pretrain")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | sweep | notebook | share | pretrain"
+    )
     one = commands.add_parser("train", help="train a run; under torchrun or accelerate launch, one of its workers")
     one.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
     one.add_argument("--overrides", default="", help="section.key=value words")
+    one = commands.add_parser("sweep", help="train and evaluate every run of a sweep, as notebooks/sweep.ipynb does")
+    one.add_argument("sweep", help="a file such as configs/sweeps/taught.yaml")
+    one.add_argument("--seeds", help="numbers in one word, such as '0 1'; those of the file")
+    one.add_argument("--parallel", type=int, help="runs at once; as many as the cores or cards make sense for")
+    one.add_argument("--overrides", default="", help="section.key=value words that hold in every run")
     one = commands.add_parser("notebook", help="execute a notebook with papermill and render it, into the run folder")
     one.add_argument("name", help="a notebook in notebooks/, without .ipynb")
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
@@ -87,7 +94,23 @@ def run(words: list[str]) -> int | None:
         from mmrev_kit.notebook.share import share
 
         return share(given.notebooks, given.to)
+    if given.command == "sweep":
+        return sweep(given)
     return train(load_config(given.config, given.overrides))
+
+
+def sweep(given: argparse.Namespace) -> int:
+    """Run a sweep, and write its table; returns 1 where a run failed."""
+    from mmrev_kit.notebook import sweep_results, sweep_runs
+    from mmrev_kit.notebook.sweeps import read_sweep
+
+    study = read_sweep(given.sweep, seeds=given.seeds, overrides=given.overrides)
+    print(study, flush=True)
+    results = sweep_runs.run_sweep(study, given.parallel)
+    for name, one in sweep_results.pooled(results).items():
+        print(f"{name}: {one.verdict().claim}")
+    print(sweep_results.write_csv(study, results))
+    return int(any(result.error for result in results))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrev_kit.config.project import resolve
-from mmrev_kit.config.reading import differences, load_config, read_yaml
+from mmrev_kit.config.reading import NONE_WORDS, differences, load_config, read_yaml
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.notebook.parameters import PARAMETERS
 
 OWN = ("experiment.name", "experiment.seed")  # a sweep sets them itself
 
@@ -152,7 +153,10 @@ def make_points(grid: dict) -> tuple[dict[str, list], list[Point]]:
     for levels in itertools.product(*axes.values()):
         chosen = dict(zip(axes, levels, strict=True))
         settings = {key: value for axis, level in chosen.items() for key, value in axes[axis][level].items()}
-        words = [str(level) if "." not in axis else f"{level}" for axis, level in chosen.items()]
+        words = [
+            level if isinstance(level, str) and level != "null" else f"{axis.rpartition('.')[2]} {level}"
+            for axis, level in chosen.items()
+        ]
         points.append(Point(chosen, settings, ", ".join(words) or "base"))
     return {axis: list(levels) for axis, levels in axes.items()}, points
 
@@ -185,14 +189,16 @@ def read_sweep(
         ConfigError: before anything is made: a key that a sweep's file does not have, a configuration that cannot be
             used, runs of one name, settings given that the grid sets, or seeds whose people would be the same.
     """
+    given = {"name": name, "config": config, "seeds": seeds, "num_epochs": num_epochs, "output_dir": output_dir}
+    given = {key: value for key, value in given.items() if value is not None and str(value).lower() not in NONE_WORDS}
     file = SweepFile(**read_yaml(sweep, SweepFile))
-    file.config = config or file.config
-    given = {"training.num_epochs": num_epochs, "launch.output_dir": output_dir}
-    given = {key: value for key, value in given.items() if value is not None and str(value).lower() != "none"}
-    words = f"{override_words(file.settings)} {overrides or ''} {override_words(given)}"
-    axes, points = make_points(file.grid)
-    found = Sweep(name or resolve(sweep).stem, file, words, axes, points, read_seeds(seeds or file.seeds))
+    file.config = given.pop("config", file.config)
+    name, seeds = given.pop("name", resolve(sweep).stem), given.pop("seeds", file.seeds)
+    own = override_words({PARAMETERS[key]: value for key, value in given.items()})
+    words = f"{override_words(file.settings)} {overrides or ''} {own}"
     try:
+        axes, points = make_points(file.grid)
+        found = Sweep(name, file, words, axes, points, read_seeds(seeds))
         check_sweep(found)
     except ConfigError as error:
         raise ConfigError(f"{sweep}: {error}") from None
