@@ -17,9 +17,11 @@ def train(config: Config) -> None:
     """Train in new processes; under torchrun or accelerate launch, as one of their workers."""
     from mmrev_kit.data.make import ensure_data
     from mmrev_kit.notebook.launch import launch
+    from mmrev_kit.training.tracking import refuse_missing
 
     if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return train_as_worker(config)  # of torchrun, of accelerate
+    refuse_missing(config)
     for line in ensure_data(config):
         print(line)
     launch(config)

@@ -243,10 +243,12 @@ class LaunchConfig:
     cpu_gib: float | None = None  # mode auto: host memory it may take before it goes to disk; None: all
     output_dir: str = "outputs"
     overwrite: bool = False
+    tracking: str | None = None  # tensorboard, trackio or wandb: the history there, too; each is an extra of its own
 
     def __post_init__(self):
         _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
         _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data or auto")
+        _check_words("launch", self, {"tracking": (None, "tensorboard", "trackio", "wandb")})
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from mmrev_kit.config.reporting import decimal
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.metrics import of_epoch
-from mmrev_kit.notebook.drawing import LIMIT, drawn, test_axes, whole_numbers
+from mmrev_kit.notebook.drawing import INK, LIMIT, drawn, test_axes, whole_numbers
 from mmrev_kit.notebook.plots import GROUP_STYLES, MARKERS
 
 LINES = ("-", "--", ":", "-.")
@@ -18,12 +18,12 @@ def _finish(figure, axes: dict, groups: list[str], more: dict[str, tuple[str, st
         axis.set(ylim=(-0.05, 1.05), title=f"{task.title}\n{task.direction}")
         axis.grid(axis="y", alpha=0.25)
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
-    handles = [
-        Line2D([], [], color=GROUP_STYLES[group][1], marker=GROUP_STYLES[group][0], label=group) for group in groups
-    ]
-    handles += [
-        Line2D([], [], color="gray", marker=mark, linestyle=line, label=label) for label, (mark, line) in more.items()
-    ]
+    handles = []
+    for group in groups:
+        marker, color = GROUP_STYLES[group]
+        handles.append(Line2D([], [], color=color, marker="" if more else marker, label=group))
+    for label, (marker, line) in more.items():
+        handles.append(Line2D([], [], color=INK, marker=marker, linestyle=line, label=label))
     handles.append(Line2D([], [], color=LIMIT, linestyle="--", linewidth=1, label="chance"))
     for text in figure.legend(handles=handles, loc="outside lower left", ncols=4).get_texts():
         text.set_parse_math(False)
@@ -95,12 +95,15 @@ def levels_figure(name: str, levels: list, lines: dict[str, dict]):
     for test, axis in axes.items():
         for number, (label, group) in enumerate(series):
             shift = 0.5 * width * ((number + 0.5) / len(series) - 0.5)
-            told += _draw_series(axis, test, group, label, lines[label], x, shift, styles[label])
+            style = styles[label] if len(lines) > 1 else (GROUP_STYLES[group][0], "-")
+            told += _draw_series(axis, test, group, label, lines[label], x, shift, style)
         axis.set_xticks(list(x.values()), [str(level) for level in levels], fontsize=8)
-        axis.tick_params(axis="x", labelrotation=0 if max(map(len, map(str, levels)), default=0) < 9 else 20)
         axis.set_xlabel(name)
         for text in [axis.xaxis.label, *axis.get_xticklabels()]:
             text.set_parse_math(False)
+        if max(map(len, map(str, levels)), default=0) > 5:
+            for text in axis.get_xticklabels():
+                text.set(rotation=30, ha="right", rotation_mode="anchor")
     _finish(figure, axes, [g for g in GROUP_STYLES if g in shown], styles if len(styles) > 1 else {})
     figure.alt = f"Accuracy over {name}. {'; '.join(told)}."
     return figure

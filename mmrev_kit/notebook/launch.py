@@ -28,6 +28,7 @@ from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
 from mmrev_kit.training.preflight import preflight
+from mmrev_kit.training.tracking import refuse_missing
 from mmrev_kit.training.update import TrainingError
 
 
@@ -54,6 +55,7 @@ def launch(config: Config) -> dict:
         ConfigError: nothing was started; the message says what to change.
         TrainingError: the run ended with an error; the message is the failing worker's own.
     """
+    refuse_missing(config)
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
     folder = run_dir(config)

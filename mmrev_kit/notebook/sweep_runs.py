@@ -27,6 +27,7 @@ from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.preflight import read_cards
 from mmrev_kit.training.processes import leave_error
+from mmrev_kit.training.tracking import refuse_missing
 
 LOG = "run.log"
 
@@ -134,7 +135,7 @@ def run_one(sweep: Sweep, point: Point, seed: int, shares: SimpleQueue, stop: th
                 run_job(run_worker, job, folder, LOG, *arguments, show=heed)
             return read_result(config, point, seed)
         except Told as error:
-            return Result(point, seed, error=str(error))
+            return Result(point, seed, error=str(error).removeprefix("TrainingError: "))
 
 
 @contextmanager
@@ -160,9 +161,10 @@ def run_sweep(sweep: Sweep, parallel: int | None = None) -> list[Result]:
         A result a run, in the order of `Sweep.runs`.
 
     Raises:
-        ConfigError: the sweep is under way elsewhere, or see `deal`.
+        ConfigError: the sweep is under way elsewhere, its tracker is missing, or see `deal`.
         KeyboardInterrupt: after all processes have ended; the same call goes on with what is left.
     """
+    refuse_missing(sweep.base)
     shares, stop, found = SimpleQueue(), threading.Event(), {}
     dealt = deal(parallel, sweep.base.launch.num_processes)
     for share in dealt:

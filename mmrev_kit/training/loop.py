@@ -18,6 +18,7 @@ from mmrev_kit.training.history import begin_run, overwrite_status
 from mmrev_kit.training.processes import begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.scheduler import warnings_for
+from mmrev_kit.training.tracking import refuse_missing, start_tracker
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
 
 
@@ -102,6 +103,7 @@ def train(config: Config, state) -> None:
             print(f"{MARK}NOTE: {warning}", flush=True)
         begin_run(config)
         write_manifest(run)
+        run.history.tracker = start_tracker(run)
         run.history.begin()
     try:
         with on_interrupt(note_interrupt):
@@ -132,6 +134,7 @@ def worker(config: Config) -> None:
 
 def launched_worker(config: Config) -> None:
     """What each worker runs that `torchrun` or `accelerate launch` started: nobody has prepared the folder for it."""
+    refuse_missing(config)
     with worker_state(run_dir(config)) as state, ExitStack() as stack:
         if begin(config, state, stack):
             train(config, state)
