@@ -96,7 +96,8 @@ def test_every_shipped_sweep_can_be_read_and_says_what_it_asks(path):
     try:
         sweep = read_sweep(str(path))
     except ConfigError as error:  # of conditions that are being made
-        assert path.stem in ("shared_people", "format_bridge", "identity") and "share_both" in str(error) + "mitigation"
+        assert path.stem in ("shared_people", "format_bridge", "identity")
+        assert "Key 'share_both' not in" in str(error) or "Key 'mitigation' not in" in str(error)
         pytest.skip(str(error))
     assert sweep.file.question.endswith("?") and len(sweep.seeds) == 3 and len(sweep.runs()) <= 30
 
