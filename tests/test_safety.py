@@ -430,3 +430,11 @@ def test_no_token_reaches_a_file_of_the_run(project):
     assert len(json.loads((folder / "manifest.json").read_text())["git_commit"]) == 40
     for path in files:
         assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_terminal_without_utf8_shows_what_is_said_all_the_same():
+    words = "from mmrev_kit.__main__ import main; print(main(['train', '--config', 'ï.yaml'])); print('é')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, env=environment)
+    assert done.stdout == "2\n\\xe9\n"
+    assert "\\xef.yaml" in done.stderr and "Traceback" not in done.stderr

@@ -1,10 +1,12 @@
 """What a step computes: its batch, the answers' logits, the loss, the optimizers and the rate."""
 
 from collections import Counter
+from functools import partial
 
 import numpy
 import torch
 from torch.nn.functional import cross_entropy, interpolate
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from mmrev_kit.data.pools import Subject
 from mmrev_kit.data.prompts import Encoder
@@ -149,6 +151,31 @@ def right_answers(logits, batch: dict):
     return (torch.zeros(len(batch["kinds"]), device=wrong.device).index_add_(0, batch["owner"], wrong) == 0).float()
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, with the matrices of one shape taken together: the same step in a tenth of the GPU's launches."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, tuple[list, list, list]] = {}
+            for part in group["params"]:
+                momentum = self.state[part].setdefault("momentum_buffer", torch.zeros_like(part))
+                for found, value in zip(
+                    alike.setdefault(part.shape, ([], [], [])), (part, part.grad, momentum), strict=True
+                ):
+                    found.append(value)
+            one = partial(
+                _zeropower_via_newtonschulz,
+                ns_coefficients=group["ns_coefficients"], ns_steps=group["ns_steps"], eps=group["eps"],
+            )  # fmt: skip
+            for shape, (parts, grads, momenta) in alike.items():
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                steps = torch.vmap(one)(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))
+                torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+                rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], shape)
+                torch._foreach_add_(parts, list(steps.to(parts[0].dtype).unbind()), alpha=-rate)
+
+
 def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers (Jordan et al. 2024; update sizes as in Liu et al. 2025, "Muon is scalable
     for LLM training"), AdamW for the rest; without `muon` AdamW for all."""
@@ -159,7 +186,7 @@ def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
     if muon:
-        found.append(torch.optim.Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 

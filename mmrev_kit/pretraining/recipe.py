@@ -16,7 +16,7 @@ class Recipe:
 
     orders: str = "both"  # of CW questions: both (half of them image first) or one (text first only)
     seed: int = 0
-    steps: int = 5500
+    steps: int = 4000
     prompts: int = 512  # a step
     rate: float = 2e-3
     warmup: int = 200  # steps

@@ -300,6 +300,29 @@ def test_every_parameter_has_one_optimizer(small):
     assert sum(len(group["params"]) for group in alone.param_groups) == len(taken)
 
 
+def test_muon_takes_the_steps_of_the_librarys_own():
+    torch.manual_seed(0)
+    shapes = [(8, 16), (8, 16), (16, 8), (8, 8)]
+    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    ours = [torch.nn.Parameter(part.detach().clone()) for part in theirs]
+    settings = {"lr": 0.01, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = torch.optim.Muon(theirs, **settings), learning.Muon(ours, **settings)
+    began = [part.detach().clone() for part in ours]
+    for _ in range(3):
+        for one, other in zip(theirs, ours, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, one, other in zip(began, theirs, ours, strict=True):
+        moved = (one - start).norm()
+        assert moved > 0.03 and (one - other).norm() < 0.05 * moved  # the products are rounded to bfloat16
+        momenta = [
+            optimizer.state[part]["momentum_buffer"] for optimizer, part in zip(optimizers, (one, other), strict=True)
+        ]
+        torch.testing.assert_close(*momenta)
+
+
 def test_a_save_rounds_the_run_so_that_going_on_is_exact(tmp_path):
     """With the real optimizers on small layers: one that goes on from the files, and one that was not interrupted."""
     recipe, runs = Recipe(), []
