@@ -67,6 +67,8 @@ def launch(config: Config) -> dict:
         if finished:
             LogLines(folder / LOG, from_start=True).show()
             print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
+            if config.evaluation.by_epoch and not any("tests" in record for record in finished["epochs"]):
+                print("NOTE: it was trained without evaluation.by_epoch, and has no tests by epoch.")
             return finished
         return _train(config, folder)
 

@@ -26,6 +26,7 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
+from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
@@ -50,6 +51,7 @@ class Rehearsal:
     estimate: dict
     memory: dict
     updates: int
+    tests_share: float | None = None  # of the tests after an epoch, in the time that its training takes
 
     def table(self):
         """A pandas DataFrame: estimated and measured GiB side by side."""
@@ -67,6 +69,8 @@ class Rehearsal:
             f"{self.device}: built in {self.seconds_to_build:.0f} s, {self.updates} updates, "
             f"{self.samples_per_second:.2f} samples/s"
         )
+        if self.tests_share is not None:
+            text += f"; the tests after an epoch take {self.tests_share:.1%} of the time that its training takes"
         if self.allocated_gib is None:
             return f"{text}; a CPU run's resident memory ({self.resident_gib:.2f} GiB) measures nothing of a card"
         return f"{text}; {self.allocated_gib:.2f} GiB allocated, {self.estimate['allocated']:.2f} estimated"
@@ -106,7 +110,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     began = time.perf_counter()
     for samples in heaviest[1:]:
         record = update(run, samples)
-    seconds = time.perf_counter() - began
+    speed = sum(map(len, heaviest[1:])) / (time.perf_counter() - began)
     if not math.isfinite(record["loss"]):
         raise TrainingError(f"The loss is {record['loss']}. {explain(run, samples)}")
     if run.memory:
@@ -117,10 +121,10 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         split = partial(split_updates, heaviest, config, shapes, image_id, 1)
         found = candidate(configured, shapes, split, 1).estimate
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
-    return Rehearsal(
+    measured = Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",
         seconds_to_build=built,
-        samples_per_second=sum(map(len, heaviest[1:])) / seconds,
+        samples_per_second=speed,
         allocated_gib=peak_memory_gib(state.device) if cuda else None,
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
@@ -129,6 +133,11 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         memory=free_settings(run.config.memory),
         updates=updates,
     )
+    if run.task.asked:  # after the memory of training was read
+        began = time.perf_counter()
+        ask(run)
+        measured.tests_share = (time.perf_counter() - began) * speed / run.task.plan.rows_per_epoch
+    return measured
 
 
 def rehearse_worker(config: Config, updates: int, folder: str) -> None:
