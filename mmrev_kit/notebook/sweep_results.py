@@ -102,7 +102,7 @@ def claim_table(sweep: Sweep, results: list[Result]):
     for point in sweep.points:
         mine = [result for result in results if result.point == point]
         rows += [_claim_row(sweep, point, one.seed, one.evaluation, one.history, one.error) for one in mine]
-        if seeds := by_point(mine)[point]:
+        if seeds := by_point(mine).get(point):
             rows.append(_claim_row(sweep, point, "all", pool(point.name, seeds)))
     return pandas.DataFrame(rows).set_index(["point", "seed"]).fillna("")
 

@@ -25,7 +25,7 @@ def test_tests_by_epoch_stand_at_whole_epochs_with_their_intervals():
     figure = curves.tests_figure({"epochs": epochs})
     (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("forward")]
     (main,) = lines_of(axis, "main")
-    assert main.get_xdata() == (1, 2) and main.get_ydata() == (0.25, 0.5)
+    assert list(main.get_xdata()) == [1, 2] and list(main.get_ydata()) == [0.25, 0.5]
     assert "forward, main, by epoch 0.25, 0.50; forward, control, by epoch 1.00, 1.00" in figure.alt
     assert all(float(tick).is_integer() for tick in axis.get_xticks())
     assert any(line.get_ydata()[0] == 0.25 and line.get_linestyle() == "--" for line in axis.lines)  # a guess among 4
@@ -37,7 +37,7 @@ def numbers(accuracy: float, low: float, high: float) -> dict:
     return {"accuracy": accuracy, "cluster_interval": [low, high], "chance": 0.5}
 
 
-def tests(main: float) -> dict:
+def found_of(main: float) -> dict:
     groups = {"main": numbers(main, main - 0.1, main + 0.05), "control": numbers(0.9, 0.8, 1.0)}
     return {"reverse": {"all": numbers(0.7, 0.6, 0.8)} | groups}
 
@@ -49,7 +49,10 @@ def test_levels_that_are_numbers_stand_at_their_values_and_words_side_by_side():
 
 @pytest.mark.parametrize("lines", [("",), ("a", "b")])
 def test_every_point_of_a_sweep_is_drawn_with_its_interval_and_its_seeds(lines):
-    found = {line: {0: (tests(0.5), [tests(0.4), tests(0.6)]), 0.5: (tests(0.75), [tests(0.75)])} for line in lines}
+    found = {
+        line: {0: (found_of(0.5), [found_of(0.4), found_of(0.6)]), 0.5: (found_of(0.75), [found_of(0.75)])}
+        for line in lines
+    }
     figure = curves.levels_figure("data.share_both", [0, 0.5], found)
     (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("CW\n")]
     drawn = [bar for bar in axis.containers if bar.lines[0].get_color() == GROUP_STYLES["main"][1]]
