@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.tasks import GROUPS
 
 PROJECT = "mmrev_kit"
 
@@ -89,5 +90,5 @@ def group_shares(record: dict) -> dict[str, dict[str, float]]:
         for person in people.values():
             total = totals.setdefault(person["group"], [0, 0])
             total[0], total[1] = total[0] + person["right"], total[1] + person["asked"]
-        found[test] = {group: right / asked for group, (right, asked) in totals.items()}
+        found[test] = {group: totals[group][0] / totals[group][1] for group in GROUPS if group in totals}
     return found

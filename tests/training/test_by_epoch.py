@@ -18,7 +18,7 @@ from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import score_options, score_samples
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.training.by_epoch import ask, count
-from mmrev_kit.training.history import read_history
+from mmrev_kit.training.history import read_history, tests_line
 from mmrev_kit.training.loop import train
 from mmrev_kit.training.run import prepare, start
 
@@ -142,6 +142,12 @@ def test_numbers_of_an_epoch_by_hand():
     plain = {name: {key: person[key] for key in ("group", "asked", "right")} for name, person in people.items()}
     told = of_epoch({"forward": plain})["forward"]["main"]
     assert told["chance"] == 0.5 and told["rates"] is None  # two descriptions to choose among
+
+
+def test_the_line_about_an_epochs_tests_names_main_first():
+    people = {"c": {"group": "control", "asked": 4, "right": 3}, "m": {"group": "main", "asked": 8, "right": 2}}
+    line = tests_line({"epoch": 2, "tests": {"reverse": people, "mcq_d2i": people}, "tests_seconds": 1.26})
+    assert line == "tests after epoch 2 (main / control): CW 0.25 / 0.75, D2I 0.25 / 0.75, 1.3 s"
 
 
 def test_a_log_probability_that_is_not_finite_stops_the_run(small_config, state, monkeypatch):
