@@ -3,7 +3,7 @@
 from mmrev_kit.config.reporting import decimal
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.metrics import of_epoch
-from mmrev_kit.notebook.drawing import INK, LIMIT, drawn, test_axes, whole_numbers
+from mmrev_kit.notebook.drawing import INK, LIMIT, axes_by_test, drawn, whole_numbers
 from mmrev_kit.notebook.plots import GROUP_STYLES, MARKERS
 
 LINES = ("-", "--", ":", "-.")
@@ -40,7 +40,7 @@ def tests_figure(history: dict):
     epochs = {record["epoch"]: of_epoch(record["tests"]) for record in history["epochs"] if "tests" in record}
     if not epochs:
         return None
-    figure, axes, _ = test_axes(5.2)
+    figure, axes, _ = axes_by_test(5.2)
     shown, told = set(), []
     for test, axis in axes.items():
         curves: dict[str, list[tuple]] = {}
@@ -78,7 +78,7 @@ def levels_figure(name: str, levels: list, lines: dict[str, dict]):
         name, levels: of the axis along x.
         lines: {line: {level: (tests, [tests of each seed])}}, tests as {test: {group: numbers}} of `metrics.metrics`.
     """
-    figure, axes, _ = test_axes(6.0)
+    figure, axes, _ = axes_by_test(6.0)
     x = dict(zip(levels, places(levels), strict=True))
     width = min((b - a for a, b in zip(sorted(x.values()), sorted(x.values())[1:], strict=False)), default=1.0)
     shown = {

@@ -81,7 +81,7 @@ def grid(rows: int, columns: int, height: float, **more):
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
-def test_axes(height: float):
+def axes_by_test(height: float):
     """A Figure with a row a direction and a column a format, {test: its axis}, and the axis that is left, empty."""
     cells = {(task.direction, task.format): task.name for task in TASK_TYPES.values()}
     directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))

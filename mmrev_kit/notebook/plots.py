@@ -9,11 +9,11 @@ from mmrev_kit.notebook.drawing import (
     INK,
     LIMIT,
     SMALL,
+    axes_by_test,
     drawn,
     grid,
     log_scale,
     subplots,
-    test_axes,
     whole_numbers,
 )
 
@@ -219,7 +219,7 @@ def accuracy_figure(metrics: dict[str, dict]):
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
-    figure, axes, left = test_axes(6.4)
+    figure, axes, left = axes_by_test(6.4)
     key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
     left.text(-0.15, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
     for test, axis in axes.items():

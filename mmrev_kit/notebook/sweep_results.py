@@ -38,7 +38,7 @@ def settings_of(point: Point) -> dict:
     return point.levels | point.settings
 
 
-def test_rows(start: dict, tests: dict[str, dict[str, dict]]) -> list[dict]:
+def rows_by_test(start: dict, tests: dict[str, dict[str, dict]]) -> list[dict]:
     """Rows of sweep.csv: a test and group each.
 
     Args:
@@ -76,14 +76,14 @@ def sweep_table(results: list[Result]):
         if result.error:
             rows.append(start | {"error": result.error})
             continue
-        rows += test_rows(start | {"claim": result.evaluation.verdict().claim}, result.evaluation.metrics["none"])
+        rows += rows_by_test(start | {"claim": result.evaluation.verdict().claim}, result.evaluation.metrics["none"])
         for record in result.history["epochs"]:
-            rows += test_rows(start | {"epoch": record["epoch"]}, of_epoch(record.get("tests", {})))
+            rows += rows_by_test(start | {"epoch": record["epoch"]}, of_epoch(record.get("tests", {})))
     for point, seeds in by_point(results).items():
         if seeds:
             one = pool(point.name, seeds)
             start = {"point": point.name} | settings_of(point) | {"claim": one.verdict().claim}
-            rows += test_rows(start, one.metrics["none"])
+            rows += rows_by_test(start, one.metrics["none"])
     table = pandas.DataFrame(rows, columns=["point", *names, *COLUMNS])
     return table.astype({name: "Int64" for name in ("seed", "epoch", "n", "people")})
 

@@ -78,7 +78,7 @@ class History:
             num_epochs = self.data["total_steps"] // self.data["steps_per_epoch"]
             print(f"{MARK}{epoch_line(record, num_epochs)}", flush=True)
             if "tests" in record:
-                print(f"{MARK}{tests_line(record)}", flush=True)
+                print(f"{MARK}{asked_line(record)}", flush=True)
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
@@ -126,7 +126,7 @@ def epoch_line(record: dict, num_epochs: int) -> str:
     )
 
 
-def tests_line(record: dict) -> str:
+def asked_line(record: dict) -> str:
     """An epoch's tests in one line of text: accuracy by test, main / control."""
     shares = {TASK_TYPES[test].title: groups for test, groups in group_shares(record).items()}
     parts = [f"{title} {' / '.join(map(decimal, groups.values()))}" for title, groups in shares.items()]

@@ -18,7 +18,7 @@ from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import score_options, score_samples
 from mmrev_kit.notebook.launch import launch
 from mmrev_kit.training.by_epoch import ask, count
-from mmrev_kit.training.history import read_history, tests_line
+from mmrev_kit.training.history import asked_line, read_history
 from mmrev_kit.training.loop import train
 from mmrev_kit.training.run import prepare, start
 
@@ -146,7 +146,7 @@ def test_numbers_of_an_epoch_by_hand():
 
 def test_the_line_about_an_epochs_tests_names_main_first():
     people = {"c": {"group": "control", "asked": 4, "right": 3}, "m": {"group": "main", "asked": 8, "right": 2}}
-    line = tests_line({"epoch": 2, "tests": {"reverse": people, "mcq_d2i": people}, "tests_seconds": 1.26})
+    line = asked_line({"epoch": 2, "tests": {"reverse": people, "mcq_d2i": people}, "tests_seconds": 1.26})
     assert line == "tests after epoch 2 (main / control): CW 0.25 / 0.75, D2I 0.25 / 0.75, 1.3 s"
 
 
