@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mmrev_kit.config.reporting import decimal, duration
-from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.data.tasks import GROUPS, TASK_TYPES
 from mmrev_kit.evaluation.metrics import of_epoch
 from mmrev_kit.evaluation.results import Evaluation, pool
 from mmrev_kit.files import write_text
@@ -112,7 +112,7 @@ def _claim_row(
 ) -> dict:
     row: dict = {"point": point.name, "seed": seed}
     for test, groups in one.metrics["none"].items() if one else ():
-        levels = [f"{decimal(numbers['accuracy'])}" for group, numbers in groups.items() if group != "all"]
+        levels = [decimal(groups[group]["accuracy"]) for group in GROUPS if group in groups]
         row[TASK_TYPES[test].title] = " / ".join(levels or [decimal(groups["all"]["accuracy"])])
     row |= {"claim": one.verdict().claim} if one else {"error": error}
     if sweep.file.expected:

@@ -212,6 +212,20 @@ def test_people_of_every_seed_are_people_of_their_own(small_config):
     assert both.metrics["none"]["forward"]["main"]["accuracy"] == one.metrics["none"]["forward"]["main"]["accuracy"]
 
 
+def test_the_table_says_main_before_control_whatever_comes_first_in_an_evaluation(written):
+    one = read_evaluation(project_root() / "tests/fixtures/first_version/finished/eval/first")
+    records = sorted(one.records, key=lambda record: record["group"])  # control first
+    sweep = written("grid: {lora.r: [1]}\n")
+    flipped = pool("p", {0: replace(one, records=records)})
+    result = sweep_runs.Result(sweep.points[0], 0, flipped, {"epochs": []})
+    row = sweep_results.claim_table(sweep, [result]).loc[("r 1", 0)]
+    for test, title in (("forward", "forward"), ("reverse", "CW")):
+        shares = [
+            [r["right"] for r in records if r["group"] == group and r["test"] == test] for group in ("main", "control")
+        ]
+        assert row[title] == " / ".join(f"{sum(s) / len(s):.2f}" for s in shares)
+
+
 def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
     assert "there is no such configuration file" in capsys.readouterr().err
