@@ -1,4 +1,4 @@
-# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make reproduce · make share   (each sets up .venv when it is missing or stale)
+# make run · make test · make test-long · make test-browser · make lab · make train TASK=reverse · make evaluate · make sweep · make reproduce · make share   (each sets up .venv when it is missing or stale)
 PYTHON ?= python3
 TORCH ?= torch.txt
 TASK ?= forward
@@ -9,7 +9,7 @@ PARALLEL := --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
-.PHONY: run train evaluate reproduce share test test-long test-browser lint lab
+.PHONY: run train evaluate sweep reproduce share test test-long test-browser lint lab
 
 run: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook train -p task forward $(ARGS)
@@ -19,6 +19,9 @@ train: $(READY)
 
 evaluate: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook evaluate -p task $(TASK) $(ARGS)
+
+sweep: $(READY)
+	@$(BIN)/python -m mmrev_kit notebook sweep $(ARGS)
 
 reproduce: $(READY)
 	@$(BIN)/python -m mmrev_kit notebook reproduce $(ARGS)

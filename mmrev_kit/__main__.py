@@ -74,6 +74,13 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overrides", default="", help="section.key=value words, such as adapter.unbound=true")
 
 
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", help="a file such as configs/sweeps/taught.yaml")
+    parser.add_argument("--seeds", help="numbers in one word, such as '0 1'; those of the file")
+    parser.add_argument("--parallel", type=int, help="runs at once; as many as the cores or cards make sense for")
+    parser.add_argument("--overrides", default="", help="section.key=value words that hold in every run")
+
+
 COMMANDS = {
     "train": Command("train a run; under torchrun or accelerate launch, one of its workers", "train"),
     "evaluate": Command("ask the tests of an adapter, or of a base model", "evaluate", _add_evaluate),
@@ -81,6 +88,7 @@ COMMANDS = {
     "generate-face-retention-pool": Command("make the pool of other people", "generate_face_retention_pool"),
     "memory": Command("what fits on a card, and the modes", "memory", _add_memory),
     "doctor": Command("look at the machine before a run", "doctor"),
+    "sweep": Command("train and evaluate every run of a sweep, and write its table", "sweep", _add_sweep),
     "notebook": Command("execute a notebook and render it, into the run folder", "notebook", _add_notebook),
     "share": Command("write pages that stand alone, of executed notebooks or the default run", "share", _add_share),
     "merge": Command("write a 16-bit model with an adapter merged, checked against the unmerged", "merge", _add_merge),

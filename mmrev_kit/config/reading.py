@@ -91,6 +91,30 @@ def _read_overrides(text: str) -> list[tuple[str, str, object]]:
     return found
 
 
+def read_yaml(path: str | Path, schema: type | None = None) -> dict:
+    """A YAML file as a mapping; `path` is relative to the project root.
+
+    Args:
+        schema: a dataclass that says which keys there may be, and of which type.
+
+    Raises:
+        ConfigError: missing or unreadable file, no mapping, a token in it, or what the schema does not allow.
+    """
+    file = resolve(path)
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such configuration file.")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file)) or {}
+    except Exception as error:  # PyYAML's and OmegaConf's errors share no base; all mean "not readable YAML"
+        raise ConfigError(hide_secrets(f"{file}: {error}")) from None
+    refuse_secrets(str(loaded), str(file))
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
+    if schema is not None:
+        loaded = OmegaConf.to_container(_merge(OmegaConf.structured(schema), loaded, str(file)))
+    return loaded
+
+
 def load_config(path: str | Path | None = None, overrides: str = "", values: dict | None = None) -> Config:
     """Read a configuration; later sources win: defaults, the YAML at `path`, `overrides`, `values`.
 
@@ -105,16 +129,7 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
     """
     config = OmegaConf.structured(Config)
     if path is not None:
-        file = resolve(path)
-        if not file.is_file():
-            raise ConfigError(f"{file}: there is no such configuration file.")
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.load(file)) or {}
-        except Exception as error:  # PyYAML's and OmegaConf's errors share no base; all mean "not readable YAML"
-            raise ConfigError(hide_secrets(f"{file}: {error}")) from None
-        refuse_secrets(str(loaded), str(file))
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{file}: a configuration is a mapping of sections, not a {type(loaded).__name__}.")
+        file, loaded = resolve(path), read_yaml(path)
         _check_texts(loaded, str(file))
         config = _merge(config, loaded, str(file))
         if loaded.keys() >= _FIRST_SECTIONS and "taught" not in loaded["experiment"]:

@@ -246,6 +246,8 @@ class EvaluationConfig:
     tests: list[str] = field(default_factory=lambda: list(TESTS), repr=False)
     max_samples: int | None = field(default=None, repr=False)  # rows of each test, drawn by the seed; None: all
     save_examples: int = field(default=0, repr=False)  # right and wrong answers of each test and group, as a page
+    # All five tests by log-probability after each epoch of a training; nothing is decided on them.
+    by_epoch: bool = field(default=False, repr=False)
 
     def __post_init__(self):
         limits = {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096), "max_samples": (1, math.inf)}
@@ -290,11 +292,13 @@ class LaunchConfig:
     cpu_gib: float | None = None  # mode auto: host memory it may take before it goes to disk; None: all
     output_dir: str = "outputs"
     overwrite: bool = False
+    tracking: str | None = None  # tensorboard, trackio or wandb: the history there, too; each is an extra of its own
 
     def __post_init__(self):
         _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
         self.mode = "data" if self.mode == "qlora" else self.mode  # the guide's name, as in the table of modes
         _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data (or qlora) or auto")
+        _check_words("launch", self, {"tracking": (None, "tensorboard", "trackio", "wandb")})
 
 
 @dataclass

@@ -220,3 +220,38 @@ def compare(a_records: Iterable[dict], b_records: Iterable[dict]) -> dict:
         }  # fmt: skip
     adjust(found, "p_mcnemar")
     return found
+
+
+def of_epoch(tests: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    """One epoch's tests of a training history (see `training.by_epoch.count`) as {test: {group: numbers}}.
+
+    The numbers, by the likeliest option: n (rows), n_entities, accuracy, cluster_interval and chance as `score` has
+    them, and for CW `rates` with auroc and auroc_bounds as in `rates` and `said_correct`, the share of Correct.
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for test, people in tests.items():
+        for group in sorted({person["group"] for person in people.values()}, key=GROUPS.index):
+            mine = {name: person for name, person in people.items() if person["group"] == group}
+            asked, right = ([person[key] for person in mine.values()] for key in ("asked", "right"))
+            means = {name: person["right"] / person["asked"] for name, person in mine.items()}
+            task = TASK_TYPES[test]
+            found.setdefault(test, {})[group] = {
+                "n": sum(asked),
+                "n_entities": len(mine),
+                "accuracy": sum(right) / sum(asked),
+                "cluster_interval": statistics.mean_interval(means, statistics.harmonic_mean(asked)),
+                "chance": task.chance or 1 / len(mine),  # a guess among the descriptions of the group
+                "rates": _epoch_rates(mine) if task.format == CW else None,
+            }
+    return found
+
+
+def _epoch_rates(people: dict[str, dict]) -> dict:
+    margins = {name: person["margins"] for name, person in people.items()}
+    aurocs, worth = statistics.aurocs_of(margins)
+    said = [margin >= 0 for sides in margins.values() for rows in sides.values() for margin in rows]
+    bounds = statistics.mean_interval(aurocs, worth, AUROC_CONFIDENCE)
+    return {
+        "auroc": _share(sum(aurocs.values()), len(aurocs)), "auroc_bounds": bounds,
+        "said_correct": sum(said) / len(said),
+    }  # fmt: skip

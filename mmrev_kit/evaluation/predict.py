@@ -4,22 +4,16 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import __version__
-from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.config.seeds import rng_for
-from mmrev_kit.data.checks import check_account, check_people, check_statements, encode_all
-from mmrev_kit.data.faults import DataError, Fault, raise_faults
-from mmrev_kit.data.images import image_roots
+from mmrev_kit.data.checks import encode_all
+from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.prompts import Encoder
-from mmrev_kit.data.rows import read_entities
-from mmrev_kit.data.run_data import read_experiment
-from mmrev_kit.data.tasks import CHOICE, LETTERS, TASK_TYPES, Row
+from mmrev_kit.data.questions import Question, choose_questions, read_questions
 from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.files import write_json, write_jsonl
 from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, processor_folder, stands_in
@@ -32,67 +26,6 @@ from mmrev_kit.training.throughput import peak_memory_gib
 
 MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
 DROPS = ("none", "image", "text", "both")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A test row, the options whose log-probability is asked for, and how its options were ordered."""
-
-    row: Row
-    options: tuple[str, ...]
-    order: tuple[int, ...] | None = None
-
-
-def read_questions(config: Config) -> list[Question]:
-    """The experiment's test rows with their options.
-
-    A forward row's options are the descriptions of its own group; with `evaluation.option_orders` a multiple-choice
-    row comes in all 24 orders of its options.
-
-    Raises:
-        DataError: with every fault of the test files, or where there are none.
-    """
-    files, faults = read_experiment(experiment_dir(config), image_roots(config))
-    everything = [row for part in files.values() for row in part]
-    people = check_people(
-        everything, read_entities(experiment_dir(config), image_roots(config)), experiment_dir(config)
-    )
-    raise_faults(faults + check_statements(everything) + people, config.data.drop_faulty)
-    paths = [experiment_dir(config) / f"{name}.jsonl" for name in files]  # some rows may be made in memory
-    check_account([path for path in paths if path.is_file()], everything, faults)
-    known: dict[str | None, list[str]] = {}
-    for row in everything:
-        if row.description and row.description not in known.setdefault(row.group, []):
-            known[row.group].append(row.description)
-    questions = []
-    for row in (row for test in TASK_TYPES for row in files.get(f"{test}_test", [])):
-        if row.type.format == CHOICE and config.evaluation.option_orders:
-            questions += [reorder(row, order) for order in itertools.permutations(range(4))]
-        else:
-            questions.append(Question(row, row.type.answers or tuple(known[row.group])))
-    if not questions:
-        names = ", ".join(f"{test}_test.jsonl" for test in TASK_TYPES)
-        reason = f"there is nothing to ask: none of {names} is there."
-        raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
-    return questions
-
-
-def choose_questions(config: Config, questions: list[Question]) -> list[Question]:
-    """Those of `evaluation.tests`, of at most `evaluation.max_samples` rows of each, drawn by the experiment's seed.
-
-    Raises:
-        ConfigError: no row of the tests that are named is there.
-    """
-    most, kept = config.evaluation.max_samples, set()
-    for test in config.evaluation.tests:
-        rows = list(dict.fromkeys(question.row.where for question in questions if question.row.task == test))
-        few = most is not None and len(rows) > most
-        kept |= set(rng_for(config.experiment.seed, "asked", test).sample(rows, most) if few else rows)
-    if not kept:
-        there = ", ".join(dict.fromkeys(question.row.task for question in questions))
-        named = ", ".join(config.evaluation.tests)
-        raise ConfigError(f"evaluation.tests = {named}: {experiment_dir(config)} has rows of {there} only.")
-    return [question for question in questions if question.row.where in kept]
 
 
 def check_answer_lengths(config: Config, questions: list[Question]) -> None:
@@ -132,14 +65,6 @@ def evaluation_key(
     for file in [*sorted(small), *sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def reorder(row: Row, order: tuple[int, ...]) -> Question:
-    """A multiple-choice row with its options in another order; order[i] is the old index of the new option i."""
-    field = "choices" if row.type.options == "choices" else "images"
-    options = tuple(getattr(row, field)[index] for index in order)
-    right = LETTERS[order.index(LETTERS.index(row.answer))]
-    return Question(replace(row, **{field: options}, answer=right), row.type.answers, order)
 
 
 def judge(question: Question, answer: str) -> tuple[str | None, bool]:

@@ -163,6 +163,17 @@ def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
     return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
 
 
+def pool(name: str, by_seed: dict[int, Evaluation]) -> Evaluation:
+    """The evaluations of one condition with several seeds as one, over the people of all seeds, who are people of
+    their own in each."""
+    records = [
+        record | {"id": f"seed{seed}/{record['id']}", "entity_id": f"seed{seed}/{record['entity_id']}"}
+        for seed, one in by_seed.items()
+        for record in one.records
+    ]
+    return replace(next(iter(by_seed.values())), name=name, metrics=metrics(records), records=records)
+
+
 def read_original(path: Path) -> dict:
     """The original scripts' results as metrics with what such a file can tell: {"none": {test: {"all": numbers}}}.
 

@@ -184,6 +184,11 @@ def entity_aurocs(records: Iterable[dict]) -> tuple[dict[object, float], float]:
         if record["right"] is not None and None not in (yes, no) and math.isfinite(yes - no):
             sides = margins.setdefault(record["entity_id"], {"Correct": [], "Wrong": []})
             sides[record["expected"]].append(yes - no)
+    return aurocs_of(margins)
+
+
+def aurocs_of(margins: Mapping[object, dict[str, list[float]]]) -> tuple[dict[object, float], float]:
+    """`entity_aurocs` from {entity_id: {right answer: its rows' logit(Correct) - logit(Wrong)}}."""
     whole = {entity: sides for entity, sides in margins.items() if all(sides.values())}
     sizes = [(len(sides["Correct"]), len(sides["Wrong"])) for sides in whole.values()]
     worth = float(harmonic_mean([3 * a * b / (a + b + 1) for a, b in sizes])) if sizes else 0.0

@@ -329,3 +329,20 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
         ],
     }
     return at_peak(dict.fromkeys(moving, static), moving, CONTEXT_GIB, one)
+
+
+def questions(config: Config, model_config, micro_batches: list[MicroBatch], processes: int = 1) -> Estimate:
+    """Memory of the tests after an epoch: a pass without gradients beside what training keeps; the costliest counts."""
+    shapes, word = as_shapes(model_config), "evaluation.by_epoch=false, or memory.micro_tokens"
+    static = static_components(shapes, config, processes, False, "loss")
+    context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
+    cache, found = 2 * width(config) * shapes.key * shapes.num_hidden_layers, []
+    weight = weight_in_16_bit(largest_linear(shapes, config))
+    for one in dict.fromkeys(micro_batches):
+        kept = Component("keys and values", cache * one.tokens, f"{cache:,} B x {one.tokens:,} tokens", word)
+        moving = {
+            "prompts": [Component("keys, values and states", *prefill_bytes(shapes, config, one), word), weight],
+            "options": [kept, Component("logits", *logits_bytes(shapes, one), word)],
+        }
+        found.append(at_peak(dict.fromkeys(moving, static), moving, context, one))
+    return max(found, key=lambda estimate: estimate.allocated_gib)

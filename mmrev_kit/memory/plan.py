@@ -13,11 +13,11 @@ from functools import cache
 from mmrev_kit.config.project import effective_batch
 from mmrev_kit.config.sections import Config, ConfigError, MemoryConfig
 from mmrev_kit.data.prompts import Sample
-from mmrev_kit.memory.estimate import GIB, Estimate, estimate, evaluation
+from mmrev_kit.memory.estimate import GIB, Estimate, estimate, evaluation, questions
 from mmrev_kit.memory.shapes import UNKNOWN, ModelShapes, as_shapes, read_shapes
 from mmrev_kit.model.base_files import FAMILY
 from mmrev_kit.model.bases import family_of, is_random, model_folder
-from mmrev_kit.model.batches import GPU_MULTIPLE, answer_tokens, lay_out, micro_tokens, shares
+from mmrev_kit.model.batches import GPU_MULTIPLE, answer_tokens, lay_out, micro_tokens, question_shares, shares
 from mmrev_kit.model.micro_batch import MicroBatch
 from mmrev_kit.model.packing import Layout, attention_scale, layer_weights
 
@@ -49,6 +49,16 @@ def split_updates(
         dealt = [list(lay_out(share, layout)) for share in shares(samples, packing, image_id, processes) if share]
         found.append(max(dealt, key=lambda micro_batches: max(one.tokens for one in micro_batches)))
     return found
+
+
+def split_questions(
+    asked: Sequence[Sample], config: Config, shapes: ModelShapes, image_id: int, processes: int
+) -> list[MicroBatch]:
+    """The batcher's own micro-batches of the tests after an epoch, of all processes."""
+    packing, limit = config.training.packing, config.memory.micro_tokens
+    layout = Layout(packing, limit, attention_scale(shapes), GPU_MULTIPLE)
+    dealt = question_shares(list(asked), packing, image_id, processes)
+    return [one for share in dealt for one in lay_out(share, layout)]
 
 
 def heaviest_updates(updates: Sequence[list[Sample]], count: int = EXAMINED) -> list[list[Sample]]:
@@ -240,13 +250,14 @@ def configured_shapes(config: Config) -> ModelShapes | None:
 
 
 def plan_or_refuse(
-    config: Config, updates, samples: list[Sample], image_id: int, state
+    config: Config, updates, samples: list[Sample], image_id: int, state, asked: Sequence[Sample] = ()
 ) -> tuple[Config, MemoryPlan | None]:
     """The plan of a run, or its refusal, before any weight is read.
 
     Args:
         updates: the rows of every update.
         samples: every row of training and validation, and the longest of the tests.
+        asked: the prompts that are asked after each epoch, with each of their options.
 
     Returns:
         The configuration to go on with, and the plan; on a CPU, and for a family that the estimate does not know, the
@@ -273,13 +284,20 @@ def plan_or_refuse(
 
     if config.memory.plan == "auto":
         found = replace(plan(config, card, processes, shapes, split), evaluation=tested)
-        config, needed = found.apply(config), found.chosen.estimate
+        config = split_so = found.apply(config)
+        needed = found.chosen.estimate
         if state.is_main_process:
             print("\n".join(found.lines()), flush=True)
     else:
-        limit = micro_tokens(config, state.device)
-        needed = candidate(with_memory(config, micro_tokens=limit), shapes, split, processes).estimate
-    refusals = refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")
+        split_so = with_memory(config, micro_tokens=micro_tokens(config, state.device))
+        needed = candidate(split_so, shapes, split, processes).estimate
+    refusals = [refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")]
+    if asked:
+        micro_batches = split_questions(asked, split_so, shapes, image_id, processes)
+        by_epoch = questions(config, shapes, micro_batches, processes)
+        if state.is_main_process:
+            print(f"memory: the tests after an epoch {by_epoch.device_gib:.1f} GiB on the card", flush=True)
+        refusals.append(refusal(by_epoch, card, shapes.name, "asking the tests after an epoch"))
     problems = list(filter(None, refusals))
     if problems and not config.memory.force:
         raise ConfigError("\n".join(problems))

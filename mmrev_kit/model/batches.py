@@ -20,6 +20,7 @@ from mmrev_kit.model.packing import (
     make_groups,
     micro_batches,
     pack,
+    question_groups,
     share_out,
 )
 from mmrev_kit.model.plain import core_model, takes_fast_path, text_config
@@ -105,8 +106,11 @@ class Batcher:
 
         Every sample is in exactly one batch of one process.
         """
+        yield from self.laid_out(shares(samples, self.layout.packing, self.encoder.image_id, processes)[process])
+
+    def laid_out(self, share: list):
+        """Yield a process's share, from `shares` or `question_shares`, batch by batch."""
         make = self.plain if self.layout.packing == "none" else self.packed
-        share = shares(samples, self.layout.packing, self.encoder.image_id, processes)[process]
         for micro_batch in lay_out(share, self.layout):
             yield make(micro_batch.content)
 
@@ -156,6 +160,13 @@ def shares(samples: list[Sample], packing: str, image_id: int, processes: int) -
     if packing == "none":
         return [samples[process::processes] for process in range(processes)]
     return share_out(make_groups(samples, packing, image_id), processes)
+
+
+def question_shares(samples: list[Sample], packing: str, image_id: int, processes: int) -> list[list]:
+    """`shares` of prompts that come with several answers: what they have in common is computed once."""
+    if packing == "none":
+        return shares(samples, packing, image_id, processes)
+    return share_out(question_groups(samples, image_id), processes)
 
 
 def lay_out(share: list, layout: Layout) -> Iterator[MicroBatch]:

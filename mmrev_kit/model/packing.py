@@ -123,6 +123,22 @@ def make_groups(samples: Sequence[Sample], packing: str, image_id: int) -> list[
     return [make_group(part, preamble) for part in found.values()]
 
 
+def question_groups(samples: Sequence[Sample], image_id: int) -> list[Group]:
+    """Prompts that come with several answers, as groups in the order of their first rows: a prompt with its answers,
+    or all prompts of a task that begin with one image, whichever takes fewer tokens."""
+    images: dict[Hashable, dict[tuple, list[Sample]]] = {}
+    for sample in samples:
+        prompt = sample.row.images, sample.max_pixels, sample.input_ids[: sample.answer_start]
+        key = image_key(sample, image_id) or prompt
+        images.setdefault((sample.row.task, key), {}).setdefault(prompt, []).append(sample)
+    found = []
+    for prompts in images.values():
+        apart = [make_group(rows) for rows in prompts.values()]
+        together = make_group([sample for rows in prompts.values() for sample in rows])
+        found += [together] if together.tokens < sum(group.tokens for group in apart) else apart
+    return found
+
+
 def halve(group: Group) -> list[Group]:
     """A group as two, each with a prefix of its own."""
     middle = len(group.samples) // 2

@@ -7,11 +7,51 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.model.batches import from_labels
+from mmrev_kit.model.batches import Batch, Batcher, from_labels, question_shares
 from mmrev_kit.model.finite import refuse
+from mmrev_kit.model.fused import takes_wanted
 from mmrev_kit.model.plain import core_model, takes_fast_path
 from mmrev_kit.model.qwen3vl import positions_after, prompt_positions
 from mmrev_kit.model.strict import strict
+
+
+def answer_losses(model, batch: Batch, device, dtype):
+    """The cross-entropy of every answer token of a batch, in nats: (answer tokens,) fp32."""
+    inputs = dict(batch.inputs)
+    if takes_wanted(core_model(model)):
+        inputs["wanted"] = inputs.pop("logits_to_keep")
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(**inputs).logits.flatten(0, -2)
+    if batch.predictor is not None:
+        logits = logits[batch.predictor]
+    return torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+
+
+@torch.no_grad()
+def score_samples(
+    model, batcher: Batcher, samples: list[Sample], dtype, process: int = 0, processes: int = 1
+) -> list[float]:
+    """The log-probability of each sample's answer after its prompt, <|im_end|> included, in nats: what `score_options`
+    gives, through the batches of a training run. Equal samples are computed once.
+
+    Args:
+        samples: prompts with each of their options.
+
+    Returns:
+        A number a sample; 0 for those that another process computes, so that the sum over all processes has them all.
+    """
+
+    def key(sample: Sample) -> tuple:
+        return sample.row.images, sample.max_pixels, sample.input_ids
+
+    distinct = list({key(sample): sample for sample in samples}.values())
+    shares = question_shares(distinct, batcher.layout.packing, batcher.encoder.image_id, processes)
+    found = {}
+    for batch in batcher.laid_out(shares[process]):
+        losses = answer_losses(model, batch, batcher.device, dtype)
+        totals = torch.zeros(batch.rows, device=losses.device).index_add(0, batch.owner.to(losses.device), losses)
+        found |= zip(map(key, batch.samples), (-totals).tolist(), strict=True)
+    return [found.get(key(sample), 0.0) for sample in samples]
 
 
 class _Finite:

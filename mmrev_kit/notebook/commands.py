@@ -20,6 +20,7 @@ from mmrev_kit.evaluation.results import read_evaluation
 from mmrev_kit.notebook import budget, launch
 from mmrev_kit.training.loop import launched_worker
 from mmrev_kit.training.preflight import preflight, torch_build
+from mmrev_kit.training.tracking import refuse_missing
 
 LAPTOP, RECIPE, FACES = (f"configs/{name}.yaml" for name in ("tiny_cpu", "config_qwen3vl32_fp16", "face_config"))
 
@@ -70,6 +71,7 @@ def train(given: Namespace) -> None:
     config = read_flags(given, LAPTOP if base in EMBEDDED else RECIPE)
     if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return train_as_worker(config)  # of torchrun, of accelerate
+    refuse_missing(config)
     print("\n".join(ensure_data(config)))
     launch.launch(config)
 
@@ -187,6 +189,20 @@ def doctor(given: Namespace) -> int:
     known = f"{kept}, which only accelerate launch reads" if kept.is_file() else "there is none"
     print(f"accelerate config: {known}; mmrev needs none")
     return 1 if found.problems else 0
+
+
+def sweep(given: Namespace) -> int:
+    """Run a sweep, and write its table; returns 1 where a run failed."""
+    from mmrev_kit.notebook import sweep_results, sweep_runs
+    from mmrev_kit.notebook.sweeps import read_sweep
+
+    study = read_sweep(given.sweep, seeds=given.seeds, overrides=given.overrides)
+    print(study, flush=True)
+    results = sweep_runs.run_sweep(study, given.parallel)
+    for name, one in sweep_results.pooled(results).items():
+        print(f"{name}: {one.verdict().claim}")
+    print(sweep_results.write_csv(study, results))
+    return int(any(result.error for result in results))
 
 
 def notebook(given: Namespace) -> int:

@@ -4,6 +4,8 @@ alternative text that says what the data say."""
 import math
 from functools import cache, wraps
 
+from mmrev_kit.data.tasks import TASK_TYPES
+
 WIDTH = 8.0  # inches: 800 pixels
 INK = "#7a7a7a"  # 4.3 : 1 on white as on near black
 # 3 : 1 at least on both
@@ -77,6 +79,20 @@ def grid(rows: int, columns: int, height: float, **more):
     figure = drawing_class()(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+def axes_by_test(height: float):
+    """A Figure with a row a direction and a column a format, {test: its axis}, and the axis that is left, empty."""
+    cells = {(task.direction, task.format): task.name for task in TASK_TYPES.values()}
+    directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
+    figure, axes = grid(len(directions), len(formats), height)
+    places = {
+        (a, b): axis for a, line in zip(directions, axes, strict=True) for b, axis in zip(formats, line, strict=True)
+    }
+    (left,) = (axis for place, axis in places.items() if place not in cells)
+    left.axis("off")
+    axes[0, 0].set_ylabel("accuracy")
+    return figure, {name: places[place] for place, name in cells.items()}, left
 
 
 def subplots(rows: int, height: float):

@@ -10,17 +10,15 @@ from pathlib import Path
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError, ExperimentConfig
+from mmrev_kit.data.questions import Question, choose_questions, read_questions
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
     DROPS,
     MEASURED,
-    Question,
     check_answer_lengths,
-    choose_questions,
     evaluate_worker,
     evaluation_key,
-    read_questions,
 )
 from mmrev_kit.evaluation.results import complete, evaluation_dir, judge_anew, read_facts, read_records
 from mmrev_kit.files import write_text
@@ -34,6 +32,7 @@ from mmrev_kit.training.jobs import count_processes, error_text, run_job
 from mmrev_kit.training.lock import describe, held, read_holder
 from mmrev_kit.training.loop import worker
 from mmrev_kit.training.preflight import preflight
+from mmrev_kit.training.tracking import refuse_missing
 from mmrev_kit.training.update import TrainingError
 
 
@@ -60,6 +59,7 @@ def launch(config: Config) -> dict:
         ConfigError: nothing was started; the message says what to change.
         TrainingError: the run ended with an error; the message is the failing worker's own.
     """
+    refuse_missing(config)
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
     folder = run_dir(config)
@@ -71,6 +71,8 @@ def launch(config: Config) -> dict:
         if finished:
             LogLines(folder / LOG, from_start=True).show()
             print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
+            if config.evaluation.by_epoch and not any("tests" in record for record in finished["epochs"]):
+                print("NOTE: it was trained without evaluation.by_epoch, and has no tests by epoch.")
             return finished
         return _train(config, folder)
 

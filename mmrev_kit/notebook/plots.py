@@ -4,7 +4,18 @@ import math
 
 from mmrev_kit.config.reporting import decimal, loss_text
 from mmrev_kit.data.tasks import GENERATION, TASK_TYPES
-from mmrev_kit.notebook.drawing import COLORS, INK, LIMIT, SMALL, drawn, grid, log_scale, subplots, whole_numbers
+from mmrev_kit.notebook.drawing import (
+    COLORS,
+    INK,
+    LIMIT,
+    SMALL,
+    axes_by_test,
+    drawn,
+    grid,
+    log_scale,
+    subplots,
+    whole_numbers,
+)
 
 MARKERS = "osD^vP*X"
 
@@ -207,32 +218,25 @@ def accuracy_figure(metrics: dict[str, dict]):
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
     """
-    cells = {(task.direction, task.format): task for task in TASK_TYPES.values()}
-    directions, formats = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
-    figure, axes = grid(len(directions), len(formats), 6.4)
-    for line, direction in zip(axes, directions, strict=True):
-        for axis, form in zip(line, formats, strict=True):
-            if (direction, form) not in cells:
-                axis.axis("off")
-                key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
-                axis.text(-0.15, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
-                continue
-            task = cells[direction, form]
-            for x, found in enumerate(metrics.values()):
-                _draw_groups(axis, x, found["none"].get(task.name, {}), crowded=len(metrics) > 2)
-            axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=f"{task.title}\n{direction}")
-            axis.set_xticks(range(len(metrics)), names)
-            axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
-            for label in axis.get_xticklabels():
-                label.set_parse_math(False)  # a name with dollar signs is text
-    axes[0, 0].set_ylabel("accuracy")
+    figure, axes, left = axes_by_test(6.4)
+    key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
+    left.text(-0.15, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
+    for test, axis in axes.items():
+        for x, found in enumerate(metrics.values()):
+            _draw_groups(axis, x, found["none"].get(test, {}), crowded=len(metrics) > 2)
+        title = f"{TASK_TYPES[test].title}\n{TASK_TYPES[test].direction}"
+        axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=title)
+        axis.set_xticks(range(len(metrics)), names)
+        axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
+        for label in axis.get_xticklabels():
+            label.set_parse_math(False)  # a name with dollar signs is text
     tests = [set(groups) for found in metrics.values() for groups in found["none"].values()]
     shown = set().union(*(groups - {"all"} or groups for groups in tests))
     for group, (marker, color) in GROUP_STYLES.items():
         if group in shown:
-            axes[0, 0].plot([], [], marker, color=color, label=group)
-    axes[0, 0].plot([], [], "--", color=LIMIT, label="chance")
+            left.plot([], [], marker, color=color, label=group)
+    left.plot([], [], "--", color=LIMIT, label="chance")
     figure.legend(loc="outside lower left", ncols=4)
     figure.alt = " ".join(_accuracy_text(name, found["none"]) for name, found in metrics.items())
     return figure

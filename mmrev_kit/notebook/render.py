@@ -13,6 +13,7 @@ from mmrev_kit.config.project import ASSETS, project_root, refuse_secrets, run_d
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import write_text
 from mmrev_kit.notebook.parameters import PARAMETERS, make_config, refuse_unknown, written_parameters
+from mmrev_kit.notebook.sweeps import read_sweep
 
 DEFAULT = "configs/tiny_cpu.yaml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -101,7 +102,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     """Run notebooks/<name>.ipynb through papermill into its run folder, rendered; returns the exit status: papermill's,
     or 2 where an error's message is all that the user needs.
 
-    The page of `reproduce`, which is about many runs, goes into a folder of its own.
+    The page of a sweep, which is about many runs, goes into a folder of its own.
 
     The notebook of a run that failed stays in the output folder, so that no finished run's notebook is replaced.
 
@@ -115,8 +116,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
         raise ConfigError(f"There is no notebook {name}. There are {there}.")
     written = written_parameters(source)
     refuse_unknown(dict(parameters), written)
-    config = notebook_config(written | dict(parameters))
-    folder = page_folder(name, config)
+    folder = page_folder(written | dict(parameters))
     kept = folder.parent / f"{name}_{folder.name}.ipynb"
     waiting = kept.with_suffix(f".{os.getpid()}.ipynb")  # another process may run the same notebook
     waiting.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +155,11 @@ def notebook_config(values: dict) -> Config:
     return make_config(**{key: value for key, value in values.items() if key in (*PARAMETERS, "config", "overrides")})
 
 
-def page_folder(name: str, config: Config) -> Path:
-    """Where an executed notebook and its page go: its run's folder; `reproduce`, of many runs, has one of its own."""
-    folder = run_dir(config)
-    return folder.parent / f"{config.experiment.name}_reproduce" if name == "reproduce" else folder
+def page_folder(values: dict) -> Path:
+    """Where an executed notebook of these parameters and its page go: its run's folder, or its sweep's."""
+    if "sweep" in values:
+        return read_sweep(**{key: value for key, value in values.items() if key != "parallel"}).folder
+    return run_dir(notebook_config(values))
 
 
 def failure(notebook: Path) -> list[str] | None:

@@ -15,12 +15,18 @@ from mmrev_kit.config.project import ASSETS, project_root, resolve
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_text
 from mmrev_kit.notebook.parameters import written_parameters
-from mmrev_kit.notebook.render import DEFAULT, execute, notebook_config, page_folder, render, to_page
+from mmrev_kit.notebook.render import DEFAULT, execute, page_folder, render, to_page
 
 NAMES = ("data", "train", "evaluate", "history", "memory", "helpers")
 GALLERY = "outputs/gallery"
 LIMIT = 2 * 2**20  # bytes of a page
-DRAWS = ("plots", "tables", "gallery", "budget")  # modules whose content a page shows, where its notebook imports them
+DRAWS = (
+    "plots",
+    "curves",
+    "tables",
+    "gallery",
+    "budget",
+)  # modules whose content a page shows, where its notebook imports them
 ALWAYS = ("drawing", "render")
 STAMP = '<meta content="{}" name="mmrev-made-of"/>'  # as nbconvert writes that of the template
 
@@ -76,11 +82,11 @@ def share(notebooks: Iterable[str] = (), folder: str | None = None) -> int:
         pages[path.stem if path.stem not in pages else f"{path.parent.name}_{path.stem}"] = path
     for name in () if given else NAMES:
         source = project_root() / "notebooks" / f"{name}.ipynb"
-        config = notebook_config(written_parameters(source))
-        of_run = [("histories", str(page_folder("train", config).relative_to(project_root())))]
+        folder = page_folder(written_parameters(source))
+        of_run = [("histories", str(folder.relative_to(project_root())))]
         if status := execute(name, of_run if name == "history" else []):
             return status
-        pages[name] = page_folder(name, config) / f"{name}.ipynb"
+        pages[name] = folder / f"{name}.ipynb"
     for name, path in pages.items():
         page = render(path, target / f"{name}.html", pages)
         if not given:

@@ -8,12 +8,15 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mmrev_kit.config.project import experiment_dir, hide_secrets, run_dir
 from mmrev_kit.config.reading import differences, load_config, to_yaml
 from mmrev_kit.config.reporting import MARK, Pace, decimal, duration, loss_text, timing
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.files import DiskFull, write_json, write_text
+from mmrev_kit.training.tracking import epoch_numbers, group_shares, step_numbers
 
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 # What a run writes, in the order in which another run that replaces it takes it away: no part of it looks whole.
@@ -30,6 +33,7 @@ NOT_TRAINING = (
     "launch.overwrite",
     "launch.output_dir",
     "launch.cpu_gib",
+    "launch.tracking",
     "training.save_steps",
 )
 
@@ -38,13 +42,15 @@ class History:
     """The record of a run, written to training_history.json as it grows.
 
     `data` holds status ("running", "finished", "interrupted", "failed"), reason, task, total_steps, steps_per_epoch,
-    `steps` (one record an optimizer step, see `update.update`) and `epochs` (one record a validation).
+    `steps` (one record an optimizer step, see `update.update`) and `epochs` (one record a validation, with
+    `evaluation.by_epoch` also `tests`, see `by_epoch.ask`, and `tests_seconds`, part of `seconds`).
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.data = {"status": "running", "reason": None, "steps": [], "epochs": []}
         self._written, self._pace = 0.0, None
+        self.tracker: Any = None  # see `tracking.start_tracker`
 
     def begin(self) -> None:
         """Write the file; from now on each step has `seconds`, those of training so far, and lines tell of it."""
@@ -56,6 +62,8 @@ class History:
     def add_step(self, record: dict) -> None:
         """Add a step; the file follows at most every `SECONDS_BETWEEN_WRITES`."""
         self.data["steps"].append(record | ({"seconds": self._pace.elapsed} if self._pace else {}))
+        if self.tracker:
+            self.tracker.log(finite_only(step_numbers(record)), step=record["global_step"])
         if self._pace and self._pace.due(record["global_step"]):
             print(f"{MARK}{step_line(self.data)}", flush=True)
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
@@ -65,19 +73,30 @@ class History:
         """Add an epoch and write the file."""
         self.data["epochs"].append(record)
         self.write()
+        if self.tracker:
+            self.tracker.log(finite_only(epoch_numbers(record)), step=len(self.data["steps"]))
         if self._pace:
             num_epochs = self.data["total_steps"] // self.data["steps_per_epoch"]
             print(f"{MARK}{epoch_line(record, num_epochs)}", flush=True)
+            if "tests" in record:
+                print(f"{MARK}{asked_line(record)}", flush=True)
 
     def end(self, status: str, reason: str | None) -> None:
         """Record how the run ended and write the file."""
         self.data |= {"status": status, "reason": reason and hide_secrets(reason)}
+        if self.tracker:
+            self.tracker.finish()
         self.write()
 
     def write(self) -> None:
         """Write the file now."""
         write_json(self.path, self.data)
         self._written = time.monotonic()
+
+
+def finite_only(numbers: dict[str, float]) -> dict[str, float]:
+    """Those that a tracker can draw."""
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def step_line(history: dict) -> str:
@@ -106,6 +125,14 @@ def epoch_line(record: dict, num_epochs: int) -> str:
         f"epoch {record['epoch']}/{num_epochs}: train {loss_text(record['train_loss'])}, validation {losses}, "
         f"lr {record['lr']:g}, {verdict}, {duration(record['seconds'])}{end}"
     )
+
+
+def asked_line(record: dict) -> str:
+    """An epoch's tests in one line of text: accuracy by test, main / control."""
+    shares = {TASK_TYPES[test].title: groups for test, groups in group_shares(record).items()}
+    parts = [f"{title} {' / '.join(map(decimal, groups.values()))}" for title, groups in shares.items()]
+    groups = " / ".join(next(iter(shares.values())))
+    return f"tests after epoch {record['epoch']} ({groups}): {', '.join(parts)}, {record['tests_seconds']:.1f} s"
 
 
 def mark_ended(path: Path, status: str) -> None:

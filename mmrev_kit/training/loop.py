@@ -11,12 +11,14 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config
 from mmrev_kit.files import tidy
+from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
 from mmrev_kit.training.diagnose import check_finite, check_learning, explain
 from mmrev_kit.training.history import begin_run, overwrite_status
 from mmrev_kit.training.processes import begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.scheduler import warnings_for
+from mmrev_kit.training.tracking import refuse_missing, start_tracker
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
 
 
@@ -69,10 +71,13 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
             raise TrainingError(f"The validation loss of {source} is {loss}. {explain(run, run.task.val[source])}")
     taught = run.config.experiment.main_is_taught
     decision = run.schedule.observe(sum(losses[task] for task in taught) / len(taught))
+    tests, asking = {}, time.perf_counter()
+    if run.task.asked:
+        tests = {"tests": ask(run), "tests_seconds": time.perf_counter() - asking}
     run.progress |= {"epoch": run.progress["epoch"] + 1} | EPOCH_START
     if run.state.is_main_process:
         record = {"epoch": run.progress["epoch"], "train_loss": train_loss, "val_loss": losses, "lr": rate}
-        record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began}
+        record |= {"decision": asdict(decision), "seconds": time.perf_counter() - began} | tests
         if decision.improved:
             save_adapter(run, run.folder / "best", losses)
         run.history.add_epoch(record)
@@ -98,6 +103,7 @@ def train(config: Config, state) -> None:
             print(f"{MARK}NOTE: {warning}", flush=True)
         begin_run(config)
         write_manifest(run)
+        run.history.tracker = start_tracker(run)
         run.history.begin()
     try:
         with on_interrupt(note_interrupt):
@@ -128,6 +134,7 @@ def worker(config: Config) -> None:
 
 def launched_worker(config: Config) -> None:
     """What each worker runs that `torchrun` or `accelerate launch` started: nobody has prepared the folder for it."""
+    refuse_missing(config)
     with worker_state(run_dir(config)) as state, ExitStack() as stack:
         if begin(config, state, stack):
             train(config, state)

@@ -28,6 +28,7 @@ from mmrev_kit.memory.plan import (
 )
 from mmrev_kit.memory.shapes import UNKNOWN, size_in_name
 from mmrev_kit.model.bases import known_config, model_folder
+from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
@@ -52,6 +53,7 @@ class Rehearsal:
     estimate: dict  # empty for a family that the estimate does not know
     memory: dict
     updates: int
+    tests_share: float | None = None  # of the tests after an epoch, in the time that its training takes
 
     def table(self):
         """A pandas DataFrame: estimated and measured GiB side by side."""
@@ -69,6 +71,8 @@ class Rehearsal:
             f"{self.device}: built in {self.seconds_to_build:.0f} s, {self.updates} updates, "
             f"{self.samples_per_second:.2f} samples/s"
         )
+        if self.tests_share is not None:
+            text += f"; the tests after an epoch take {self.tests_share:.1%} of the time that its training takes"
         if self.allocated_gib is None:
             return f"{text}; a CPU run's resident memory ({self.resident_gib:.2f} GiB) measures nothing of a card"
         estimated = f", {self.estimate['allocated']:.2f} estimated" if self.estimate else f"; {UNKNOWN}"
@@ -111,7 +115,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     began = time.perf_counter()
     for samples in heaviest[1:]:
         record = update(run, samples)
-    seconds = time.perf_counter() - began
+    speed = sum(map(len, heaviest[1:])) / (time.perf_counter() - began)
     if not math.isfinite(record["loss"]):
         raise TrainingError(f"The loss is {record['loss']}. {explain(run, samples)}")
     shapes, found = configured_shapes(config), {}
@@ -122,10 +126,10 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         split = partial(split_updates, heaviest, config, shapes, run.task.encoder.image_id, 1)
         found = candidate(configured, shapes, split, 1).estimate.sizes()
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
-    return Rehearsal(
+    measured = Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",
         seconds_to_build=built,
-        samples_per_second=sum(map(len, heaviest[1:])) / seconds,
+        samples_per_second=speed,
         allocated_gib=peak_memory_gib(state.device) if cuda else None,
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
@@ -134,6 +138,11 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         memory=free_settings(run.config.memory),
         updates=updates,
     )
+    if run.task.asked:  # after the memory of training was read
+        began = time.perf_counter()
+        ask(run)
+        measured.tests_share = (time.perf_counter() - began) * speed / run.task.plan.rows_per_epoch
+    return measured
 
 
 def rehearse_worker(config: Config, updates: int, folder: str) -> None:

@@ -24,6 +24,7 @@ from mmrev_kit.data.checks import (
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.mixing import MixingPlan, make_plan
 from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
+from mmrev_kit.data.questions import Asked, encode_questions
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import RunData, read_run_data, source_weights, uses_retention
 from mmrev_kit.data.tasks import IDENTITY, TASK_TYPES
@@ -42,6 +43,7 @@ from mmrev_kit.model.packing import gather_images, image_key
 from mmrev_kit.model.plain import takes_fast_path, text_config
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.qwen3vl import drop_tower
+from mmrev_kit.training.by_epoch import ROW_BYTES, cost_line
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
 from mmrev_kit.training.optimizer import make_optimizer
@@ -64,6 +66,8 @@ class Prepared:
     train: dict[str, list[Sample]]
     val: dict[str, list[Sample]]
     plan: MixingPlan
+    asked: list[Asked] = field(default_factory=list)  # after each epoch; none without evaluation.by_epoch
+    cost: list[str] = field(default_factory=list)  # of asking them, in a line
 
     @property
     def rows_by_group(self) -> dict[str, Counter]:
@@ -93,7 +97,7 @@ class Prepared:
             for group, own in self.rows_by_group.items()
         ]
         lines += [f"rows in an epoch: {'; '.join(parts)}"] if len(parts) > 2 else []
-        return lines + self.data.notes
+        return [*lines, *self.data.notes, *self.cost]
 
 
 def prepare(config: Config) -> Prepared:
@@ -140,7 +144,14 @@ def prepare(config: Config) -> Prepared:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return Prepared(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
+    task = Prepared(data, encoder, encoded["train"] | encoded["pools"], encoded["val"], plan)
+    if config.evaluation.by_epoch:
+        task.asked = encode_questions(config, encoder)
+        updates = epoch_updates(config, task, 0, effective_batch(config, config.launch.num_processes or 1))
+        layers = configured_shapes(config).num_hidden_layers
+        recomputed = config.memory.recomputed_layers(layers) / layers
+        task.cost = [cost_line(task.asked, updates, config.training.packing, encoder.image_id, recomputed)]
+    return task
 
 
 def match_exposure(train: dict[str, list[Sample]]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
@@ -209,10 +220,12 @@ class Run:
 
 
 def used_samples(task: Prepared) -> list[Sample]:
-    """Every sample that the run will meet: the rows of its planned epochs, and the validation rows."""
+    """Every sample that the run will meet: the rows of its planned epochs, the validation rows, and each question that
+    is asked after an epoch, with one of its options."""
     rows = dict.fromkeys(row for epoch in range(task.plan.epochs) for row in task.plan.epoch_rows(epoch))
     samples = [task.train[source][index] for source, index in rows]
-    return samples + [sample for part in task.val.values() for sample in part]
+    samples += [sample for part in task.val.values() for sample in part]
+    return samples + [one.samples[0] for one in task.asked]
 
 
 def make_batcher(config: Config, model, task: Prepared, dtype, state) -> Batcher:
@@ -231,20 +244,24 @@ def make_batcher(config: Config, model, task: Prepared, dtype, state) -> Batcher
     return Batcher(make_layout(config, model, state.device), task.encoder, features, state.device, additive)
 
 
+def epoch_updates(config: Config, task: Prepared, epoch: int, batch: int) -> list[list[Sample]]:
+    """The samples of every update of an epoch."""
+    rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
+    return chunks(rows, batch)
+
+
 def planned_updates(config: Config, task: Prepared, batch: int) -> list[list[Sample]]:
     """The samples of every update of the run."""
-    updates = []
-    for epoch in range(task.plan.epochs):
-        rows = [task.train[source][index] for source, index in ordered_rows(config, task, epoch)]
-        updates += chunks(rows, batch)
-    return updates
+    return [update for epoch in range(task.plan.epochs) for update in epoch_updates(config, task, epoch, batch)]
 
 
 def plan_memory(config: Config, task: Prepared, state) -> tuple[Config, MemoryPlan | None]:
-    """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks."""
+    """See `memory.plan.plan_or_refuse`; the rows are those of every update, and the longest that an evaluation asks;
+    with `evaluation.by_epoch` the questions after an epoch, too."""
     updates = planned_updates(config, task, effective_batch(config, state.num_processes))
     samples = used_samples(task) + longest_prompts(config, task.encoder)
-    return plan_or_refuse(config, updates, samples, task.encoder.image_id, state)
+    asked = [sample for one in task.asked for sample in one.samples]
+    return plan_or_refuse(config, updates, samples, task.encoder.image_id, state, asked)
 
 
 def check_disk(config: Config, task: Prepared, steps: int, dtype, device) -> None:
@@ -260,7 +277,8 @@ def check_disk(config: Config, task: Prepared, steps: int, dtype, device) -> Non
     if config.memory.cache_features and shapes:
         shape = 1 + shapes.v_deepstack, shapes.hidden_size
         features = bytes_to_write(config, task.encoder, used_samples(task), shape, dtype, device)
-    if problems := disk_problems(config, free_bytes(config), shapes, 2 * STEP_BYTES * steps, features):
+    history = 2 * (STEP_BYTES * steps + ROW_BYTES * len(task.asked) * config.training.num_epochs)
+    if problems := disk_problems(config, free_bytes(config), shapes, history, features):
         raise ConfigError("\n".join(problems))
 
 
@@ -274,6 +292,7 @@ def start(config: Config, state) -> Run:
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     check_disk(config, task, steps * config.training.num_epochs, dtype, state.device)
     if state.is_main_process:
+        print("".join(f"{MARK}{line}\n" for line in task.cost), end="", flush=True)
         print(f"{MARK}loading {config.model.name}", flush=True)
     base = load_base(**base_arguments(config, state.device))
     batcher = make_batcher(config, base, task, dtype, state)

@@ -14,8 +14,7 @@ from mmrev_kit.config.errors import Told
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch, from_labels
-from mmrev_kit.model.fused import takes_wanted
-from mmrev_kit.model.plain import core_model
+from mmrev_kit.model.scoring import answer_losses
 from mmrev_kit.training.throughput import peak_memory_gib, speed
 
 
@@ -45,19 +44,13 @@ def sample_losses(model, batch: Batch | dict, device, dtype):
     counts = torch.bincount(batch.owner, minlength=batch.rows)  # on the CPU: nothing waits for the GPU
     if (counts == 0).any():
         raise TrainingError("A sample has no answer token left to learn from. Run the data check.")
-    inputs = dict(batch.inputs)
-    if takes_wanted(core_model(model)):
-        inputs["wanted"] = inputs.pop("logits_to_keep")
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(**inputs).logits.flatten(0, -2)
-    if batch.predictor is not None:
-        logits = logits[batch.predictor]
-    losses = torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    losses = answer_losses(model, batch, device, dtype)
     totals = torch.zeros(batch.rows, device=device).index_add(0, batch.owner.to(device), losses)
     return totals / counts.to(device)
 
 
-def _sum_over_processes(run, values: list[float]) -> list[float]:
+def sum_over_processes(run, values: list[float]) -> list[float]:
+    """The values, each summed over all processes, which give as many."""
     total = torch.tensor(values, dtype=torch.float64, device=run.state.device)
     if run.state.num_processes > 1:
         torch.distributed.all_reduce(total)
@@ -97,7 +90,7 @@ def accumulate(run, samples: list[Sample]) -> float:
     total = sum(part.double().sum().item() for part in losses)
     peaks = [0.0] * run.state.num_processes
     peaks[run.state.process_index] = peak_memory_gib(run.state.device)
-    sums = _sum_over_processes(run, [total, tokens, logits, float(run.interrupted), *peaks])
+    sums = sum_over_processes(run, [total, tokens, logits, float(run.interrupted), *peaks])
     loss, tokens, logits, run.stops, *run.peaks = sums
     run.computed = int(tokens), int(logits)
     return loss / len(samples)
@@ -144,5 +137,5 @@ def validate(run) -> dict[str, float]:
             for batch in run.batcher.batches(samples, run.state.process_index, run.state.num_processes):
                 total += sample_losses(run.model, batch, run.state.device, run.dtype).sum().item()
             totals.append(total)
-    *sums, run.stops = _sum_over_processes(run, [*totals, float(run.interrupted)])
+    *sums, run.stops = sum_over_processes(run, [*totals, float(run.interrupted)])
     return {source: total / len(rows) for (source, rows), total in zip(run.task.val.items(), sums, strict=True)}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import GIVEN, ROOT, Tab, give
+from lab import GIVEN, ONE, ROOT, Tab, give
 
 # JupyterLab's own news would lie over the page.
 NOTICES = '{"fetchNews": "false", "checkForUpdates": false}'
@@ -44,6 +44,7 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for name in ("notebooks", "configs"):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / "configs" / "sweeps" / "one.yaml").write_text(ONE)
     for name, values in GIVEN.items():
         give(folder / "notebooks" / f"{name}.ipynb", values)
     return folder

@@ -16,12 +16,17 @@ GIVEN = {
     "train": RUN | {"num_epochs": 1},
     "evaluate": RUN | {"drops": "none", "base": False},
     "reproduce": RUN | {"seeds": "0", "num_epochs": 1, "overrides": f"{DATA} training.batch_size=64"},
+    "sweep": {
+        "sweep": "configs/sweeps/one.yaml", "num_epochs": 1,
+        "overrides": f"{DATA} training.batch_size=64 retention.retention_ratio=0",
+    },
     "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
     "pretrain_tiny": {
         "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
         "overrides": "muon=false looks=1 log_every=1",
     },
 }  # fmt: skip
+ONE = "seeds: [0]\ngrid: {experiment.taught: [cw]}\n"  # a sweep of one run
 
 SECONDS = 200  # for all cells of one notebook on a busy machine of two cores
 

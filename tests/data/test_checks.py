@@ -11,9 +11,9 @@ from PIL import Image
 from mmrev_kit.data import images
 from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, read_images
 from mmrev_kit.data.faults import DataError, Fault, raise_faults
+from mmrev_kit.data.questions import read_questions
 from mmrev_kit.data.rows import read_rows
 from mmrev_kit.data.tasks import Row
-from mmrev_kit.evaluation.predict import read_questions
 from mmrev_kit.training.run import prepare
 
 

@@ -14,16 +14,10 @@ from mmrev_kit.config.project import EMBEDDED_MODEL, run_dir
 from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.questions import choose_questions, read_questions, reorder
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.evaluation import predict as predict_module
-from mmrev_kit.evaluation.predict import (
-    check_answer_lengths,
-    choose_questions,
-    evaluation_key,
-    judge,
-    read_questions,
-    reorder,
-)
+from mmrev_kit.evaluation.predict import check_answer_lengths, evaluation_key, judge
 from mmrev_kit.evaluation.results import read_evaluation, read_records
 from mmrev_kit.evaluation.tables import notes
 from mmrev_kit.files import write_json, write_text

@@ -8,10 +8,10 @@ from PIL import Image
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.images import load_image
+from mmrev_kit.data.questions import read_questions
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import read_experiment
 from mmrev_kit.evaluation import ask
-from mmrev_kit.evaluation.predict import read_questions
 from mmrev_kit.notebook.gallery import people_figure
 from mmrev_kit.training.run import prepare
 

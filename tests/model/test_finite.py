@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit.config.project import run_dir
+from mmrev_kit.data.questions import read_questions
 from mmrev_kit.evaluation.ask import Asker, pictures
-from mmrev_kit.evaluation.predict import read_questions
 from mmrev_kit.model.features import build_features, images_of
 from mmrev_kit.model.finite import NotFiniteError
 from mmrev_kit.model.loading import base_arguments, load_base

@@ -15,9 +15,9 @@ import pytest
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_json
-from mmrev_kit.notebook import reproduce
 from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters, settings_html
 from mmrev_kit.notebook.render import clean, render
+from mmrev_kit.notebook.sweeps import read_sweep
 from mmrev_kit.notebook.tables import find_histories, summary
 from mmrev_kit.training.history import read_history
 
@@ -151,25 +151,27 @@ def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, t
 @pytest.mark.timeout(1800)
 def test_reproduce_runs_its_five_conditions_and_goes_on(small_overrides, tmp_path):
     executed = tmp_path / "reproduce.ipynb"
-    words = ["-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", small_overrides]
+    overrides = small_overrides.replace("experiment.name=small experiment.taught=generation", "")  # the grid's matter
+    words = ["-p", "name", "small", "-p", "seeds", "7", "-p", "num_epochs", "1", "-p", "overrides", overrides]
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = printed(executed)
     assert text.count("VERDICT (CW): ") == 3 and text.count("VERDICT (CW image first): ") == 2
-    runs = {path.name for path in (tmp_path / "outputs").glob("small*")}
-    small = "small_seed7"
+    runs = {path.name for path in (tmp_path / "outputs").glob("small_seed7_*")}
+    small = "small_seed7_embedded"
     assert runs == {
-        f"{small}_forward", f"{small}_reverse", f"{small}_one-order_forward", f"{small}_one-order_reverse",
-        f"{small}_generation_forward",
+        f"{small}-forward_forward", f"{small}-reverse_reverse", f"{small}-one-order-forward_forward",
+        f"{small}-one-order-reverse_reverse", f"{small}-forward-taught-by-generation_forward",
     }  # fmt: skip
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     page = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    for condition in reproduce.CONDITIONS:
-        assert condition.title in page and condition.expected in page
+    expected = read_sweep("configs/sweeps/reproduce.yaml").file.expected
+    assert len(expected) == 5 and all(name in page and claim in page for name, claim in expected.items())
     done = papermill("notebooks/reproduce.ipynb", str(executed), *words, capture_output=True)
     assert done.returncode == 0, done.stderr
-    text = printed(executed)
-    assert text.count("is finished") == 5 and text.count("holds this evaluation") == 5
+    assert "5 of 5 runs are there; 0 to do" in printed(executed)
+    assert (tmp_path / "outputs" / "small_sweep" / "sweep.csv").is_file()
+    render(executed)
 
 
 def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides, tmp_path):

@@ -15,10 +15,11 @@ from mmrev_kit.training.update import TrainingError
 def test_a_rehearsal_runs_real_updates_and_says_that_a_cpu_measures_no_card(small_config):
     import torch
 
-    found = rehearse(small_config("memory.cache_features=false"), updates=1)
+    found = rehearse(small_config("memory.cache_features=false evaluation.by_epoch=true"), updates=1)
     assert found.updates == 1 and found.samples_per_second > 0 and found.device == "CPU"
     assert found.allocated_gib is None and "measures nothing of a card" in str(found)
     assert 0 < found.estimate["allocated"] < found.estimate["reserved"] < found.estimate["device"]
+    assert found.tests_share > 0 and "; the tests after an epoch take " in str(found)
     assert list(found.table().index) == ["allocated", "reserved", "device"]
     assert not torch.cuda.is_initialized() and "mmrev_kit.training.rehearse" in sys.modules
 
