@@ -148,9 +148,11 @@ def prepare(config: Config) -> Prepared:
     if config.evaluation.by_epoch:
         task.asked = encode_questions(config, encoder)
         updates = epoch_updates(config, task, 0, effective_batch(config, config.launch.num_processes or 1))
-        layers = configured_shapes(config).num_hidden_layers
-        recomputed = config.memory.recomputed_layers(layers) / layers
-        task.cost = [cost_line(task.asked, updates, config.training.packing, encoder.image_id, recomputed)]
+        packing, recomputed = "none", float(config.memory.gradient_checkpointing)  # of a family on the plain path
+        if shapes := configured_shapes(config):
+            packing, layers = config.training.packing, shapes.num_hidden_layers
+            recomputed = config.memory.recomputed_layers(layers) / layers
+        task.cost = [cost_line(task.asked, updates, packing, encoder.image_id, recomputed)]
     return task
 
 

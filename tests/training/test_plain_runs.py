@@ -44,6 +44,7 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     family, bits, family_folder, four_people, tmp_path, monkeypatch, capfd
 ):
     words = f"{four_people} model.name={family_folder(family)} {family.settings} quantization.bits={bits}"
+    words += " evaluation.by_epoch=true"
     whole, again = (
         load_config("configs/tiny_cpu.yaml", f"{words} launch.output_dir={tmp_path}/{name}") for name in ("a", "b")
     )
@@ -66,6 +67,10 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     assert len(a["steps"]) == 8 and [step["loss"] for step in a["steps"]] == [step["loss"] for step in b["steps"]]
     assert a["epochs"][-1]["val_loss"] == b["epochs"][-1]["val_loss"] and a["status"] == "finished"
     assert a["epochs"][-1]["val_loss"]["forward"] < a["steps"][0]["loss"] - 0.1  # it learns
+    tests = a["epochs"][-1]["tests"]
+    asked = {test: sum(person["asked"] for person in people.values()) for test, people in tests.items()}
+    assert asked == {"forward": 12, "reverse": 48, "cw_image": 48, "mcq_i2d": 12, "mcq_d2i": 12}
+    assert tests == b["epochs"][-1]["tests"]
     left, right = (load_file(run_dir(config) / "final" / "adapter_model.safetensors") for config in (whole, again))
     assert all(torch.equal(left[name], right[name]) for name in left) and len(left) == 2 * family.lora
 
