@@ -221,7 +221,8 @@ def accuracy_figure(metrics: dict[str, dict]):
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
     figure, axes, left = axes_by_test(6.4)
     key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
-    left.text(-0.15, 1, "\n".join(key if len(key) > 1 else []), va="top", fontsize=9, parse_math=False)
+    words = "\n".join(key) if len(key) > 1 else ""
+    left.text(-0.15, 1, words, va="top", fontsize=9, parse_math=False, transform=left.transAxes)
     for test, axis in axes.items():
         for x, found in enumerate(metrics.values()):
             _draw_groups(axis, x, found["none"].get(test, {}), crowded=len(metrics) > 2)
