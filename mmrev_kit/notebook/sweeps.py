@@ -16,7 +16,7 @@ from typing import Any
 
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.reading import NONE_WORDS, differences, load_config, read_yaml
-from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.sections import INVENTED, Config, ConfigError
 from mmrev_kit.notebook.parameters import PARAMETERS
 
 OWN = ("experiment.name", "experiment.seed")  # a sweep sets them itself
@@ -221,9 +221,9 @@ def check_sweep(sweep: Sweep) -> None:
         raise ConfigError(f"expected: there is no point {unknown[0]!r}. There are {there}.")
     for point in sweep.points:
         config = sweep.config(point, sweep.seeds[0])
-        fixed = config.data.source != "drawn" or sweep.base.data.folder or "data.folder" in point.settings
+        fixed = config.data.source not in INVENTED or sweep.base.data.folder or "data.folder" in point.settings
         if fixed and len(sweep.seeds) > 1:
             raise ConfigError(
-                "several seeds need data.source=drawn without a data.folder: the same people would count as others in "
-                "each seed. Give one seed."
+                "several seeds need invented people (data.source=drawn or diffusers) without a data.folder: the same "
+                "people would count as others in each seed. Give one seed."
             )
