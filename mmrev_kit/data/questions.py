@@ -109,7 +109,7 @@ def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> l
         if sample is not None:
             prompt, options = sample.input_ids[: sample.answer_start], []
             for text in question.options:
-                answer = (*encoder.text_ids(text), encoder.end_id)
-                options.append(replace(sample, row=replace(sample.row, answer=text), input_ids=prompt + answer))
+                row = replace(question.row, answer=text)
+                options.append(replace(sample, row=row, input_ids=prompt + tuple(encoder.tokens(row)[1])))
             found.append(Asked(question, tuple(options)))
     return found

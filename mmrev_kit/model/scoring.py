@@ -24,7 +24,7 @@ def answer_losses(model, batch: Batch, device, dtype):
         logits = model(**inputs).logits.flatten(0, -2)
     if batch.predictor is not None:
         logits = logits[batch.predictor]
-    return torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    return cross_entropy(logits.float(), batch.target, reduction="none")
 
 
 @torch.no_grad()
