@@ -34,8 +34,9 @@ from mmrev_kit.model.batches import GPU_MULTIPLE, Batcher, lay_out, shares
 from mmrev_kit.model.features import build_features
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, torch_dtype, trainable
 from mmrev_kit.model.packing import Layout, attention_scale
+from mmrev_kit.model.plain import core_model
 from mmrev_kit.model.processor import make_encoder
-from mmrev_kit.model.qwen3vl import core_model, drop_tower
+from mmrev_kit.model.qwen3vl import drop_tower
 from mmrev_kit.training.update import sample_losses
 
 GIB, IMAGES, PACKED_ROWS = 2**30, 16, 8

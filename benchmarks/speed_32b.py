@@ -53,7 +53,8 @@ from mmrev_kit.model.loading import (
     trainable,
 )
 from mmrev_kit.model.packing import gather_images, image_key
-from mmrev_kit.model.qwen3vl import core_model, drop_tower
+from mmrev_kit.model.plain import core_model
+from mmrev_kit.model.qwen3vl import drop_tower
 from mmrev_kit.training.run import Run, prepare
 from mmrev_kit.training.throughput import flops, measure_peak_flops, peak_memory_gib
 from mmrev_kit.training.update import chunks, update

@@ -1,69 +1,116 @@
-"""`python -m mmrev_kit`: a run or a sweep without a notebook, a notebook without JupyterLab, a new embedded model.
+"""`mmrev`, which is `python -m mmrev_kit`: what the notebooks do, from a terminal.
 
 `train` does what notebooks/train.ipynb does. Started by `torchrun` or `accelerate launch` it is one of their workers.
 """
 
 import argparse
-import os
+import difflib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from mmrev_kit.config.errors import Told
-from mmrev_kit.config.project import run_dir
-from mmrev_kit.config.reading import load_config
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.flags import FLAGS
 
 
-def train(config: Config) -> None:
-    """Train in new processes; under torchrun or accelerate launch, as one of their workers."""
-    from mmrev_kit.data.make import ensure_data
-    from mmrev_kit.notebook.launch import launch
-    from mmrev_kit.training.tracking import refuse_missing
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, with what there is."""
 
-    if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return train_as_worker(config)  # of torchrun, of accelerate
-    refuse_missing(config)
-    for line in ensure_data(config):
-        print(line)
-    launch(config)
+    def parse_known_args(self, args=None, namespace=None):
+        """Also of a command's own parser, whose errors then name the command and its flags."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(flags)}"
+            self.error(f"there is no {unknown[0]}; {hint}")
+        return found, unknown
 
-
-def train_as_worker(config: Config) -> None:
-    """This process's part of a run that `torchrun` or `accelerate launch` started."""
-    from mmrev_kit.training.loop import launched_worker
-
-    config.launch.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        launched_worker(config)
-    except Told as error:
-        rank = os.environ.get("RANK", "0")
-        told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
-        sys.exit(f"process {rank}: {told}")
+    def error(self, message: str):
+        if message.endswith("required: COMMAND"):
+            message += f" (choose from {', '.join(COMMANDS)})"
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def read_words(words: list[str]) -> argparse.Namespace:
-    """The command line; exits with 2 and a usage line where it cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m mmrev_kit", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | sweep | notebook | share | pretrain"
-    )
-    one = commands.add_parser("train", help="train a run; under torchrun or accelerate launch, one of its workers")
-    one.add_argument("--config", required=True, help="a YAML file, such as a run folder's config.yaml")
-    one.add_argument("--overrides", default="", help="section.key=value words")
-    one = commands.add_parser("sweep", help="train and evaluate every run of a sweep, as notebooks/sweep.ipynb does")
-    one.add_argument("sweep", help="a file such as configs/sweeps/taught.yaml")
-    one.add_argument("--seeds", help="numbers in one word, such as '0 1'; those of the file")
-    one.add_argument("--parallel", type=int, help="runs at once; as many as the cores or cards make sense for")
-    one.add_argument("--overrides", default="", help="section.key=value words that hold in every run")
-    one = commands.add_parser("notebook", help="execute a notebook with papermill and render it, into the run folder")
-    one.add_argument("name", help="a notebook in notebooks/, without .ipynb")
-    one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
-    one = commands.add_parser(
-        "share", help="write pages that stand alone: of executed notebooks, or of the default run"
-    )
-    one.add_argument("notebooks", nargs="*", help="executed notebooks; none: the default experiment's, executed first")
-    one.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
-    commands.add_parser("pretrain", help="make or measure an embedded model; pretrain --help lists its options")
-    return parser.parse_args(words)
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        help: what it does, in a line.
+        function: of `notebook.commands`; it takes the parsed command line and returns an exit status, None for 0.
+        add: adds the arguments that it has besides those of `FLAGS`.
+    """
+
+    help: str
+    function: str
+    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", help="the folder of an adapter, such as a run's best/; none: the base model")
+    parser.add_argument("--drops", default="none image text both", help="ablations beside the whole prompt (none)")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="32b", help="2b, 4b, 8b, 32b, embedded, or a model's config.json")
+    parser.add_argument("--card", default="V100 32", help="such as 'H100 80'")
+    parser.add_argument("--micro_batch", type=int, default=8, help="rows that go through the model at once")
+
+
+def _add_notebook(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="a notebook in notebooks/, without .ipynb")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
+
+
+def _add_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("notebooks", nargs="*", help="executed ones; none: the default experiment's, executed first")
+    parser.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", help="a file such as configs/sweeps/taught.yaml")
+    parser.add_argument("--seeds", help="numbers in one word, such as '0 1'; those of the file")
+    parser.add_argument("--parallel", type=int, help="runs at once; as many as the cores or cards make sense for")
+    parser.add_argument("--overrides", default="", help="section.key=value words that hold in every run")
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a run folder (its best/), or a folder with an adapter")
+    parser.add_argument("out", help="the folder to make, such as outputs/merged")
+    parser.add_argument("--overrides", default="", help="section.key=value words, such as adapter.unbound=true")
+
+
+COMMANDS = {
+    "train": Command("train a run; under torchrun or accelerate launch, one of its workers", "train"),
+    "evaluate": Command("ask the tests of an adapter, or of a base model", "evaluate", _add_evaluate),
+    "generate-data": Command("make the people, their pictures and rows", "generate_data"),
+    "generate-face-retention-pool": Command("make the pool of other people", "generate_face_retention_pool"),
+    "memory": Command("what fits on a card, and the modes", "memory", _add_memory),
+    "doctor": Command("look at the machine before a run", "doctor"),
+    "notebook": Command("execute a notebook and render it, into the run folder", "notebook", _add_notebook),
+    "sweep": Command("train and evaluate every run of a sweep, a grid of settings with seeds", "sweep", _add_sweep),
+    "share": Command("write pages that stand alone, of executed notebooks or the default run", "share", _add_share),
+    "merge": Command("write a 16-bit model with an adapter merged, checked against the unmerged", "merge", _add_merge),
+    "pretrain": Command("make or measure an embedded model; pretrain --help lists its options", ""),
+}
+
+
+def make_parser() -> Parser:
+    """The parser of all commands, made of `COMMANDS` and `FLAGS`."""
+    parser = Parser(prog="mmrev", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        if name in FLAGS:
+            one.add_argument("--config", help="a YAML file, such as a run folder's config.yaml")
+            one.add_argument("--overrides", default="", help="any other settings, as section.key=value words")
+        for flag, setting in FLAGS.get(name, {}).items():
+            alone = {"nargs": "?", "const": "true"} if flag in ("overwrite", "unbound") else {}
+            known = {"choices": ["auto"]} if flag == "device_map" else {"metavar": "VALUE"}
+            one.add_argument(f"--{flag}", help=f"the setting {setting}", **alone, **known)
+        command.add(one)
+    return parser
 
 
 def main(words: list[str]) -> int | None:
@@ -79,6 +126,8 @@ def main(words: list[str]) -> int | None:
     except Told as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # what it left and how to go on has been said
+        return 130
 
 
 def run(words: list[str]) -> int | None:
@@ -87,33 +136,16 @@ def run(words: list[str]) -> int | None:
         from mmrev_kit.pretraining import command
 
         return command.main(words[1:])
-    given = read_words(words)
-    if given.command == "notebook":
-        from mmrev_kit.notebook.render import execute
+    given = make_parser().parse_args(words)
+    from mmrev_kit.notebook import commands
 
-        return execute(given.name, [tuple(pair) for pair in given.parameters])
-    if given.command == "share":
-        from mmrev_kit.notebook.share import share
-
-        return share(given.notebooks, given.to)
-    if given.command == "sweep":
-        return sweep(given)
-    return train(load_config(given.config, given.overrides))
+    return getattr(commands, COMMANDS[given.command].function)(given)
 
 
-def sweep(given: argparse.Namespace) -> int:
-    """Run a sweep, and write its table; returns 1 where a run failed."""
-    from mmrev_kit.notebook import sweep_results, sweep_runs
-    from mmrev_kit.notebook.sweeps import read_sweep
-
-    study = read_sweep(given.sweep, seeds=given.seeds, overrides=given.overrides)
-    print(study, flush=True)
-    results = sweep_runs.run_sweep(study, given.parallel)
-    for name, one in sweep_results.pooled(results).items():
-        print(f"{name}: {one.verdict().claim}")
-    print(sweep_results.write_csv(study, results))
-    return int(any(result.error for result in results))
+def start() -> int | None:
+    """What the program `mmrev` calls."""
+    return main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start())

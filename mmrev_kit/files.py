@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -235,3 +236,29 @@ def _absent(folder: Path) -> Path:
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder} exists and is left as it is. Choose another name, or delete it yourself.")
     return folder
+
+
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file in hex digits.
+
+    In the hub's cache it is the file's name, as the hub gave it. Of other files it is kept in `HF_HOME/mmrev_kit` by
+    path, size and times, so that 64 GB are read once; not where `HF_HOME` is no absolute path.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    file = file.resolve()
+    if file.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", file.name):
+        return file.name
+    state = file.stat()
+    facts = f"{file}\n{state.st_size}\n{state.st_mtime_ns}\n{state.st_ctime_ns}"
+    kept = Path(HF_HOME) / "mmrev_kit" / hashlib.sha256(facts.encode()).hexdigest()
+    trusted = kept.is_absolute()  # else it would be another one for each folder that one stands in
+    if trusted and kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
+        return known
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    with suppress(OSError):  # a folder that cannot be written to only costs the time again
+        if trusted:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(digest, encoding="utf-8")
+    return digest

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launched runs have it, and before torch is loaded
@@ -31,6 +32,19 @@ def small_data(tmp_path_factory) -> Path:
     make_face_pool(folder / "pool", 40, 32, 0, rows_per_task=(60, 8))
     ensure_data(load_config("configs/tiny_cpu.yaml", f"{SMALL} data.dir={folder} retention.face_pool={folder}/pool"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """From one of `families.FAMILIES` to the folder of its tiny model, which is made once and not to be changed."""
+
+    @cache
+    def make(family) -> Path:
+        folder = tmp_path_factory.mktemp(family.name)
+        family.build(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

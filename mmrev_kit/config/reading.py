@@ -9,13 +9,16 @@ from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mmrev_kit.config.flags import ELSEWHERE
 from mmrev_kit.config.project import hide_secrets, refuse_secrets, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 
 NONE_WORDS = ("none", "null", "~")
 _SECTIONS = {section.name for section in fields(Config)}
+# Those that every configuration saved with a run of the first version has.
+_FIRST_SECTIONS = set("experiment model quantization lora data retention training evaluation memory launch".split())
 
 
 def _none_words(value):
@@ -56,6 +59,8 @@ def _merge(config, values: dict, where: str):
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = str(error).splitlines()[0]
+        if isinstance(error, ConfigKeyError) and (own := ELSEWHERE.get(key.rsplit(".", 1)[-1])):
+            reason = f"there is no such key; here it is {own}."
         raise ConfigError(f"{where}: {key}: {reason}") from None
 
 
@@ -127,7 +132,7 @@ def load_config(path: str | Path | None = None, overrides: str = "", values: dic
         file, loaded = resolve(path), read_yaml(path)
         _check_texts(loaded, str(file))
         config = _merge(config, loaded, str(file))
-        if loaded.keys() >= set(_SECTIONS) and "taught" not in loaded["experiment"]:
+        if loaded.keys() >= _FIRST_SECTIONS and "taught" not in loaded["experiment"]:
             config.experiment.taught = "generation"  # the whole configuration of a run of the first version
     refuse_secrets(overrides or "", "overrides")
     for word, key, value in _read_overrides(overrides or ""):

@@ -6,12 +6,17 @@ says what differs.
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 from mmrev_kit.config.errors import Told
 from mmrev_kit.config.optimizers import OPTIMIZERS
 
 TASKS = ("forward", "reverse")
-# What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT.
+INVENTED = ("drawn", "diffusers")  # the sources of data whose people the kit makes up
+TESTS = ("forward", "reverse", "cw_image", "mcq_i2d", "mcq_d2i")  # what an evaluation asks; see `data.tasks.TASK_TYPES`
+# What main is taught, by task and `experiment.taught`; control is always taught all of CONTROL_IS_TAUGHT, and so is
+# bridge, the third group, unless `mitigation.format_bridge` is set.
 TAUGHT = {
     "forward": {"generation": ("forward",), "cw": ("cw_image",), "both": ("forward", "cw_image")},
     "reverse": {"cw": ("reverse",)},
@@ -109,29 +114,49 @@ class LoraConfig:
 
 
 @dataclass
+class AdapterConfig:
+    unbound: bool = False  # put an adapter that no card of a run binds to this base onto it; every result then says so
+
+
+@dataclass
 class DataConfig:
-    source: str = "drawn"  # folder: your own people, from entities_file and images_dir; shapes: the format check
+    source: str = "drawn"  # folder: your own people; diffusers: by image_model; shapes: the format check
     dir: str = "data"  # where experiments are kept
     folder: str | None = None  # this run's experiment; None: <dir>/<experiment.name>. Many runs may name the same one
     entities_file: str | None = None  # a CSV or JSON file
     images_dir: str | None = None
+    image_model: str | None = None  # of source diffusers: any text-to-image pipeline, a folder or a name on the hub
+    image_options: dict[str, Any] = field(default_factory=dict)  # of its call, such as {num_inference_steps: 4}
     link_images: bool = False  # link to the images instead of copying them
     allow_outside: bool = False  # images outside the data's own folder and the project, too
     drop_faulty: bool = False  # go on without the rows that have a fault, with their number said, instead of stopping
     num_main: int = 20
     num_control: int = 0
+    share_both: float = 0.0  # of the num_main people, those who form the group bridge and are taught both directions
     image_size: int = 448
     images_per_entity: int = 1
 
     def __post_init__(self):
-        _check_words("data", self, {"source": ("drawn", "folder", "shapes")})
-        if self.source == "folder":
-            for name in ("entities_file", "images_dir"):
-                _require(getattr(self, name) is not None, f"data.{name}", None, "is needed where data.source is folder")
-        elif self.entities_file is not None:
-            rule = "is read where data.source is folder only; set it so, or leave this out"
-            _require(False, "data.entities_file", self.entities_file, rule)
-        _check_numbers("data", self, {"image_size": (16, 4096), "images_per_entity": (1, 100)})
+        _check_words("data", self, {"source": ("drawn", "folder", "diffusers", "shapes")})
+        needed = {"folder": ("entities_file", "images_dir"), "diffusers": ("image_model",)}
+        for name in needed.get(self.source, ()):
+            rule = f"is needed where data.source is {self.source}"
+            _require(getattr(self, name) is not None, f"data.{name}", None, rule)
+        for name, source in (("entities_file", "folder"), ("image_model", "diffusers"), ("image_options", "diffusers")):
+            value = getattr(self, name)
+            rule = f"is read where data.source is {source} only; set it so, or leave this out"
+            _require(not value or self.source == source, f"data.{name}", value, rule)
+        rule = "is read where people are invented (data.source is drawn or diffusers); write bridge into your own list"
+        _require(not self.share_both or self.source in INVENTED, "data.share_both", self.share_both, rule)
+        limits = {"share_both": (0, 0.98), "image_size": (16, 4096), "images_per_entity": (1, 100)}
+        _check_numbers("data", self, limits)
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """How many people of each group are drawn: `share_both` of the `num_main` people, to the nearest whole number,
+        are bridge, the others are main."""
+        bridge = round(self.num_main * Fraction(str(self.share_both)))
+        return {"main": self.num_main - bridge, "bridge": bridge, "control": self.num_control}
 
 
 @dataclass
@@ -149,15 +174,24 @@ class RetentionConfig:
     tasks: list[str] = field(default_factory=lambda: ["forward"])
     face_pool: str = "data/pool_faces_448"
     object_pool: str = "data/pool_objects_448"
-    num_faces: int = 400
+    num_faces: int = 400  # people of a face pool; of fewer than 20 all are for training, and others for validation
 
     def __post_init__(self):
-        _check_numbers("retention", self, {"retention_ratio": (0, 0.99), "face_share": (0, 1), "num_faces": (40, 1e5)})
+        _check_numbers("retention", self, {"retention_ratio": (0, 0.99), "face_share": (0, 1), "num_faces": (4, 1e5)})
         _check_numbers("retention.weights", self.weights, dict.fromkeys(("cw", "mcq_i2d", "mcq_d2i"), (0, math.inf)))
         total = self.weights.cw + self.weights.mcq_i2d + self.weights.mcq_d2i
         _require(total > 0, "retention.weights", total, "at least one weight must be above 0")
         unknown = [task for task in self.tasks if task not in TASKS]
         _require(not unknown, "retention.tasks", self.tasks, f"may name {', '.join(TASKS)}")
+
+
+@dataclass
+class MitigationConfig:
+    format_bridge: bool = False  # bridge is taught generation and CW of the taught order, not the other direction
+    identity: float = 0.0  # share of an epoch's training rows that are identity rows (configs/README.md, Conditions)
+
+    def __post_init__(self):
+        _check_numbers("mitigation", self, {"identity": (0, 0.9)})
 
 
 @dataclass
@@ -208,12 +242,27 @@ class EvaluationConfig:
     batch_size: int = 16
     max_new_tokens: int = 32
     option_orders: bool = False  # ask each multiple-choice question in all 24 orders of its options
-    # All five tests by log-probability after each epoch of a training; nothing is decided on them. An evaluation does
-    # not depend on it, and is not made again for it: its key is a digest of this section's `repr`.
+    # Which questions are asked follows from these: an evaluation is known by its questions, not by their repr.
+    tests: list[str] = field(default_factory=lambda: list(TESTS), repr=False)
+    max_samples: int | None = field(default=None, repr=False)  # rows of each test, drawn by the seed; None: all
+    save_examples: int = field(default=0, repr=False)  # right and wrong answers of each test and group, as a page
+    # All five tests by log-probability after each epoch of a training; nothing is decided on them.
     by_epoch: bool = field(default=False, repr=False)
 
     def __post_init__(self):
-        _check_numbers("evaluation", self, {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096)})
+        limits = {"batch_size": (1, math.inf), "max_new_tokens": (1, 4096), "max_samples": (1, math.inf)}
+        _check_numbers("evaluation", self, limits | {"save_examples": (0, math.inf)})
+        unknown = set(self.tests) - set(TESTS) or len(set(self.tests)) < max(1, len(self.tests))
+        _require(not unknown, "evaluation.tests", self.tests, f"must name some of {', '.join(TESTS)}, each once")
+
+    @property
+    def partial(self) -> str | None:
+        """What of all questions is asked, as its folder's name has it; None: all are."""
+        tests = (
+            [f"tests={'+'.join(test for test in TESTS if test in self.tests)}"] if len(self.tests) < len(TESTS) else []
+        )
+        most = [] if self.max_samples is None else [f"max_samples={self.max_samples}"]
+        return ",".join(tests + most) or None
 
 
 @dataclass
@@ -247,7 +296,8 @@ class LaunchConfig:
 
     def __post_init__(self):
         _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
-        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data or auto")
+        self.mode = "data" if self.mode == "qlora" else self.mode  # the guide's name, as in the table of modes
+        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data (or qlora) or auto")
         _check_words("launch", self, {"tracking": (None, "tensorboard", "trackio", "wandb")})
 
 
@@ -257,9 +307,30 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    mitigation: MitigationConfig = field(default_factory=MitigationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self):
+        """Settings of several sections that contradict each other."""
+        experiment, retention, mitigation = self.experiment, self.retention, self.mitigation
+        if mitigation.format_bridge:
+            formats, key = TAUGHT[experiment.task].get("both"), "mitigation.format_bridge"
+            rule = f"task {experiment.task} has one format alone, so that none is bridged; set experiment.task=forward"
+            _require(formats is not None, key, True, rule)
+            rule = "main is taught both formats itself, so that none is bridged; set experiment.taught=generation or cw"
+            _require(formats != experiment.main_is_taught, key, True, rule)
+        ratio = retention.retention_ratio if experiment.task in retention.tasks else 0
+        rule = f"leaves nothing of an epoch to what is taught, beside retention.retention_ratio = {ratio:g}; lower one"
+        _require(mitigation.identity + ratio < 1, "mitigation.identity", mitigation.identity, rule)
+
+    @property
+    def taught(self) -> dict[str, tuple[str, ...]]:
+        """The tasks whose rows teach each group."""
+        bridge = TAUGHT[self.experiment.task]["both"] if self.mitigation.format_bridge else CONTROL_IS_TAUGHT
+        return {"main": self.experiment.main_is_taught, "bridge": bridge, "control": CONTROL_IS_TAUGHT}

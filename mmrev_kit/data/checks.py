@@ -15,7 +15,7 @@ from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_im
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
 from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
-from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, LETTERS, Row
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, IDENTITY, LETTERS, Row
 from mmrev_kit.data.texts import normal
 
 
@@ -44,7 +44,7 @@ def check_entities(entities: list[dict], path: Path) -> list[Fault]:
         faults.append(Fault(f"{path}: {where}", reason, "Descriptions must differ in what can be read."))
     for where, entity in places.items():
         if entity.get("group", "main") not in GROUPS:
-            reason = f"the group {entity['group']!r} is neither main nor control."
+            reason = f"the group {entity['group']!r} is none of {', '.join(GROUPS)}."
             faults.append(Fault(f"{path}: {where}", reason, "Correct the group."))
     for group in GROUPS:
         said = note.get(f"num_{group}", sizes[group])
@@ -54,10 +54,10 @@ def check_entities(entities: list[dict], path: Path) -> list[Fault]:
     return faults
 
 
-def _statements(row: Row) -> list[tuple[Path, str, bool]]:
-    """What a row claims of pictures: (image, description, whether it is true)."""
+def _statements(row: Row) -> list[tuple[Path | None, str, bool]]:
+    """What a row claims of pictures: (image, description, whether it is true); without one, whose text it is."""
     if row.type.format != CHOICE:
-        return [(row.images[0], row.description, row.type.format != CW or row.answer == "Correct")]
+        return [(row.image, row.description, row.type.format != CW or row.answer == "Correct")]
     right = LETTERS.index(row.answer)
     if row.type.options == "choices":
         return [(row.images[0], text, index == right) for index, text in enumerate(row.choices)]
@@ -81,7 +81,7 @@ def check_statements(rows: Iterable[Row], looks: dict[Path, str] | None = None) 
     for row in rows:
         if row.type.format == GENERATION:
             owners[normal(row.answer)].setdefault(row.entity_id, row.where)
-            first = shown.setdefault(looks.get(row.images[0], row.images[0]), row)
+            first = shown.setdefault(looks.get(row.image, row.image), row) if row.images else row
             if first.entity_id != row.entity_id and (first.entity_id, row.entity_id) not in twins:
                 twins.add((first.entity_id, row.entity_id))
                 reason = (
@@ -110,22 +110,29 @@ def check_statements(rows: Iterable[Row], looks: dict[Path, str] | None = None) 
     return faults
 
 
-def check_people(rows: Iterable[Row], entities: list[dict], folder: Path, taught: tuple[str, ...] = ()) -> list[Fault]:
+def check_people(
+    rows: Iterable[Row], entities: list[dict], folder: Path, taught: dict[str, tuple[str, ...]] | None = None
+) -> list[Fault]:
     """Faults of an experiment's rows beside its entities.json: what a row calls right of a person is another's or
-    nobody's description or image, or a task that main is not taught shows a main image or names a main description.
+    nobody's description or image, or a task that a group is not taught shows an image or names a description of it.
+
+    Identity rows, which show no picture and answer a description with itself, may name everybody: they tell of no
+    direction which face is meant.
 
     Args:
         entities: from `rows.read_entities`.
         folder: the experiment's.
-        taught: the tasks that main is taught; none where the rows are asked, not trained on.
+        taught: the tasks that each group is taught; None where the rows are asked, not trained on.
     """
     texts = {entity["id"]: entity.get("description") for entity in entities}
     pictures = {
         entity["id"]: {path.resolve() for name in entity["images"] if (path := locate_image(folder, name))}
         for entity in entities
     }
-    main = [entity["id"] for entity in entities if entity.get("group", "main") == "main"]
-    secret = {normal(texts[name]) for name in main if texts[name]} | set().union(*(pictures[name] for name in main))
+    owner: dict[Path | str, str] = {}  # the group of a description or an image
+    for entity in sorted(entities, key=lambda entity: entity.get("group", "main") == "main"):  # main's is kept
+        own = pictures[entity["id"]] | ({normal(entity["description"])} if entity.get("description") else set())
+        owner |= dict.fromkeys(own, entity.get("group", "main"))
     faults = []
 
     def tell(row: Row, reason: str) -> None:
@@ -136,10 +143,12 @@ def check_people(rows: Iterable[Row], entities: list[dict], folder: Path, taught
         for image, description, true in _statements(row):
             if true and texts.get(own) and normal(description) != normal(texts[own]):
                 tell(row, f"{description!r} counts as right of {own}, in entities.json it is {texts[own]!r}.")
-            elif true and shown and image not in shown:
+            elif true and shown and image and image not in shown:
                 tell(row, f"{image.name} is shown as {own}, who has other images in entities.json.")
-            elif taught and row.task not in taught and {image, normal(description)} & secret:
-                tell(row, f"it shows or names somebody of main, who is not taught {row.task}.")
+            elif taught and row.type is not IDENTITY:
+                hidden = {owner.get(image), owner.get(normal(description))} & taught.keys()
+                for group in sorted(group for group in hidden if row.task not in taught[group]):
+                    tell(row, f"it shows or names somebody of {group}, who is not taught {row.task}.")
     return faults
 
 

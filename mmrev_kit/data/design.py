@@ -9,9 +9,10 @@ import json
 from collections import Counter
 
 from mmrev_kit.config.project import experiment_dir
-from mmrev_kit.config.sections import Config
+from mmrev_kit.config.sections import Config, DataConfig
 from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.people import MAX_ENTITIES
 from mmrev_kit.data.records import read_jsonl
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.tasks import CW, TASK_TYPES
@@ -50,12 +51,15 @@ def people_needed(form: str, questions: float, control: float = PLANNED) -> int 
     return next((size for size in sizes if (claim_power(form, questions, size, control) or 0) >= POWER_MIN), None)
 
 
-def design_lines(num_main: int, num_control: int, questions: int, task: str, taught: str | None) -> list[str]:
+def design_lines(
+    num_main: int, num_control: int, questions: int, task: str, taught: str | None, share_both: float = 0.0
+) -> list[str]:
     """What a design can show, in lines for a reader: no claim and what would allow one, or the power of the claim.
 
     Args:
         questions: different ones a person in the deciding test.
         task, taught: as in `config.sections.ExperimentConfig`.
+        share_both: as in `config.sections.DataConfig`.
     """
     title, needed = TASK_TYPES[DECIDING[task]].title, people_needed(CW, questions)
     counts = f"{num_main} main and {num_control} control people with {questions} questions each in {title}"
@@ -63,8 +67,11 @@ def design_lines(num_main: int, num_control: int, questions: int, task: str, tau
         return [f"This design can reach no claim: {counts}, too few questions for any number of people."]
     power = claim_power(CW, questions, min(num_main, num_control))
     if power < POWER_MIN:
-        sizes = {"data.num_main": num_main, "data.num_control": num_control}
-        change = " ".join(f"{name}={needed}" for name, size in sizes.items() if size < needed)
+        shared = (DataConfig(num_main=people, share_both=share_both) for people in range(needed, MAX_ENTITIES + 1))
+        besides = next((data.num_main for data in shared if data.group_sizes["main"] >= needed), None)
+        more = f"data.num_main={besides}" if besides else "a smaller data.share_both"
+        sizes = {more: num_main, f"data.num_control={needed}": num_control}
+        change = " ".join(name for name, size in sizes.items() if size < needed)
         cause = f"{counts} have a power of {power:.2f}, {POWER_MIN:.2f} is needed"
         return [f"This design can reach no claim; {change} would. ({cause}.)"]
     lines = [
@@ -86,7 +93,7 @@ def design_of(config: Config) -> list[str]:
     which the check tells.
     """
     folder, own = experiment_dir(config), config.experiment
-    sizes, questions = Counter(main=config.data.num_main, control=config.data.num_control), QUESTIONS
+    sizes, questions = Counter(config.data.group_sizes), QUESTIONS
     if folder.exists():
         try:
             sizes = Counter(entity.get("group", "main") for entity in read_entities(folder))
@@ -98,4 +105,10 @@ def design_of(config: Config) -> list[str]:
         questions = min(map(len, asked.values()), default=0)
     if config.data.source == "shapes" or not questions or (config.data.source == "folder" and not folder.exists()):
         return []
-    return design_lines(sizes["main"], sizes["control"], questions, own.task, own.taught)
+    lines = design_lines(sizes["main"], sizes["control"], questions, own.task, own.taught, config.data.share_both)
+    if sizes["bridge"]:
+        lesson = "both formats of the taught direction" if config.mitigation.format_bridge else "both directions"
+        people, bridge = sizes["main"] + sizes["bridge"], sizes["bridge"]
+        asked = f"main, the other {sizes['main']}, is asked whether that carries over"
+        lines.append(f"Of {people} people besides control {bridge} form the group bridge, taught {lesson}; {asked}.")
+    return lines

@@ -107,7 +107,7 @@ def _person(where: str, record: dict, columns: dict[str, str], number: int) -> t
     if type(entity) not in (str, int):
         wrong(f"the id is {reprlib.repr(entity)}, neither text nor a whole number.", "Correct the id.")
     if group not in GROUPS:
-        wrong(f"the group {reprlib.repr(group)} is neither main nor control.", "Correct the group.")
+        wrong(f"the group {reprlib.repr(group)} is none of {', '.join(GROUPS)}.", "Correct the group.")
     images = _image_names(record.get(columns["image"], ""))
     if images is None:
         reason = f"the image is {reprlib.repr(record[columns['image']])}, no file name."

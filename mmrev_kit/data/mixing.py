@@ -57,9 +57,10 @@ class MixingPlan:
     """What every epoch of a run holds.
 
     Attributes:
-        tasks: the sources that are tasks; the others are retention pools.
+        tasks: the sources that are tasks; the others are retention pools, but for those in `apart`.
         sizes, counts, asked: rows there are, rows an epoch takes, and the share of an epoch asked for, by source.
         epochs: number of epochs planned.
+        apart: the sources that take a share of their own, neither tasks nor retention.
     """
 
     tasks: tuple[str, ...]
@@ -68,6 +69,7 @@ class MixingPlan:
     asked: dict[str, float]
     seed: int
     epochs: int
+    apart: tuple[str, ...] = ()
 
     @property
     def rows_per_epoch(self) -> int:
@@ -76,7 +78,8 @@ class MixingPlan:
     @property
     def retention_share(self) -> float:
         """The actual share of retention rows in an epoch."""
-        return sum(count for source, count in self.counts.items() if source not in self.tasks) / self.rows_per_epoch
+        others = self.tasks + self.apart
+        return sum(count for source, count in self.counts.items() if source not in others) / self.rows_per_epoch
 
     def epoch_rows(self, epoch: int) -> list[tuple[str, int]]:
         """(source, row index) of epoch `epoch` (from 0) in training order; depends on (seed, epoch) alone.
@@ -115,9 +118,12 @@ class MixingPlan:
 
 def make_plan(
     tasks: Mapping[str, int], pools: Mapping[str, int], weights: Mapping[str, float], ratio: float, seed: int,
-    epochs: int, counts: Mapping[str, int] | None = None,
+    epochs: int, counts: Mapping[str, int] | None = None, shares: Mapping[str, float] | None = None,
 ) -> MixingPlan:  # fmt: skip
     """The plan of a run: n task rows, and round(n * ratio / (1 - ratio)) retention rows, an epoch.
+
+    With `shares` the share that is left to the tasks is smaller, 1 - ratio - their sum, and takes the place of
+    1 - ratio; a pool with a share of s gives round(n * s / that).
 
     Args:
         tasks: rows there are of each task source.
@@ -128,6 +134,7 @@ def make_plan(
         epochs: number of epochs planned; `epoch_rows` gives others too.
         counts: rows an epoch of task sources that are to be repeated, e.g. as often as another's; the others give
             each of their rows once.
+        shares: {pool: its share of an epoch's rows} of pools that take one of their own, beside the retention pools.
 
     Raises:
         ValueError: there are no task rows, a pool that should give rows has none, or a number cannot be.
@@ -140,13 +147,20 @@ def make_plan(
         if there is None or source in pools or count < there or (count and not there):
             rule = "it must be a task, no pool, and give each row once or more"
             raise ValueError(f"{count} rows of {source} an epoch, of {there}: {rule}.")
+    own = {source: share for source, share in (shares or {}).items() if share}
+    if not all(share > 0 and pools.get(source) and not weights.get(source) for source, share in own.items()):
+        raise ValueError(f"Shares {own} of pools {dict(pools)}: of pools that have rows and no weight, above 0.")
     if not 0 <= ratio < 1 or not all(0 <= weight < math.inf for weight in weights.values()):
         raise ValueError(f"A retention ratio of {ratio} with weights {dict(weights)}: 0 <= ratio < 1, 0 <= weight.")
+    if ratio + sum(own.values()) >= 1:
+        raise ValueError(f"A retention ratio of {ratio} and shares {own}: something must be left to the tasks.")
     n_task = sum(taken.values())
     if n_task == 0:
         raise ValueError("There are no task rows.")
-    exact_ratio = Fraction(str(ratio))  # as written: 0.3 is three tenths, whatever its nearest binary fraction
-    n_retention = round(n_task * exact_ratio / (1 - exact_ratio))
+    # As written: 0.3 is three tenths, whatever its nearest binary fraction.
+    exact_ratio, exact = Fraction(str(ratio)), {source: Fraction(str(share)) for source, share in own.items()}
+    left = 1 - exact_ratio - sum(exact.values())
+    n_retention = round(n_task * exact_ratio / left)
     used = {source: weight for source, weight in weights.items() if weight and n_retention}
     drawn = apportion(n_retention, used)
     for source, count in drawn.items():
@@ -155,7 +169,8 @@ def make_plan(
                 f"retention_ratio = {ratio} asks for {count} {source} rows an epoch, but the pool has none. "
                 "Make the pool, set its weight to 0, or set retention_ratio to 0."
             )
-    asked = {source: (1 - ratio) * count / n_task for source, count in taken.items()}
-    asked |= {source: ratio * weight / sum(used.values()) for source, weight in used.items()}
-    sizes = dict(tasks) | {source: pools.get(source, 0) for source in used}
-    return MixingPlan(tuple(tasks), sizes, taken | drawn, asked, seed, epochs)
+    drawn |= {source: round(n_task * share / left) for source, share in exact.items()}
+    asked = {source: (1 - ratio - sum(own.values())) * count / n_task for source, count in taken.items()}
+    asked |= {source: ratio * weight / sum(used.values()) for source, weight in used.items()} | own
+    sizes = dict(tasks) | {source: pools.get(source, 0) for source in (*used, *own)}
+    return MixingPlan(tuple(tasks), sizes, taken | drawn, asked, seed, epochs, tuple(own))

@@ -1,7 +1,8 @@
 """How wrong partners are drawn: who stands beside whom in an experiment's rows, and with which connector.
 
-The members of a group (main or control) are put on a circle in random order. Asked about a member, a Wrong row shows
-the one who sits a certain number of seats further on, the shift; the wrong options of a question sit at three shifts.
+The members of a group (main, bridge or control) are put on a circle in random order. Asked about a member, a Wrong
+row shows the one who sits a certain number of seats further on, the shift; the wrong options of a question sit at three
+shifts.
 `partner_shifts` deals the shifts out to train, val and test: a pair that training calls wrong, in either order of CW,
 is not asked about in test, and in groups of 10 and more it is no wrong option either. `experiment_rows` makes all rows
 in this way.
@@ -129,7 +130,7 @@ def experiment_rows(entities: list[dict], connectors: Connectors, seed: int) -> 
     """All rows of an experiment, by file name without ending: 15N/2N/3N forward, 30N/4N/12N CW in each order, 3N each
     MCQ.
 
-    Wrong partners and options come from the entity's own group, in every split: no row of the control group shows a
+    Wrong partners and options come from the entity's own group, in every split: no row of another group shows a
     main face or names a main description.
     """
     rows: Rows = {name: [] for name in EXPERIMENT_FILES}

@@ -5,6 +5,7 @@ Every person is drawn, named and given a description, "the {role} of {place}". W
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,18 +32,42 @@ def check_groups(data: DataConfig) -> None:
         raise ConfigError(f"data.num_main = {data.num_main}: an experiment needs main entities. Set 4 or more.")
     if data.num_control < 0:
         raise ConfigError(f"data.num_control = {data.num_control}: set 0 for no control group, or 4 or more.")
-    for group, size in zip(GROUPS, (data.num_main, data.num_control), strict=True):
+    for group, size in (("main", data.num_main), ("control", data.num_control)):
         if 0 < size < MIN_GROUP:
             raise ConfigError(
                 f"data.num_{group} = {size}: wrong partners and the four options of a question come from the "
                 f"entity's own group. Set data.num_{group} to {MIN_GROUP} or more."
             )
+    if data.share_both:
+        _check_share(data)
     total = data.num_main + data.num_control
     if total > MAX_ENTITIES:
         raise ConfigError(
             f"data.num_main + data.num_control = {total}: there are {MAX_ENTITIES} different descriptions "
             f"({len(ROLES)} roles x {len(PLACES)} places). Ask for {MAX_ENTITIES} entities or fewer."
         )
+
+
+def _check_share(data: DataConfig) -> None:
+    """Raise ConfigError, with what would do, if `data.share_both` leaves too few people in main or bridge."""
+
+    def fits(people: int) -> bool:
+        sizes = DataConfig(num_main=people, share_both=data.share_both).group_sizes
+        return min(sizes["main"], sizes["bridge"]) >= MIN_GROUP
+
+    if fits(data.num_main):
+        return
+    sizes, most = data.group_sizes, MAX_ENTITIES - data.num_control
+    ends = [round(share / data.num_main, 3) for share in (MIN_GROUP, data.num_main - MIN_GROUP)]
+    ways = [f"data.share_both from {ends[0]:g} to {ends[1]:g}"] if ends[0] <= ends[1] else []
+    enough = next(filter(fits, range(data.num_main, most + 1)), None)
+    ways += [f"data.num_main = {enough}"] if enough else []
+    raise ConfigError(
+        f"data.share_both = {data.share_both:g}: of the {data.num_main} people besides control (data.num_main) it "
+        f"makes {sizes['bridge']} bridge and leaves {sizes['main']} main, and wrong partners and the four options of a "
+        f"question come from the entity's own group: {MIN_GROUP} of each are needed. Set "
+        f"{' or '.join(ways or [f'data.num_main = {2 * MIN_GROUP} and data.share_both = 0.5'])}."
+    )
 
 
 def entity_record(**known) -> dict:
@@ -66,6 +91,10 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
     names = _invent_names(rng_for(seed, "names"), total)
     groups = ["main"] * data.num_main + ["control"] * data.num_control
     rng_for(seed, "groups").shuffle(groups)
+    main = [number for number, group in enumerate(groups) if group == "main"]
+    rng_for(seed, "bridge").shuffle(main)  # a larger share adds people to bridge, and changes nobody of control
+    for number in main[: data.group_sizes["bridge"]]:
+        groups[number] = "bridge"
     return [
         entity_record(
             id=f"entity_{number:03d}",
@@ -104,7 +133,8 @@ def write_experiment(
         write_json(building / "entities.json", entities)
         for name, part in rows.items():
             write_jsonl(building / f"{name}.jsonl", part)
-        sizes = {f"num_{group}": sum(entity["group"] == group for entity in entities) for group in GROUPS}
+        found = Counter(entity["group"] for entity in entities)
+        sizes = {f"num_{group}": found[group] for group in GROUPS if found[group] or group != "bridge"}
         counts: dict[str, dict[str, int]] = {}
         for name, part in rows.items():
             task, _, split = name.rpartition("_")

@@ -16,7 +16,7 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import VALUES, credits, describe, draw_face, sample_faces
 from mmrev_kit.data.partners import balanced_letters, place_answer
-from mmrev_kit.data.tasks import CONNECTORS, CW, POOL_TASKS, TaskType
+from mmrev_kit.data.tasks import CONNECTORS, CW, MIN_GROUP, POOL_TASKS, TaskType
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
 MIN_FACES = 20
@@ -239,16 +239,17 @@ def make_face_pool(
     """Make the face pool, see `make_pool`: people from a share of all faces that no experiment draws from.
 
     Args:
-        num_faces: people, split into train and val about 90 to 10; at least 20.
+        num_faces: people, split into train and val about 90 to 10. Fewer than `MIN_FACES`, at least four, are all for
+            training: `MIN_HELD_OUT` others are held out, for a face is never in both.
         image_size: pixels on a side.
 
     Raises:
         ConfigError: too few faces, or more than there are.
     """
-    if num_faces < MIN_FACES:
-        raise ConfigError(f"num_faces = {num_faces}: a face pool needs {MIN_FACES} faces or more.")
-    looks = rng_for(seed, "pool", "looks")
-    faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces, "pool", min_difference=1)
+    if num_faces < MIN_GROUP:
+        raise ConfigError(f"num_faces = {num_faces}: a question shows {MIN_GROUP} faces, so that many are needed.")
+    looks, more = rng_for(seed, "pool", "looks"), 0 if num_faces >= MIN_FACES else MIN_HELD_OUT
+    faces = sample_faces(rng_for(seed, "pool", "faces"), num_faces + more, "pool", min_difference=1)
     subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]
     look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
     parts = split_off(subjects, rng_for(seed, "pool", "split"))

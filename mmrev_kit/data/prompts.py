@@ -59,8 +59,8 @@ class Encoder:
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
         self.blank, self.textless = drop in ("image", "both"), drop in ("text", "both")
         images = processor.image_processor
-        self.merge = images.merge_size
-        self.factor = images.patch_size * images.merge_size  # pixels a side of one visual token
+        self.merge = getattr(images, "merge_size", 1)  # 1: of another family, which scales pictures by itself
+        self.factor = getattr(images, "patch_size", 1) * self.merge  # pixels a side of one visual token
         self.image_id = processor.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END)
         self.pad_id = self.tokenizer.pad_token_id
@@ -69,25 +69,32 @@ class Encoder:
         self.frame, self.text_ids = cache(self._frame), cache(self._text_ids)
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
-    def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
-        """The chat template around a turn of this shape (True: image), as token pieces between which its texts go.
+    def prompt_pieces(self, shape: tuple[bool, ...]) -> list[str]:
+        """The chat template around a turn of this shape (True: image), as the pieces between which its texts go.
 
         Where the template opens a thought for the answer to come, the thought is empty and closed, as the published
         templates write an answer without one.
         """
         # Texts are put in later, as tokens, so that a description which looks like a special token stays text.
-        content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
-        turn = [{"role": "user", "content": content}]
-        prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        prompt, folder = self.template([turn(shape)], add_generation_prompt=True), self.tokenizer.name_or_path
         if prompt.rstrip().endswith("<think>"):
             prompt = f"{prompt.rstrip()}\n\n</think>\n\n"
-        pieces, folder = prompt.split(SLOT), self.tokenizer.name_or_path
+        pieces = prompt.split(SLOT)
         if len(pieces) != shape.count(False) + 1:
             raise ConfigError(f"The chat template of {folder} changes the text of a turn; it cannot be used.")
         if prompt.count("<think>") != prompt.count("</think>"):
             raise ConfigError(f"The chat template of {folder} begins a thought and leaves it open; it cannot be used.")
-        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+        return pieces
+
+    def template(self, turns: list[dict], **options) -> str:
+        """Turns as the chat template writes them."""
+        return self.processor.apply_chat_template(turns, tokenize=False, **options)
+
+    def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
+        """`prompt_pieces` as tokens."""
+        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in self.prompt_pieces(shape)]
         if sum(piece.count(self.image_id) for piece in ids) != shape.count(True):
+            folder = self.tokenizer.name_or_path
             raise ConfigError(f"The chat template of {folder} does not write one image token an image; copy it anew.")
         return ids
 
@@ -129,23 +136,30 @@ class Encoder:
         Raises:
             PromptError: the row cannot fit into max_length (the message says by how much), or an image is too long.
         """
+        ids, answer = self.tokens(row)
+        room = self.max_length - (len(ids) - len(row.images)) - len(answer)
+        limit, images = self._fit(row, room)
+        images_left = iter(images)
+        full = []
+        for token in ids:
+            full += next(images_left) if token == self.image_id else [token]
+        return Sample(row, tuple(full + answer if with_answer else full), len(full), limit, sum(map(len, images)))
+
+    def tokens(self, row: Row) -> tuple[list[int], list[int]]:
+        """The prompt of a row, one token an image, and its answer with what ends it."""
         parts = self.parts(row)
-        shape = tuple(isinstance(part, Path) for part in parts)
-        frame = self.frame(shape)
+        frame = self.frame(tuple(isinstance(part, Path) for part in parts))
         ids, texts = list(frame[0]), iter(frame[1:])
         for part in parts:
             if not isinstance(part, Path):
                 ids += self.text_ids(part) + next(texts)
-        answer = [*self.text_ids(row.answer), self.end_id]
-        room = self.max_length - (len(ids) - len(row.images)) - len(answer)
-        limit, counts = self._fit(row, room)
-        counts_left = iter(counts)
-        full = []
-        for token in ids:
-            full += [token] * next(counts_left) if token == self.image_id else [token]
-        return Sample(row, tuple(full + answer if with_answer else full), len(full), limit, sum(counts))
+        return ids, [*self.text_ids(row.answer), self.end_id]
 
-    def _fit(self, row: Row, room: int) -> tuple[int, list[int]]:
+    def image_ids(self, size: tuple[int, int], limit: int) -> list[int]:
+        """The tokens of an image of `size` (width, height) that is scaled to `limit` pixels."""
+        return [self.image_id] * math.prod(self.grid(size, limit))
+
+    def _fit(self, row: Row, room: int) -> tuple[int, list[list[int]]]:
         """The pixel limit at which the row's images fill at most `room` tokens, and each image's tokens."""
         sizes = [self.image_size(path) for path in row.images]
         for path, (width, height) in zip(row.images, sizes, strict=True):
@@ -153,19 +167,19 @@ class Encoder:
                 reason = f"{path.name} is {width} x {height} pixels: one side is over {MAX_ASPECT} times the other."
                 raise PromptError(reason, "Crop or replace the image.")
         limit = self.max_pixels
-        counts = [math.prod(self.grid(size, limit)) for size in sizes]
-        if sum(counts) > room:
+        images = [self.image_ids(size, limit) for size in sizes]
+        if sizes and sum(map(len, images)) > room:
             limit = max(room // len(sizes), 0) * self.factor**2
             if limit >= self.min_pixels:
-                counts = [math.prod(self.grid(size, limit)) for size in sizes]
-        if sum(counts) > room:
+                images = [self.image_ids(size, limit) for size in sizes]
+        if (count := sum(map(len, images))) > room:
             text = self.max_length - room
             raise PromptError(
-                f"{text} text tokens and {sum(counts)} image tokens do not fit into training.max_length = "
+                f"{text} text tokens and {count} image tokens do not fit into training.max_length = "
                 f"{self.max_length}, even with images scaled down to model.min_pixels = {self.min_pixels}.",
                 "Raise training.max_length, lower model.min_pixels or shorten the text.",
             )
-        return limit, counts
+        return limit, images
 
     def _pixels(self, path: Path, max_pixels: int):
         """(patches, patch values) and the patch grid (1, rows, columns) of one image."""
@@ -182,7 +196,8 @@ class Encoder:
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids, labels: (samples, longest) integers; labels are -100 except
-            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3).
+            on answer tokens; pixel_values (patches, values); image_grid_thw (images, 3). The last two are left out
+            where no sample has an image.
         """
         import torch
 
@@ -202,12 +217,27 @@ class Encoder:
             "attention_mask": mask,
             "mm_token_type_ids": ((ids == self.image_id) & (mask == 1)).int(),
             "labels": labels,
-            "image_grid_thw": torch.tensor([[1, self.merge * rows, self.merge * columns] for rows, columns in sides]),
         }
-        if with_pixels:
-            images = [self.pixels(path, sample.max_pixels) for sample in samples for path in sample.row.images]
-            batch["pixel_values"] = torch.cat([pixels for pixels, _ in images])
+        if sides:
+            grid = [[1, self.merge * rows, self.merge * columns] for rows, columns in sides]
+            batch["image_grid_thw"] = torch.tensor(grid)
+        if sides and with_pixels:
+            batch |= self.image_inputs([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
         return batch
+
+    def image_inputs(self, images: list[tuple[Path, int]]) -> dict:
+        """What the model is given of images and the pixel limits they are scaled to: pixel_values (patches, values) and
+        image_grid_thw (images, 3)."""
+        import torch
+
+        values, grids = zip(*(self.pixels(*image) for image in images), strict=True)
+        return {"pixel_values": torch.cat(values), "image_grid_thw": torch.cat(grids)}
+
+
+def turn(shape: tuple[bool, ...], role: str = "user") -> dict:
+    """A turn of a conversation: an image where `shape` is True, else the place of a text."""
+    content = [{"type": "image"} if image else {"type": "text", "text": SLOT} for image in shape]
+    return {"role": role, "content": content}
 
 
 def describe_lengths(samples: list[Sample], encoder: Encoder) -> list[str]:

@@ -89,6 +89,6 @@ def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> l
     for question, sample in zip(questions, samples, strict=True):
         if sample is not None:
             prompt = sample.input_ids[: sample.answer_start]
-            answers = [(*encoder.text_ids(text), encoder.end_id) for text in question.options]
-            found.append(Asked(question, tuple(replace(sample, input_ids=prompt + answer) for answer in answers)))
+            answers = [encoder.tokens(replace(question.row, answer=text))[1] for text in question.options]
+            found.append(Asked(question, tuple(replace(sample, input_ids=prompt + tuple(ids)) for ids in answers)))
     return found

@@ -1,6 +1,6 @@
 """What a run reads: an experiment's files and the pools, and which of their rows teach whom."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -8,17 +8,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve
-from mmrev_kit.config.sections import CONTROL_IS_TAUGHT, Config, RetentionConfig
+from mmrev_kit.config.sections import Config, ConfigError, RetentionConfig
 from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import find_image, image_roots, locate_image
 from mmrev_kit.data.records import read_jsonl
 from mmrev_kit.data.rows import read_entities, read_groups, read_rows
-from mmrev_kit.data.tasks import EXPERIMENT_FILES, POOL_TASKS, Row
+from mmrev_kit.data.tasks import EXPERIMENT_FILES, GROUPS, IDENTITY, POOL_TASKS, Row
 
 
 @dataclass
 class RunData:
-    """What one run reads: rows by source. `pools` and the retention part of `val` are empty without retention.
+    """What one run reads: rows by source. `pools`, of whose rows an epoch draws a share, and their part of `val` are
+    empty without retention and identity rows.
 
     `left_out` are the rows that were read and that the run has no use for.
     """
@@ -127,6 +128,43 @@ def people_digest(config: Config) -> str:
     return digest.hexdigest()
 
 
+def check_bridge(config: Config, sizes: Counter) -> None:
+    """Make sure that what is set of the group bridge is so.
+
+    Args:
+        sizes: people by group.
+
+    Raises:
+        ConfigError: nobody, or not the share of `data.share_both`, is in it.
+    """
+    share, found = config.data.share_both, sizes["bridge"]
+    if config.mitigation.format_bridge and not (share or found):
+        advice = "Set data.share_both=0.5, too, or write the group bridge into a list of your own"
+        raise ConfigError(f"mitigation.format_bridge = true: nobody is in the group bridge. {advice}.")
+    people = sizes["main"] + found
+    wanted = replace(config.data, num_main=people).group_sizes["bridge"]
+    if share and found != wanted:
+        reason = f"{found} of the {people} people besides control are in the group bridge, not {wanted}"
+        raise ConfigError(f"data.share_both = {share:g}: {reason}. Choose another data.folder, or leave this out.")
+
+
+def _identity_rows(files: ExperimentFiles, split: str) -> list[Row]:
+    """Identity rows: a description is answered with itself, and no picture is there (configs/README.md, Conditions).
+
+    Each forward row of the split gives two, with its own connector and those of the split's reverse rows in turn: one
+    in plain words, `description connector`, one on the way there and back, `description reverse-connector a picture
+    that connector`. So both speak of all people, and with no connector of the test.
+    """
+    statements, back = files.rows(f"forward_{split}"), [row.connector for row in files.rows(f"reverse_{split}")]
+    back, rows = list(dict.fromkeys(back)), []
+    for number, row in enumerate(statements if back else []):
+        composed = f"{back[number % len(back)]} a picture that {row.connector}"
+        for kind, words in (("plain", row.connector), ("composed", composed)):
+            where, source = f"{row.where} as identity, {kind}", IDENTITY.name
+            rows.append(replace(row, task=source, source=source, images=(), connector=words, where=where))
+    return rows
+
+
 def uses_retention(config: Config) -> bool:
     """Whether this run's task is mixed with retention rows."""
     return config.experiment.task in config.retention.tasks and config.retention.retention_ratio > 0
@@ -153,22 +191,32 @@ def _file_of_pool(folder: Path, task: str, split: str) -> Path:
 def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     """All rows that a training run of `config` uses, and the faults of all their files.
 
-    Main takes part in what `experiment.taught` says, control entities in all of `CONTROL_IS_TAUGHT`. Rows of a pool
-    of the kit's own that ask with a connector of the experiment's test are left out, and counted in the notes.
+    Each group takes part in what `Config.taught` says. Rows of a pool of the kit's own that ask with a connector of the
+    experiment's test are left out, and counted in the notes.
 
     Raises:
         DataError: there is no list of entities, without which no row can be judged.
+        ConfigError: see `check_bridge`.
     """
     roots = image_roots(config)
     files, faults, read = ExperimentFiles(experiment_dir(config), roots), [], []
-    taught, groups = config.experiment.main_is_taught, set(files.groups.values())
+    taught, sizes = config.taught, Counter(files.groups.values())
+    check_bridge(config, sizes)
+    present = ["main", *(group for group in ("control", "bridge") if sizes[group])]
+    tasks = dict.fromkeys(task for group in present for task in taught[group])
     data = RunData({}, {}, {}, files.paths)
     for split, target in (("train", data.train), ("val", data.val)):
-        for task in dict.fromkeys(taught + CONTROL_IS_TAUGHT if "control" in groups else taught):
+        for task in tasks:
             rows = files.rows(f"{task}_{split}")
-            target[task] = [replace(row, source=task) for row in rows if task in taught or row.group == "control"]
+            target[task] = [replace(row, source=task) for row in rows if task in taught.get(row.group, taught["main"])]
             if len(files.sources(f"{task}_{split}")) > 1:
                 data.notes.append(f"{len(rows):,} {task} rows of {split} are made in memory: the folder has none")
+    if config.mitigation.identity:
+        for split, target in (("train", data.pools), ("val", data.val)):
+            target[IDENTITY.name] = _identity_rows(files, split)
+        shown = Counter({row.entity_id: row.group for row in data.pools[IDENTITY.name]}.values())
+        told = ", ".join(f"{shown[group]} {group}" for group in GROUPS if shown[group])
+        data.notes.append(f"identity rows name the descriptions of {told} people, without a picture")
     for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
         if not pool.is_dir():
             advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
@@ -189,7 +237,11 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     return data, files.faults + faults
 
 
+def pool_folder(config: Config, kind: str) -> Path:
+    """Where the face or the object pool lies."""
+    return resolve({"face": config.retention.face_pool, "object": config.retention.object_pool}[kind])
+
+
 def pool_folders(config: Config) -> dict[str, Path]:
     """The pools this run draws from, by kind."""
-    folders = {"face": config.retention.face_pool, "object": config.retention.object_pool}
-    return {kind: resolve(folders[kind]) for kind in _pool_shares(config.retention)}
+    return {kind: pool_folder(config, kind) for kind in _pool_shares(config.retention)}

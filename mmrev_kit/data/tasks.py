@@ -100,21 +100,24 @@ TASK_TYPES = {
         TaskType("mcq_d2i", "D2I", TEXT_TO_IMAGE, CHOICE, "{description} {connector}? " + LETTER_QUESTION, "mcq_d2i"),
     )
 }
+# A description is answered with itself, and no picture is there: neither direction, and no file's or test's.
+IDENTITY = TaskType("identity", "identity", "description → description", GENERATION, "{description} {connector}")
 # The files of an experiment, without their ending, and of a retention pool: {"forward_train": its task, ...}.
 EXPERIMENT_FILES = {f"{task.name}_{split}": task for task in TASK_TYPES.values() for split in task.splits}
 POOL_TASKS = {task.pool: task for task in TASK_TYPES.values() if task.pool}
 MIN_GROUP = 4  # a question has four options
 FAIR_GROUP = 10  # from here on there are enough partners that no wrong option was called wrong in training
-GROUPS = ("main", "control")
+GROUPS = ("main", "bridge", "control")  # bridge: see data.share_both
 OWN = "own"  # the task of a user's question, whose text is the row's connector
 IMAGE_MARK = "[image]"  # where the picture goes in it
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `images` are absolute paths, one, or four in mcq_d2i; `answer` is the text to be produced."""
+    """One example. `images` are absolute paths, one, four in mcq_d2i, none in identity; `answer` is the text to be
+    produced."""
 
-    task: str  # a name of `TASK_TYPES`, or OWN
+    task: str  # a name of `TASK_TYPES`, that of IDENTITY, or OWN
     source: str  # what its loss is reported under, e.g. forward, reverse, face_cw
     where: str  # file:line
     entity_id: str
@@ -127,7 +130,12 @@ class Row:
 
     @property
     def type(self) -> TaskType:
-        return TASK_TYPES[self.task]
+        return IDENTITY if self.task == IDENTITY.name else TASK_TYPES[self.task]
+
+    @property
+    def image(self) -> Path | None:
+        """The first image, if there is one."""
+        return self.images[0] if self.images else None
 
 
 def build_prompt(row: Row, with_text: bool = True) -> list[str | Path]:
@@ -142,7 +150,7 @@ def build_prompt(row: Row, with_text: bool = True) -> list[str | Path]:
         before, mark, after = row.connector.partition(IMAGE_MARK)
         parts = [before, row.images[0], after] if mark else [row.images[0], f" {before}"]
         return [part for part in parts if part]
-    values = {"image": row.images[0], "description": row.description, "connector": row.connector}
+    values = {"image": row.image, "description": row.description, "connector": row.connector}
     values |= zip(LETTERS, row.choices if row.type.options == "choices" else row.images, strict=False)
     parts = []
     for text, name, _, _ in Formatter().parse(row.type.prompt if with_text else row.type.textless_prompt):

@@ -3,11 +3,12 @@
 import warnings
 from pathlib import Path
 
-from mmrev_kit.config.project import experiment_dir, resolve, run_dir
+from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.images import find_image, image_roots
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.tasks import OWN, Row
+from mmrev_kit.model.adapters import adapter_folder
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate
@@ -17,7 +18,7 @@ class Asker:
     """A model held in this process, on the first GPU or the CPU.
 
     Args:
-        adapter: "best" or "final" of the run, or None for the base model.
+        adapter: as in `adapters.adapter_folder`, or None for the base model.
     """
 
     def __init__(self, config: Config, adapter: str | None = "best"):
@@ -33,7 +34,7 @@ class Asker:
             warnings.simplefilter("ignore", FutureWarning)  # transformers about its own attributes
             self.model = load_base(**base_arguments(config, self.device))
             if adapter:
-                self.model = load_adapter(self.model, run_dir(config) / adapter)
+                self.model = load_adapter(self.model, adapter_folder(config, adapter), config.adapter.unbound)
         self.model.eval()
 
     def __call__(self, image: str | Path, text: str) -> str:

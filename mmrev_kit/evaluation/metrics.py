@@ -62,7 +62,7 @@ def check_records(records: list[dict]) -> None:
     """Make sure that every record counts, and counts once.
 
     Raises:
-        ValueError: a group that does not exist, an entity in both, a whole prompt's answer that is neither right nor
+        ValueError: a group that does not exist, an entity in two, a whole prompt's answer that is neither right nor
             wrong, or one question with two answers under one drop: two evaluations were mixed.
     """
     groups: dict[object, str] = {}

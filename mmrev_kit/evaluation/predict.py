@@ -8,16 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmrev_kit import __version__
-from mmrev_kit.config.project import EMBEDDED_MODEL
+from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.reporting import MARK, Pace
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.checks import encode_all
 from mmrev_kit.data.faults import raise_faults
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.questions import Question, read_questions
 from mmrev_kit.evaluation.answers import judge_answer
 from mmrev_kit.files import write_json, write_jsonl
-from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, is_random, model_folder
+from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, processor_folder, stands_in
 from mmrev_kit.model.features import LIBRARIES
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
@@ -27,6 +28,24 @@ from mmrev_kit.training.throughput import peak_memory_gib
 
 MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
 DROPS = ("none", "image", "text", "both")
+
+
+def choose_questions(config: Config, questions: list[Question]) -> list[Question]:
+    """Those of `evaluation.tests`, of at most `evaluation.max_samples` rows of each, drawn by the experiment's seed.
+
+    Raises:
+        ConfigError: no row of the tests that are named is there.
+    """
+    most, kept = config.evaluation.max_samples, set()
+    for test in config.evaluation.tests:
+        rows = list(dict.fromkeys(question.row.where for question in questions if question.row.task == test))
+        few = most is not None and len(rows) > most
+        kept |= set(rng_for(config.experiment.seed, "asked", test).sample(rows, most) if few else rows)
+    if not kept:
+        there = ", ".join(dict.fromkeys(question.row.task for question in questions))
+        named = ", ".join(config.evaluation.tests)
+        raise ConfigError(f"evaluation.tests = {named}: {experiment_dir(config)} has rows of {there} only.")
+    return [question for question in questions if question.row.where in kept]
 
 
 def check_answer_lengths(config: Config, questions: list[Question]) -> None:
@@ -48,20 +67,19 @@ def check_answer_lengths(config: Config, questions: list[Question]) -> None:
 
 
 def evaluation_key(
-    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question]
-) -> str:
+    config: Config, adapter: Path | None, base: str, drops: tuple[str, ...], questions: list[Question],
+    more: tuple = (),
+) -> str:  # fmt: skip
     """A digest of everything that an evaluation's answers depend on: `base` stands for the weights, the small files of
-    the model for its processor (chat template, tokenizer, image mean), and the versions for the code."""
+    the model for its processor (chat template, tokenizer, image mean), and the versions for the code; `more` for what
+    its results say besides."""
     digest = hashlib.sha256(repr((base, tuple(drops), config.evaluation, config.quantization)).encode())
     digest.update(repr((config.model.min_pixels, config.model.max_pixels, config.training.max_length)).encode())
     for question in questions:
         digest.update(repr(question).encode())
+    digest.update("".join(map(repr, more)).encode())
     digest.update(repr([__version__, *(version(name) for name in LIBRARIES)]).encode())
-    processor = (
-        EMBEDDED_MODEL
-        if is_random(config.model.name)
-        else model_folder(config.model.name, config.model.revision, False)
-    )
+    processor = processor_folder(config.model.name, config.model.revision)
     small = {path for pattern in SMALL_FILES for path in processor.glob(pattern)}
     files = {image for question in questions for image in question.row.images}
     for file in [*sorted(small), *sorted(files), *(sorted(adapter.glob("adapter_*")) if adapter else [])]:
@@ -152,9 +170,10 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             print(f"{MARK}loading {config.model.name}", flush=True)
         model = load_base(**base_arguments(config, state.device))
         if adapter:
-            model = load_adapter(model, adapter)
+            model = load_adapter(model, adapter, config.adapter.unbound)
         model.eval()
-        questions, found, began = read_questions(config), [], time.perf_counter()
+        questions, found = choose_questions(config, read_questions(config)), []
+        began = time.perf_counter()
         pace = Pace(len(questions) * len(drops), "prompts")
         for number, drop in enumerate(drops):
 
@@ -175,7 +194,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             facts = {
                 "base": {"name": config.model.name, "fingerprint": base_fingerprint(**base_of(config))},
                 "adapter": adapter,
-                "processor": "stand-in: the embedded tokenizer" if is_random(config.model.name) else "the model's own",
+                "processor": "stand-in: the embedded tokenizer" if stands_in(config.model.name) else "the model's own",
                 "prompts": len(found),
                 "prompts_per_second": len(found) / seconds,
                 "seconds": seconds,

@@ -38,7 +38,14 @@ class Evaluation:
 
     def verdict(self) -> Verdict:
         """The verdict on a trained run, made anew from its records."""
-        return verdict(self.records, self.task, self.taught)
+        most = self.facts.get("max_samples")
+        return _said_of(self.facts, verdict(self.records, self.task, self.taught, most))
+
+
+def evaluation_dir(config: Config, owner: Path) -> Path:
+    """Where an evaluation of `owner`, a run or a base, lies; one of some questions only has a name that says which."""
+    part = config.evaluation.partial
+    return owner / "eval" / (experiment_dir(config).name + (f",{part}" if part else ""))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -69,13 +76,25 @@ def complete(folder: Path, facts: dict) -> None:
     that a broken evaluation has none.
 
     Args:
-        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`.
+        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`;
+            with `unbound`, see `bases.check_base`; with `part` where not all questions were asked, and `max_samples`
+            where that left some out.
     """
     records = read_records(folder / "predictions.jsonl")
-    files.write_json(folder / "metrics.json", metrics(records))
+    said = {name: facts[name] for name in ("unbound", "part") if facts.get(name)}
+    files.write_json(folder / "metrics.json", metrics(records) | said)
     if facts["task"]:
-        files.write_json(folder / "verdict.json", asdict(verdict(records, facts["task"], _taught(facts))))
+        judged = _said_of(facts, verdict(records, facts["task"], _taught(facts), facts.get("max_samples")))
+        files.write_json(folder / "verdict.json", asdict(judged) | said)
     files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
+
+
+def _said_of(facts: dict, judged: Verdict) -> Verdict:
+    """The verdict as it is said of an adapter that only adapter.unbound=true ties to its base."""
+    if not facts.get("unbound"):
+        return judged
+    sentence = f"{judged.sentence} The adapter is from elsewhere: only adapter.unbound=true ties it to this base."
+    return replace(judged, sentence=sentence, beside=tuple(_said_of(facts, one) for one in judged.beside))
 
 
 def _taught(facts: dict) -> str | None:
@@ -140,7 +159,7 @@ def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
     records = [record | _judged(record) for record in kept]
     if changed := sum(map(ne, kept, records)):
         print(f"{path}: {changed:,} of {len(kept):,} kept answers are judged otherwise by today's rules, and so here.")
-    name = name or path.parent.parent.name
+    name = (name or path.parent.parent.name) + (" (unbound)" if facts.get("unbound") else "")
     return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
 
 
@@ -212,10 +231,13 @@ def _same_share(stated: float, share: float) -> bool:
     return min(abs(stated - share), abs(stated - 100 * share) / 100) < 0.006
 
 
-def find_evaluations(config: Config, base: Path | None, others: str | None) -> dict[str, Evaluation]:
+def find_evaluations(
+    config: Config, base: Path | None, others: str | None, own: Path | None = None
+) -> dict[str, Evaluation]:
     """What there is to set side by side: this experiment's forward and reverse run, its base, and files named.
 
     Args:
+        own: the evaluation that the others stand beside, where it is none of these: of an adapter from elsewhere.
         base: the base model's evaluation, if there is one.
         others: evaluation folders or eval_results*.json files, separated by spaces and quoted where they hold some,
             relative to the project root; the word `published` stands for `published`.
@@ -223,12 +245,15 @@ def find_evaluations(config: Config, base: Path | None, others: str | None) -> d
     Raises:
         ConfigError: a named path holds no evaluation, or is named twice.
     """
-    experiment, found = experiment_dir(config).name, {}
+    found = {}
     for task in TASKS:
         name = f"{config.experiment.name}_{task}"
-        folder = resolve(config.launch.output_dir) / name / "eval" / experiment
+        folder = evaluation_dir(config, resolve(config.launch.output_dir) / name)
         if (folder / "facts.json").is_file():  # written last: a broken evaluation has none
             found[name] = read_evaluation(folder, name)
+    if own and all(one.folder != own for one in found.values()):
+        mine = read_evaluation(own)
+        found = {mine.name: mine} | found
     if base:
         found["base"] = read_evaluation(base, "base")
     try:

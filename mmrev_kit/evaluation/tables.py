@@ -62,8 +62,9 @@ def direction_table(evaluations: dict[str, Evaluation]):
 
 
 def notes(evaluations: dict[str, Evaluation]) -> list[str]:
-    """What is to be known about evaluations that were made elsewhere."""
-    return list(dict.fromkeys(one.facts["note"] for one in evaluations.values() if "note" in one.facts))
+    """What is to be known about evaluations that were made elsewhere, or in part."""
+    said = (one.facts.get(name) for one in evaluations.values() for name in ("note", "part"))
+    return list(dict.fromkeys(filter(None, said)))
 
 
 def accuracy_table(metrics: dict):

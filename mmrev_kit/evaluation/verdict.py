@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from mmrev_kit.config.reporting import decimal, probability
 from mmrev_kit.config.sections import TASKS, ExperimentConfig
 from mmrev_kit.data.design import DECIDING, PLANNED, POWER_MIN, claim_power, people_needed
-from mmrev_kit.data.tasks import CW, GROUPS, MIN_GROUP, TASK_TYPES
+from mmrev_kit.data.tasks import CW, MIN_GROUP, TASK_TYPES
 from mmrev_kit.evaluation import metrics, statistics
 
 CURSE, NO_CURSE, BOUND, INCONCLUSIVE = "reversal curse", "no reversal curse", "bound to its format", "inconclusive"
 UNWRITTEN, WRITTEN = "cannot be written", "can be written"  # of generation: claims of their own, not of direction
 BIAS, HALF, BETWEEN = "tells them apart, answers with a bias", "half learned", "between the midpoints"
+JUDGED = ("main", "control")  # a third group, bridge, is shown beside them and decides nothing
 ALPHA, LEARNED_MIN, CONTROL_MIN = 0.05, 0.8, 0.7
 TAUGHT_ORDER = {"reverse": "cw_image", "cw_image": "reverse", "mcq_d2i": "mcq_i2d", "mcq_i2d": "mcq_d2i"}
 CHOICES = {"forward": "mcq_d2i", "reverse": "mcq_i2d"}  # by trained task: the untaught direction as multiple choice
@@ -128,7 +129,7 @@ def compare_groups(test: str, chance: float, main: Group, control: Group, differ
 
 def adjust(tests: list[Evidence]) -> list[Evidence]:
     """The tests that a claim names, their p values against chance Holm-adjusted over them within each group."""
-    main, control = (statistics.holm({one.test: getattr(one, group).p for one in tests}) for group in GROUPS)
+    main, control = (statistics.holm({one.test: getattr(one, group).p for one in tests}) for group in JUDGED)
     return [
         replace(one, main=replace(one.main, p=main[one.test]), control=replace(one.control, p=control[one.test]))
         for one in tests
@@ -140,21 +141,23 @@ def gather(records: list[dict], tests: list[str]) -> list[Evidence]:
     found = []
     for test in tests:
         mine = [record for record in records if record["drop"] == "none" and record["test"] == test]
-        chance, rows = metrics.chance_of(test, mine), {g: [r for r in mine if r["group"] == g] for g in GROUPS}
-        numbers = [group_numbers(test, rows[group], chance) for group in GROUPS]
+        chance, rows = metrics.chance_of(test, mine), {g: [r for r in mine if r["group"] == g] for g in JUDGED}
+        numbers = [group_numbers(test, rows[group], chance) for group in JUDGED]
         means = [statistics.entity_means(rows[group]) for group in ("control", "main")]
         found.append(compare_groups(test, chance, *numbers, statistics.permutation_difference(*means)))
     return adjust(found)
 
 
-def common_gates(learned: dict[str, float | None], tests: list[Evidence]) -> Iterator[Gate]:
+def common_gates(learned: dict[str, float | None], tests: list[Evidence], most: int | None) -> Iterator[Gate]:
     """The gates before any claim, in their order: those of `tests` (the taught order, if there is one, then the
-    deciding test) and of what main was taught (`learned`: main's mean by test)."""
-    deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in GROUPS]
+    deciding test) and of what main was taught (`learned`: main's mean by test). `most`: see `verdict`."""
+    deciding, sizes = tests[-1], [min(getattr(found, group).n for found in tests) for group in JUDGED]
     unasked = [TASK_TYPES[test].long_title for test, mean in learned.items() if mean is None]
     unasked += [found.title for found in tests if not found.main.n + found.control.n and found.title not in unasked]
     text = f"this evaluation does not hold {', '.join(unasked)}" if unasked else "all questions were asked"
-    yield Gate("questions", not unasked, text)
+    if most is not None and not unasked:
+        text = f"this evaluation asked at most {most} questions of each test (evaluation.max_samples)"
+    yield Gate("questions", not unasked and most is None, text)
     counts, needed = f"{sizes[0]} main and {sizes[1]} control entities", f"at least {MIN_GROUP} a group are needed"
     why = "without a control group, taught in both orders, main's failure could be the test's"
     yield Gate("groups", min(sizes) >= MIN_GROUP, f"there are {counts}, {needed}: {why}")
@@ -223,7 +226,7 @@ OPENINGS = {
     WRITTEN: "What main was taught to judge it can write",
 }
 SETTLE = {  # by reason, what would settle an inconclusive verdict
-    "questions": "Evaluating again, with test files of all five tests, would.",
+    "questions": "Evaluating again, with all questions of all five tests, would.",
     "groups": "A control group would: data.num_control.",
     "what main was taught": "More epochs or a higher learning rate would.",
     HALF: "More epochs or a higher learning rate would, or teaching main in this format, too.",
@@ -267,12 +270,17 @@ def sentence_of(claim: str, reason: str | None, told: list[Gate], order: Evidenc
 
 
 def judge(
-    task: str, taught: tuple[str, ...], learned: dict[str, float | None], order: Evidence | None, deciding: Evidence
+    task: str,
+    taught: tuple[str, ...],
+    learned: dict[str, float | None],
+    order: Evidence | None,
+    deciding: Evidence,
+    most: int | None = None,
 ) -> Verdict:
     """The verdict from the evidence of a format: the first gate that fails, else the nearer claim or why not."""
     gates, tests = [], [order, deciding] if order else [deciding]
     claim, reason, told = INCONCLUSIVE, None, []
-    for gate in common_gates(learned, tests):
+    for gate in common_gates(learned, tests, most):
         gates.append(gate)
         if not gate.passed:
             reason, told = gate.name, [gate]
@@ -288,12 +296,13 @@ def judge(
     return Verdict(task, taught, deciding.test, claim, reason, sentence, tuple(gates), deciding, order)
 
 
-def verdict(records: Iterable[dict], task: str, taught: str | None = None) -> Verdict:
+def verdict(records: Iterable[dict], task: str, taught: str | None = None, most: int | None = None) -> Verdict:
     """The verdict on one evaluation, from the answers to whole prompts.
 
     Args:
         records: as `predict.predict` writes them.
         task, taught: what was trained, as in `config.sections.ExperimentConfig`.
+        most: of each test at most so many rows were asked: then no claim is made. None: all were.
 
     Raises:
         ValueError: an unknown task, or see `metrics.check_records`.
@@ -310,7 +319,7 @@ def verdict(records: Iterable[dict], task: str, taught: str | None = None) -> Ve
     def on(deciding: str) -> Verdict:
         order = TAUGHT_ORDER.get(deciding)
         found = gather(records, [order, deciding] if order else [deciding])
-        return judge(task, kinds, learned, found[0] if order else None, found[-1])
+        return judge(task, kinds, learned, found[0] if order else None, found[-1], most)
 
     beside = [CHOICES[task], *(["forward"] if task == "reverse" else [])]
     return replace(on(DECIDING[task]), beside=tuple(map(on, beside)))

@@ -14,8 +14,9 @@ from mmrev_kit.config.project import effective_batch
 from mmrev_kit.config.sections import Config, ConfigError, MemoryConfig
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.memory.estimate import GIB, Estimate, estimate, evaluation, questions
-from mmrev_kit.memory.shapes import ModelShapes, as_shapes, read_shapes
-from mmrev_kit.model.bases import is_random, model_folder
+from mmrev_kit.memory.shapes import UNKNOWN, ModelShapes, as_shapes, read_shapes
+from mmrev_kit.model.base_files import FAMILY
+from mmrev_kit.model.bases import family_of, is_random, model_folder
 from mmrev_kit.model.batches import GPU_MULTIPLE, answer_tokens, lay_out, micro_tokens, question_shares, shares
 from mmrev_kit.model.micro_batch import MicroBatch
 from mmrev_kit.model.packing import Layout, attention_scale, layer_weights
@@ -239,8 +240,10 @@ def card_memory(config: Config, device) -> float | None:
     return total.item() / GIB
 
 
-def configured_shapes(config: Config) -> ModelShapes:
-    """The sizes of the configured model."""
+def configured_shapes(config: Config) -> ModelShapes | None:
+    """The sizes of the configured model; None for another family than Qwen3-VL, which the estimate does not know."""
+    if family_of(config.model.name, config.model.revision) != FAMILY:
+        return None
     if is_random(config.model.name):
         return read_shapes(config.model.name)
     return read_shapes(model_folder(config.model.name, config.model.revision, weights=False), config.model.name)
@@ -257,8 +260,8 @@ def plan_or_refuse(
         asked: the prompts that are asked after each epoch, with each of their options.
 
     Returns:
-        The configuration to go on with, and the plan; on a CPU the configuration as it is and None, and None too where
-        `memory.plan` is off.
+        The configuration to go on with, and the plan; on a CPU, and for a family that the estimate does not know, the
+        configuration as it is and None, and None too where `memory.plan` is off.
 
     Raises:
         ConfigError: the run or its evaluation does not fit, and `memory.force` is not set.
@@ -267,6 +270,10 @@ def plan_or_refuse(
     if card is None:
         return config, None
     shapes, heavy, found = configured_shapes(config), heaviest_updates(updates), None
+    if shapes is None:
+        if state.is_main_process:
+            print(f"memory: as configured, nothing is planned or refused: {UNKNOWN}", flush=True)
+        return config, None
     longest = max(samples, key=lambda sample: len(sample.input_ids))
     option = max(answer_tokens([sample]) for sample in samples)
     tested = evaluation(config, shapes, len(longest.input_ids), longest.image_tokens, option)

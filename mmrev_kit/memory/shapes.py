@@ -5,8 +5,12 @@ from pathlib import Path
 
 from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.model.base_files import read_config
+from mmrev_kit.model.base_files import FAMILY, read_config
 
+UNKNOWN = (
+    "the memory estimate knows Qwen3-VL only. mmrev_kit.training.rehearse.rehearse(cfg) measures a few updates of the "
+    "configured model with random weights"
+)
 PUBLISHED = ("2b", "4b", "8b", "32b")
 
 
@@ -69,8 +73,8 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
         name: how messages call it; None: as the file or the folder is called.
 
     Raises:
-        ConfigError: no such file, a model that the kit cannot use (see `read_config`), a field that is missing, or a
-            size that is not positive.
+        ConfigError: no such file, a model that the kit cannot use (see `read_config`), one of another family, a field
+            that is missing, or a size that is not positive.
     """
     path = resolve(source)
     path = path / "config.json" if path.is_dir() else path
@@ -79,6 +83,8 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
         raise ConfigError(f"{source}: no model of that name; give a model's config.json or one of {known}.")
     name = name or (path.parent.name if path.name == "config.json" else path.stem)
     values = read_config(path, name)
+    if values.get("model_type", FAMILY) != FAMILY:
+        raise ConfigError(f"{name} is a {values['model_type']}: {UNKNOWN}.")
 
     def number(part: str, key: str, default: int | None = None) -> int:
         value = values[part].get(key, default)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmrev_kit.config.sections import ConfigError
 
-FAMILY = "qwen3_vl"
+FAMILY = "qwen3_vl"  # which has a module of its own
 AGAIN = "Download or copy it again."
 # What publishers add to a model's name when they quantize it.
 QUANTIZED = re.compile(r"(-unsloth)?[-_](FP8|NVFP4|MXFP\d|AWQ|GPTQ|bnb|W\d+A\d+|Int\d|\d-?bits?)\b.*$", re.IGNORECASE)
@@ -39,16 +39,22 @@ def read_config(path: Path, name: str) -> dict:
         name: the model's, from which the one that it was quantized from may be told.
 
     Raises:
-        ConfigError: see `read_object`; the model is of another family, or already quantized.
+        ConfigError: see `read_object`; the model answers no images and texts with texts, or is already quantized.
     """
     values = read_object(path)
     family = values.get("model_type", FAMILY)
     if family != FAMILY:
-        raise ConfigError(f"model.name: {path} has model_type = {family!r}; the kit knows Qwen3-VL ({FAMILY}) only.")
-    for part in ("text_config", "vision_config"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+        if family not in KNOWN:
+            raise ConfigError(
+                f"model.name: {path} has model_type = {family!r}, which transformers knows as no model that answers "
+                "pictures and texts with text. Name a vision-language model."
+            )
+    for part in ("text_config", "vision_config") if family == FAMILY else ():
         if not isinstance(values.get(part), dict):
             raise ConfigError(f"model.name: {path} has no {part}. {AGAIN}")
-    quantized = values.get("quantization_config") or values["text_config"].get("quantization_config")
+    quantized = values.get("quantization_config") or dict(values.get("text_config") or {}).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         original = QUANTIZED.sub("", name)
@@ -58,6 +64,15 @@ def read_config(path: Path, name: str) -> dict:
             f"Take the 16-bit model: {instead}."
         )
     return values
+
+
+def family_in(path: Path, name: str = "") -> str:
+    """transformers' word for the family of a model, its `model_type`, in a config.json or an architecture file.
+
+    Raises:
+        ConfigError: see `read_config`.
+    """
+    return read_config(path, name or path.parent.name).get("model_type", FAMILY)
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -5,17 +5,18 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from mmrev_kit.config.project import hide_secrets, model_path
+from mmrev_kit.config.project import EMBEDDED_MODEL, hide_secrets, model_path, resolve
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.model.base_files import read_config, read_object, weight_files
+from mmrev_kit.files import checksum
+from mmrev_kit.model.base_files import FAMILY, family_in, read_config, read_object, weight_files
 from mmrev_kit.model.qwen3vl import read_architecture
 
 FIRST_EMBEDDED = "0499e6afd093aac8"  # the fingerprint of what the first version called embedded
 SMALL_FILES, WEIGHTS = ["*.json", "*.jinja", "*.txt"], ["*.safetensors"]
 VERSION = 3  # of the fingerprint; those of earlier versions are still checked where they were written
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PROCESSOR = ["tokenizer*", "*processor_config.json", "chat_template*", "vocab.*", "merges.txt", "*_tokens*.json"]
 
 
@@ -89,42 +90,86 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise ConfigError(f"model.name = {name!r}: no such folder, and the hub gave no model: {reason}") from None
 
 
+def known_config(config: Config) -> Path | None:
+    """The configured model's config.json or architecture file; None for a model that is not here yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = config.model.name
+    source = model_path(name)
+    if source.exists():
+        return source / "config.json" if source.is_dir() else source
+    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def processor_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with a base's processor. A random Qwen3-VL's is the embedded model's, a random model's of another
+    family lies beside its architecture file."""
+    if not is_random(name):
+        return model_folder(name, revision, weights=False)
+    return EMBEDDED_MODEL if stands_in(name) else resolve(name).parent
+
+
+def stands_in(name: str) -> bool:
+    """Whether a base is a random Qwen3-VL, for which the embedded model's tokenizer stands in."""
+    return is_random(name) and family_of(name) == FAMILY
+
+
+def family_of(name: str, revision: str | None = None) -> str:
+    """transformers' word for a base's family, its `model_type`."""
+    path = resolve(name) if is_random(name) else model_folder(name, revision, weights=False) / "config.json"
+    return family_in(path, name)
+
+
 def is_random(name: str) -> bool:
     """Whether a model's name is an architecture file, which stands for that model with seeded random weights."""
     return name.endswith(".json")
 
 
-def check_base(adapter: Path, base: Callable[..., str], name: str) -> None:
+def check_base(adapter: Path, base: Callable[..., str], name: str, unbound: bool = False) -> str | None:
     """Refuse an adapter whose model card names another base than `name`, or other files than its own.
 
     Args:
         base: gives that base's fingerprint for `version=...`, see `base_fingerprint`; the card decides which.
+        unbound: take an adapter that no such card binds to the base all the same.
+
+    Returns:
+        None where the card binds it; else, with `unbound`, why none does.
 
     Raises:
-        ConfigError: naming both fingerprints; the folder is no adapter of the kit's; it is not in safetensors; or
-            it was changed since.
+        ConfigError: without `unbound`, naming both fingerprints where they differ; or it is not in safetensors.
     """
+    reason, there = _why_unbound(adapter, base, name), (adapter / "adapter_config.json").is_file()
+    if reason and not (unbound and there):
+        way = f" To put it onto {name} all the same set adapter.unbound=true; every result then says so."
+        raise ConfigError(f"{adapter}{reason}{way if there else ''}")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
+    return reason and f"{adapter}{reason}"
+
+
+def _why_unbound(adapter: Path, base: Callable[..., str], name: str) -> str | None:
+    """What an adapter's card says against it, or lacks, as the end of a sentence that begins with its folder."""
     card = adapter / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     trained_on = re.search(r"^base_fingerprint: (([23]-)?[0-9a-f]{16})$", text, re.MULTILINE)
     if not trained_on:
-        raise ConfigError(f"{adapter}: not an adapter of a run: no model card with a base_fingerprint in it.")
+        return ": not an adapter of a run: no model card with a base_fingerprint in it."
     present = base(version=version_of(trained_on[1]))
     if trained_on[1] != present:
         renamed = " The first version's embedded model is embedded-one-order now." * (trained_on[1] == FIRST_EMBEDDED)
-        raise ConfigError(f"{adapter} was trained on the base {trained_on[1]}; {name} is {present}.{renamed}")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"{adapter}: no adapter_model.safetensors. Other files may run code when read; they are not.")
+        return f" was trained on the base {trained_on[1]}; {name} is {present}.{renamed}"
     written = re.search(r"^adapter_sha256: ([0-9a-f]{64})$", text, re.MULTILINE)
-    if written and (adapter / "adapter_config.json").is_file() and written[1] != adapter_digest(adapter):
+    whole = all((adapter / file).is_file() for file in ADAPTER)
+    if written and whole and written[1] != adapter_digest(adapter):
         told = "adapter_config.json or adapter_model.safetensors is not what the run wrote"
-        raise ConfigError(f"{adapter}: {told} (adapter_sha256 in README.md). Restore the folder, or train again.")
+        return f": {told} (adapter_sha256 in README.md). Restore the folder, or train again."
+    return None
 
 
 def adapter_digest(folder: Path) -> str:
     """The SHA-256, in hex digits, of an adapter's configuration and then its tensors."""
-    names = "adapter_config.json", "adapter_model.safetensors"
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in ADAPTER)).hexdigest()
 
 
 def version_of(fingerprint: str) -> int:
@@ -168,32 +213,6 @@ def fingerprint(folder: str | Path, version: int = VERSION) -> str:
 def _marked(facts: list, version: int) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return digest if version == 1 else f"{version}-{digest}"
-
-
-def checksum(file: Path) -> str:
-    """The SHA-256 of a file in hex digits.
-
-    In the hub's cache it is the file's name, as the hub gave it. Of other files it is kept in `HF_HOME/mmrev_kit` by
-    path, size and times, so that 64 GB are read once; not where `HF_HOME` is no absolute path.
-    """
-    from huggingface_hub.constants import HF_HOME
-
-    file = file.resolve()
-    if file.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", file.name):
-        return file.name
-    state = file.stat()
-    facts = f"{file}\n{state.st_size}\n{state.st_mtime_ns}\n{state.st_ctime_ns}"
-    kept = Path(HF_HOME) / "mmrev_kit" / hashlib.sha256(facts.encode()).hexdigest()
-    trusted = kept.is_absolute()  # else it would be another one for each folder that one stands in
-    if trusted and kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := kept.read_text(encoding="utf-8")):
-        return known
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    with suppress(OSError):  # a folder that cannot be written to only costs the time again
-        if trusted:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(digest, encoding="utf-8")
-    return digest
 
 
 def _samples(folder: Path) -> list:

@@ -23,7 +23,8 @@ from mmrev_kit.model.packing import (
     question_groups,
     share_out,
 )
-from mmrev_kit.model.qwen3vl import as_model_input, takes_features, text_config
+from mmrev_kit.model.plain import core_model, takes_fast_path, text_config
+from mmrev_kit.model.qwen3vl import as_model_input, takes_features
 
 CPU_TOKENS = 2048  # tokens of a micro-batch where memory is no limit
 GPU_TOKENS = 4096  # with checkpointing, about 5 GiB of the 32B's activations
@@ -55,6 +56,8 @@ class Batch:
 
 def obstacle(model) -> str | None:
     """Why rows cannot be packed and vision features not be given to this model, or None."""
+    if not takes_fast_path(model):
+        return f"{core_model(model).config.model_type} has no module of its own and takes the plain path"
     if not takes_features(model):
         return "the model takes no precomputed vision features (mm_encoder_outputs)"
     name = text_config(model)._attn_implementation
@@ -76,9 +79,11 @@ def micro_tokens(config: Config, device) -> int:
 
 def make_layout(config: Config, model, device) -> Layout:
     """How this process runs its share; packing needs a model that it works with."""
-    mode = config.training.packing if obstacle(model) is None else "none"
-    scale = attention_scale(text_config(model))
-    return Layout(mode, micro_tokens(config, device), scale, GPU_MULTIPLE if device.type == "cuda" else 1)
+    limit = micro_tokens(config, device)
+    if obstacle(model):
+        return Layout("none", limit)
+    scale, multiple = attention_scale(text_config(model)), GPU_MULTIPLE if device.type == "cuda" else 1
+    return Layout(config.training.packing, limit, scale, multiple)
 
 
 @dataclass
@@ -110,18 +115,20 @@ class Batcher:
             yield make(micro_batch.content)
 
     def images(self, images: list[tuple[Path, int]]) -> dict:
-        """What the model is given of these images, in the order of their tokens: features, or pixels without them."""
+        """What the model is given of these images, in the order of their tokens: features, or pixels without them;
+        nothing where there are none."""
+        if not images:
+            return {}
         if self.features is not None and all(image in self.features for image in images):
             features = [self.features.get(image) for image in images]
             return as_model_input(features, self.device)
-        pixels = [self.encoder.pixels(*image) for image in images]
-        values, grids = (torch.cat(parts).to(self.device) for parts in zip(*pixels, strict=True))
-        return {"pixel_values": values, "image_grid_thw": grids}
+        return {name: value.to(self.device) for name, value in self.encoder.image_inputs(images).items()}
 
     def plain(self, samples: list[Sample]) -> Batch:
         """Rows side by side, padded; mask and positions are the library's own."""
-        batch = from_labels(self.encoder.collate(samples, with_pixels=False), self.device)
-        batch.inputs |= self.images([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
+        batch = from_labels(self.encoder.collate(samples, with_pixels=self.features is None), self.device)
+        if self.features is not None:
+            batch.inputs |= self.images([(path, sample.max_pixels) for sample in samples for path in sample.row.images])
         batch.samples = tuple(samples)
         return batch
 

@@ -10,7 +10,7 @@ from mmrev_kit.config.errors import Told
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.base_files import AGAIN
 from mmrev_kit.model.fused import fuse, unfuse
-from mmrev_kit.model.qwen3vl import core_model
+from mmrev_kit.model.plain import core_model
 
 
 class NotFiniteError(Told, ArithmeticError):

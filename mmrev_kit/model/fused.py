@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from mmrev_kit.model.kernels import FusedHead, Gated, Lora, Norm, Rotated
-from mmrev_kit.model.qwen3vl import language_model
+from mmrev_kit.model.plain import language_model, takes_fast_path
 
 
 @cache
@@ -121,8 +121,10 @@ def fuse(model) -> None:
     """Give the frozen norms, MLPs, attention, LoRA layers and head of a Qwen3-VL their fused forward pass.
 
     Modules of another class, with another activation, or with a forward of their own (as accelerate's hooks for a
-    model spread over devices set one) stay as they are.
+    model spread over devices set one) stay as they are, and so does a model of another family.
     """
+    if not takes_fast_path(model):
+        return
     for module in language_model(model).modules():
         module.__class__ = fused_class(module) or type(module)
     head = model.lm_head
@@ -135,12 +137,14 @@ def takes_wanted(model) -> bool:
     """Whether this Qwen3-VL is to be given `wanted`: its last decoder layer is fused, adds no vision features, and is
     on a CPU. On a GPU that would spare the 32B 1 % of its work, and memory is estimated without it."""
     layers = language_model(model).layers
-    fused = type(layers[-1]).__module__ == __name__ and model.device.type == "cpu"
+    fused = takes_fast_path(model) and type(layers[-1]).__module__ == __name__ and model.device.type == "cpu"
     return fused and len(layers) > len(model.config.vision_config.deepstack_visual_indexes)
 
 
 def unfuse(model) -> None:
     """Give them the library's own again."""
+    if not takes_fast_path(model):
+        return
     for module in language_model(model).modules():
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__mro__[1]

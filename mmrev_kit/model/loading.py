@@ -18,11 +18,13 @@ from mmrev_kit.config import sections
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
-from mmrev_kit.model import qwen3vl
-from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
+from mmrev_kit.model.adapters import attach_adapter
+from mmrev_kit.model.base_files import read_object, refuse_tensors
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.finite import refuse_not_finite, sums_of_quantized
 from mmrev_kit.model.fused import fuse
+from mmrev_kit.model.plain import complete, language_model, model_class, projections, takes_fast_path, text_config
+from mmrev_kit.model.qwen3vl import read_architecture, whole_config
 from mmrev_kit.model.strict import strict
 from mmrev_kit.model.vision import use_fast_tower
 
@@ -47,7 +49,7 @@ def load_base(
     device=None, attn_implementation: str = "sdpa", seed: int = 0, spread: bool = False, cpu_gib: float | None = None,
     offload_folder: str | Path | None = None,
 ):  # fmt: skip
-    """A frozen Qwen3-VL: NF4 for bits = 4, else 16-bit weights (fp32 where the compute dtype is that).
+    """A frozen base model: NF4 for bits = 4, else 16-bit weights (fp32 where the compute dtype is that).
 
     Args:
         name: "embedded" (the 10 million parameters that come with the kit), a folder, a name on the Hugging Face hub,
@@ -64,8 +66,8 @@ def load_base(
         seed: of random weights.
 
     Returns:
-        A `Qwen3VLForConditionalGeneration`; its `name_or_path` is `name`, and `fingerprint()` tells its weights from
-        those of other bases.
+        A `Qwen3VLForConditionalGeneration`, or transformers' class of another family; its `name_or_path` is `name`, and
+        `fingerprint()` tells its weights from those of other bases.
 
     Raises:
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
@@ -77,15 +79,15 @@ def load_base(
     dtype = torch_dtype(compute_dtype, device)
     nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
     if is_random(name):
-        model = random_model(qwen3vl.read_architecture(name), dtype, device, seed, nf4)
+        model = random_model(read_architecture(name), dtype, device, seed, nf4)
         model.set_attn_implementation(attn_implementation)
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
-        qwen3vl.whole_config(folder / "config.json", read_object(folder / "config.json"))
+        architecture = whole_config(folder / "config.json", read_object(folder / "config.json"))
         placement |= {"quantization_config": nf4} if nf4 else {}
         with sums_of_quantized():
-            model, met = qwen3vl.model_class().from_pretrained(
+            model, met = model_class(architecture).from_pretrained(
                 folder,
                 use_safetensors=True,  # never a pickle
                 dtype=dtype,
@@ -118,16 +120,17 @@ def existing_device(device) -> torch.device:
 
 
 def make_ready(model):
-    """The model frozen, answering greedily whatever lies beside its weights, and with the kit's fast operations."""
+    """The model frozen, answering greedily whatever lies beside its weights; a Qwen3-VL with the kit's operations."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()
     model.requires_grad_(False)
-    model.config.use_cache = qwen3vl.text_config(model).use_cache = False  # evaluation asks for it where it wants it
+    model.config.use_cache = text_config(model).use_cache = False  # evaluation asks for it where it wants it
     keep_cpu_weights_as_they_are(model)
-    fuse(model)
-    keep_residual_in_fp32(model)
-    use_fast_tower(model)
+    if takes_fast_path(model):
+        fuse(model)
+        keep_residual_in_fp32(model)
+        use_fast_tower(model)
     return model
 
 
@@ -191,14 +194,14 @@ def random_model(architecture, dtype: torch.dtype, device, seed: int, nf4):
     Equal seeds give equal weights on one kind of device.
 
     Args:
-        architecture: a `Qwen3VLConfig`.
+        architecture: of the model, as transformers' configuration.
         nf4: a `BitsAndBytesConfig`, see `nf4_config`; None: weights of `dtype`.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations import replace_with_bnb_linear
 
     with torch.device("meta"):
-        model = qwen3vl.model_class()(architecture)
+        model = model_class(architecture)(architecture)
         if nf4:
             model.is_loaded_in_4bit = True  # PEFT asks, to take its 4-bit adapter
             model = replace_with_bnb_linear(model, nf4.llm_int8_skip_modules, quantization_config=nf4)
@@ -217,7 +220,7 @@ def random_model(architecture, dtype: torch.dtype, device, seed: int, nf4):
                 setattr(module, key, Params4bit(value, requires_grad=False, module=module, **options).to(device))
             else:
                 setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
-    qwen3vl.complete(model, device)
+    complete(model, device)
     return model
 
 
@@ -241,7 +244,7 @@ def keep_residual_in_fp32(model) -> None:
     dtype = model.dtype
     if dtype == torch.float32:
         return
-    language = qwen3vl.language_model(model)
+    language = language_model(model)
     language.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
     norms = [language.norm]
     for layer in language.layers:
@@ -283,11 +286,11 @@ def add_adapter(
         raise ConfigError(f"kept_layers = {kept_layers}: must be a number from 0.")
     if hasattr(model, "peft_config"):
         raise ConfigError("This model has an adapter already. Load the base anew.")
-    names = {name.rsplit(".", 1)[-1] for name, _ in qwen3vl.language_model(model).layers.named_modules()}
+    names = {name.rsplit(".", 1)[-1] for name, _ in language_model(model).layers.named_modules()}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
         raise ConfigError(f"lora.target_modules: the language model has no {', '.join(unknown)}.")
-    lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": qwen3vl.projections(target_modules)}
+    lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": projections(model, target_modules)}
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     fuse(model)
     if gradient_checkpointing:
@@ -304,39 +307,27 @@ def adapter_arguments(config: Config) -> dict:
 
 def set_recomputed(model, kept_layers: int) -> None:
     """Which layers of a model with checkpointing are recomputed: the first, but for the last `kept_layers`."""
-    layers = qwen3vl.language_model(model).layers
+    layers = language_model(model).layers
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < len(layers) - kept_layers
 
 
 @strict()
-def load_adapter(model, folder: str | Path):
+def load_adapter(model, folder: str | Path, unbound: bool = False):
     """A saved adapter on its base, for inference: a `peft.PeftModel`.
 
     Args:
         model: from `load_base`; it is changed.
         folder: with the adapter and its model card, as a run's `best/` and `final/` are.
+        unbound: take an adapter in peft's format from elsewhere, which no card binds to this base, too.
 
     Raises:
         ConfigError: the adapter was trained on another base (both fingerprints are named); a file of it is missing or
-            broken; or its tensors are not those that its adapter_config.json asks for, one for one.
+            broken; its tensors are not those that its adapter_config.json asks for, one for one; or it is of a kind
+            that would not count here.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    folder = Path(folder)
-    check_base(folder, model.fingerprint, model.name_or_path)
-    read_object(folder / "adapter_config.json")
-    stored = tensor_shapes(folder / "adapter_model.safetensors")
-    try:
-        peft_model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)  # refused below, by name
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'} fits no adapter of this model ({error}). {AGAIN}"
-        ) from None
-    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    reshaped = [name for name, shape in stored.items() if wanted.get(name, shape) != shape]
-    refuse_tensors(str(folder), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), reshaped)
+    check_base(Path(folder), model.fingerprint, model.name_or_path, unbound)
+    peft_model = attach_adapter(model, Path(folder))
     fuse(model)
     return peft_model
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.data.plain import PlainEncoder
 from mmrev_kit.data.prompts import END, Encoder
-from mmrev_kit.model.base_files import AGAIN, read_object
-from mmrev_kit.model.bases import is_random, model_folder
+from mmrev_kit.model.base_files import AGAIN, FAMILY, read_object
+from mmrev_kit.model.bases import family_of, processor_folder, stands_in
 from mmrev_kit.model.qwen3vl import read_architecture, whole_config
 from mmrev_kit.model.strict import strict
 
+PARTS = ("tokenizer", "image_processor", "image_token")  # without which no row can be made
 FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
@@ -17,32 +19,37 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "pr
 def load_processor(name: str, revision: str | None = None):
     """The own processor of the base model that `load_base` loads. Code that lies beside a model is never run.
 
-    A random model has none: Qwen3-VL's image processor with the embedded tokenizer stands in.
+    A random Qwen3-VL has none: its image processor with the embedded tokenizer stands in.
 
     Raises:
-        ConfigError: a file of it is missing or broken, it is another family's, it has no chat template, or it
-            contradicts the model's configuration.
+        ConfigError: a file of it is missing or broken, it is another family's, it has no chat template or takes no
+            images, or it contradicts the model's configuration.
     """
     from transformers import AutoProcessor
 
-    if not is_random(name):
-        folder = model_folder(name, revision, weights=False)
+    if not stands_in(name):
+        folder = processor_folder(name, revision)
         for file in FILES:
             if (folder / file).is_file():
                 read_object(folder / file)
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            raise ConfigError(f"{folder}: its processor needs a package: {' '.join(str(error).split())}") from None
         except Exception as error:  # what a file of another shape raises: KeyError, TypeError, Exception itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:600]})") from None
-        kind = type(processor).__name__
-        if kind != "Qwen3VLProcessor":
+        kind, fast = type(processor).__name__, family_of(name, revision) == FAMILY
+        if fast and kind != "Qwen3VLProcessor":
             raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")
+        if lacking := [part for part in PARTS if getattr(processor, part, None) is None]:
+            raise ConfigError(f"{folder}: {kind} has no {' and no '.join(lacking)}: no processor of images and texts.")
         if not processor.chat_template:
             raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
-        if END not in processor.tokenizer.get_vocab():
-            raise ConfigError(f"{folder / 'tokenizer.json'} has no token {END}, which ends an answer. {AGAIN}")
-        refuse_contradiction(folder, processor)
+        if processor.tokenizer.pad_token_id is None:
+            raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
+        if fast:
+            refuse_contradiction(folder, processor)
         return processor
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vision = read_architecture(name).vision_config
@@ -53,7 +60,9 @@ def load_processor(name: str, revision: str | None = None):
 
 
 def refuse_contradiction(folder: Path, processor) -> None:
-    """Raises ConfigError where the processor makes other inputs than the model of the same folder takes."""
+    """Raises ConfigError where a Qwen3-VL's processor makes other inputs than the model of the same folder takes."""
+    if END not in processor.tokenizer.get_vocab():
+        raise ConfigError(f"{folder / 'tokenizer.json'} has no token {END}, which ends an answer. {AGAIN}")
     config = whole_config(folder / "config.json", read_object(folder / "config.json"))
     vision, images = config.vision_config, processor.image_processor
     pairs = {
@@ -65,8 +74,6 @@ def refuse_contradiction(folder: Path, processor) -> None:
     for name, (model, own) in pairs.items():
         if model != own:
             raise ConfigError(f"{folder}: {name} is {model} in config.json and {own} in the processor's files. {AGAIN}")
-    if processor.tokenizer.pad_token_id is None:
-        raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
     for name in ("image_mean", "image_std"):
         values = getattr(images, name)
         if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
@@ -79,5 +86,7 @@ def refuse_contradiction(folder: Path, processor) -> None:
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:
     """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`."""
+    processor = load_processor(config.model.name, config.model.revision)
     limits = config.model.min_pixels, config.model.max_pixels, config.training.max_length
-    return Encoder(load_processor(config.model.name, config.model.revision), *limits, drop=drop)
+    fast = family_of(config.model.name, config.model.revision) == FAMILY
+    return (Encoder if fast else PlainEncoder)(processor, *limits, drop=drop)

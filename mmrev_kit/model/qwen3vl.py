@@ -1,4 +1,4 @@
-"""What is Qwen3-VL's own: its parts by name, its positions, its architecture file."""
+"""What is Qwen3-VL's own: its vision features, its positions, its architecture file."""
 
 from difflib import get_close_matches
 from inspect import signature
@@ -8,14 +8,16 @@ import torch
 
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.model.base_files import read_config
+from mmrev_kit.model.base_files import FAMILY, family_in, read_config
+from mmrev_kit.model.plain import core_model, make_architecture
 
 
 def read_architecture(name: str):
-    """The architecture file of a random model as a `Qwen3VLConfig`, with the special tokens of the embedded tokenizer.
+    """The architecture file of a random model as transformers' configuration; a Qwen3-VL's has the special tokens of
+    the embedded tokenizer.
 
     Raises:
-        ConfigError: there is no such file, or it is not one of a Qwen3-VL in 16 bit, see `read_config`.
+        ConfigError: there is no such file, or it is not one of a model in 16 bit, see `read_config`.
     """
     from transformers import AutoTokenizer
 
@@ -23,6 +25,8 @@ def read_architecture(name: str):
     if not path.is_file():
         raise ConfigError(f"model.name = {name!r}: there is no such architecture file.")
     values = read_config(path, name)
+    if family_in(path, name) != FAMILY:
+        return make_architecture(path, values)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -31,19 +35,17 @@ def read_architecture(name: str):
 
 
 def whole_config(path: Path, values: dict):
-    """The `Qwen3VLConfig` of a config.json that `read_config` has read.
+    """transformers' configuration of a config.json that `read_config` has read.
 
     Raises:
-        ConfigError: a value of another type, or a name that transformers does not know, beside one that is not given
-            and is nearly called so: its default would be used without a word.
+        ConfigError: a value of another type; or, in a Qwen3-VL's, a name that transformers does not know, beside one
+            that is not given and is nearly called so: its default would be used without a word.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen3VLConfig
 
-    try:
-        config = Qwen3VLConfig(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(f"{path} is no configuration of a Qwen3-VL ({' '.join(str(error).split())}).") from None
+    config = make_architecture(path, {"model_type": FAMILY} | values)
+    if config.model_type != FAMILY:
+        return config
     default = Qwen3VLConfig()
     for given, known in (
         (values, default),
@@ -55,42 +57,6 @@ def whole_config(path: Path, values: dict):
             if near := get_close_matches(name, names - given.keys(), 1, 0.8):
                 raise ConfigError(f"{path} has the field {name!r}, which is not known; {near[0]} is. Rename it.")
     return config
-
-
-def model_class():
-    """transformers' class."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration
-
-
-def complete(model, device) -> None:
-    """Put in place what a model made on the device `meta` lacks beside its parameters: the tied head, the angles."""
-    text, vision = language_model(model), model.model.visual
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = text.embed_tokens.weight
-    text.rotary_emb = type(text.rotary_emb)(model.config.text_config).to(device)
-    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(model.config.vision_config).to(device)
-
-
-def core_model(model):
-    """The transformers model inside an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def language_model(model):
-    """The language model without its head: `embed_tokens`, `layers`, `norm`."""
-    return core_model(model).model.language_model
-
-
-def text_config(model):
-    """The sizes of the language model, under transformers' names."""
-    return core_model(model).config.text_config
-
-
-def projections(names) -> str:
-    """A regular expression for the linear layers of these names in the language model, and nowhere else."""
-    return rf"model\.language_model\.layers\..*\.({'|'.join(names)})"
 
 
 def takes_features(model) -> bool:

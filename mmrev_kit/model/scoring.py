@@ -1,14 +1,17 @@
 """Questions put to a model: greedy answers, and the log-probability of every option."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.model.batches import Batch, Batcher, question_shares
+from mmrev_kit.model.batches import Batch, Batcher, from_labels, question_shares
 from mmrev_kit.model.finite import refuse
 from mmrev_kit.model.fused import takes_wanted
-from mmrev_kit.model.qwen3vl import core_model, positions_after, prompt_positions
+from mmrev_kit.model.plain import core_model, takes_fast_path
+from mmrev_kit.model.qwen3vl import positions_after, prompt_positions
 from mmrev_kit.model.strict import strict
 
 
@@ -21,7 +24,7 @@ def answer_losses(model, batch: Batch, device, dtype):
         logits = model(**inputs).logits.flatten(0, -2)
     if batch.predictor is not None:
         logits = logits[batch.predictor]
-    return torch.nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    return cross_entropy(logits.float(), batch.target, reduction="none")
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def _require_finite(model, samples: list[Sample], finite, again) -> None:
 
 
 def score_options(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
-    """The log-probability of each option as the whole answer, <|im_end|> included.
+    """The log-probability of each option as the whole answer, the token that ends it included.
 
     Args:
         options: one tuple a sample, all of the same length.
@@ -102,10 +105,24 @@ def score_options(model, encoder: Encoder, samples: list[Sample], options: list[
     Raises:
         NotFiniteError: naming the row and the first module.
     """
-    scores = _scores(model, encoder, samples, options, device)
-    again = partial(_scores, model, encoder, samples, options, device)
+    again = partial(_scores if takes_fast_path(model) else _plain_scores, model, encoder, samples, options, device)
+    scores = again()
     _require_finite(model, samples, scores.isfinite().all(1), again)
     return scores
+
+
+def _plain_scores(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):
+    """Each option in a row of its own, through the library's forward pass: not every family's cache can be cut back."""
+    columns = []
+    for texts in zip(*options, strict=True):
+        rows = []
+        for sample, text in zip(samples, texts, strict=True):
+            row = replace(sample.row, answer=text)
+            rows.append(replace(sample, row=row, input_ids=sample.input_ids + tuple(encoder.tokens(row)[1])))
+        batch = from_labels(encoder.collate(rows), device)
+        logs = -cross_entropy(model(**batch.inputs).logits.float(), batch.target, reduction="none")
+        columns.append(torch.zeros(len(rows), device=device).index_add(0, batch.owner.to(device), logs))
+    return torch.stack(columns, dim=1)
 
 
 def _scores(model, encoder: Encoder, samples: list[Sample], options: list[tuple[str, ...]], device):

@@ -4,6 +4,7 @@ import base64
 import io
 from collections import Counter
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 from mmrev_kit.config.errors import Told
@@ -101,7 +102,8 @@ def prompt_html(sample: Sample, encoder: Encoder) -> str:
         if token == encoder.image_id:
             run += 1
             if sample.input_ids[position + 1] != encoder.image_id:
-                pieces.append(f"{_picture(next(images))}<span style='{TOKEN['special']}'>{run} tokens</span>")
+                shown = "".join(map(_picture, islice(images, 1)))  # other families may write a picture in several runs
+                pieces.append(f"{shown}<span style='{TOKEN['special']}'>{run} tokens</span>")
                 run = 0
             continue
         kind = "answer" if position >= sample.answer_start else "special" if token in specials else "text"
@@ -162,10 +164,10 @@ def _shown(path: str) -> str:
     return _picture(Path(path)) if Path(path).is_file() else f"[{escape(Path(path).name)}]"
 
 
-def answers_html(records: list[dict]) -> str:
-    """For each test and group the first right and the first wrong answer to a whole prompt."""
-    chosen: dict[tuple, dict] = {}
+def answers_html(records: list[dict], each: int = 1) -> str:
+    """For each test and group the first `each` right and as many wrong answers to whole prompts."""
+    chosen: dict[tuple, list[dict]] = {}
     for record in records:
         if record["drop"] == "none" and record["right"] is not None:
-            chosen.setdefault((record["test"], record["group"], record["right"]), record)
-    return "".join(map(answer_html, chosen.values()))
+            chosen.setdefault((record["test"], record["group"], record["right"]), []).append(record)
+    return "".join(answer_html(record) for found in chosen.values() for record in found[:each])

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmrev_kit.config.errors import Told
 from mmrev_kit.config.sections import Config, TrainingConfig
 from mmrev_kit.data.prompts import Encoder, Sample
-from mmrev_kit.data.tasks import IMAGE_MARK
+from mmrev_kit.data.tasks import IDENTITY, IMAGE_MARK
 from mmrev_kit.evaluation.ask import Asker, pictures
 from mmrev_kit.notebook import gallery, plots
 from mmrev_kit.notebook.parameters import is_interactive
@@ -108,11 +108,13 @@ def by_file(samples: list[Sample]) -> dict[str, list[Sample]]:
 
 
 def browse(samples: list[Sample], encoder: Encoder):
-    """In JupyterLab a browser: choose a file and walk through its rows; elsewhere the first pool row of each task."""
+    """In JupyterLab a browser: choose a file and walk through its rows; elsewhere the first row of each task that an
+    epoch draws a share of."""
     if not is_interactive():
         from IPython import display
 
-        pools = [sample for sample in samples if sample.row.source.startswith(("face_", "object_"))]
+        kinds = ("face_", "object_", IDENTITY.name)
+        pools = [sample for sample in samples if sample.row.source.startswith(kinds)]
         return display.HTML(gallery.prompts_html(pools, encoder))
     from ipywidgets import HTML, Button, Dropdown, HBox, IntSlider, Layout, VBox
 

@@ -1,26 +1,32 @@
 """From a notebook cell to a finished run or evaluation: the folder, the job, live progress, and errors that arrive."""
 
 import json
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
-from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.sections import Config, ConfigError, ExperimentConfig
 from mmrev_kit.data.questions import read_questions
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
     DROPS,
     MEASURED,
+    Question,
     check_answer_lengths,
+    choose_questions,
     evaluate_worker,
     evaluation_key,
 )
-from mmrev_kit.evaluation.results import complete, judge_anew, read_facts
+from mmrev_kit.evaluation.results import complete, evaluation_dir, judge_anew, read_facts, read_records
 from mmrev_kit.files import write_text
-from mmrev_kit.model.bases import base_fingerprint, base_of, check_base
+from mmrev_kit.model.adapters import adapter_folder
+from mmrev_kit.model.bases import adapter_digest, base_fingerprint, base_of, check_base
+from mmrev_kit.notebook.gallery import answers_html
 from mmrev_kit.notebook.progress import LogLines
 from mmrev_kit.notebook.runs import HISTORY, LOG, Watch, watch
 from mmrev_kit.training.history import JOB, changed_settings, clear_errors, mark_ended, prepare_folder, read_history
@@ -85,7 +91,7 @@ def _train(config: Config, folder: Path) -> dict:
         mark_ended(folder / HISTORY, how)
         show()
         own = saved.exists() and not changed_settings(config, folder / "config.yaml")
-        again = "run the same cell again" + (" with overwrite=False" if own and config.launch.overwrite else "")
+        again = "start it again" + (" with overwrite=False" if own and config.launch.overwrite else "")
         print(f"{how}; {again} to " + (f"go on from {saved}" if own else "start anew"))
         if how == "interrupted":
             raise KeyboardInterrupt from None  # without the fifty lines of the figure that it may have met
@@ -129,7 +135,8 @@ def evaluate(
 
     Args:
         config: the one that the run was trained with: pixel limits and prompts come from it.
-        adapter: "best" or "final" of the run, or None for the base model without an adapter.
+        adapter: "best" or "final" of the run, a folder with an adapter, or None for the base model without one. The
+            results on an adapter that is no run's go to <output_dir>/adapter_<its name>_<digest>, never beside it.
         drops: from `predict.DROPS`; "none" is the whole prompt.
         again: make it even if it is there.
 
@@ -146,23 +153,19 @@ def evaluate(
         raise ConfigError(
             f"drops = {' '.join(drops)!r}: must be of {', '.join(DROPS)}, none (the whole prompt) included."
         )
-    chosen = run_dir(config) / str(adapter) if adapter else None
     base = base_fingerprint(**base_of(config))
-    if chosen:
-        check_base(chosen, partial(base_fingerprint, **base_of(config)), config.model.name)
-        refuse_other_inputs(config, chosen.parent)
-    owner = run_dir(config) if chosen else resolve(config.launch.output_dir) / f"base_{base}"
-    folder = owner / "eval" / experiment_dir(config).name
-    questions = read_questions(config)  # a fault in the test files is told here, before any process starts
-    asked = {question.row.task for question in questions}
-    if left_out := [f"{test}_test.jsonl" for test in TASK_TYPES if test not in asked]:
-        print(f"not asked, for there are no rows: {', '.join(left_out)}")
-    check_answer_lengths(config, questions)
-    key = evaluation_key(config, chosen, base, drops, questions)
+    chosen, owner, trained = None, resolve(config.launch.output_dir) / f"base_{base}", {"task": None}
+    if adapter:
+        chosen = adapter_folder(config, adapter)
+        owner, trained = adapter_facts(config, chosen, own=adapter in ("best", "final"))
+    folder = evaluation_dir(config, owner)
+    questions, left_out = what_to_ask(config)
+    key = evaluation_key(config, chosen, base, drops, questions, tuple(trained.values()) if "note" in trained else ())
     with held(folder):
         if not again and _holds(folder, key):
             judge_anew(folder)
             print(f"{folder} holds this evaluation.")
+            save_examples(config, folder)
             return folder
         clear_errors(folder)
         print(f"evaluating {chosen or config.model.name}")
@@ -172,14 +175,90 @@ def evaluate(
         log.show()
         write_text(folder / "config.yaml", to_yaml(config))
         measured = folder / MEASURED
-        facts = json.loads(measured.read_text(encoding="utf-8")) | {"task": None, "key": key}
-        if chosen:
-            run = run_dir(config) / "config.yaml"  # says what main was taught, whatever is configured now
-            trained = (load_config(run) if run.is_file() else config).experiment
-            facts |= {"task": trained.task, "taught": trained.taught}
-        complete(folder, facts)
+        complete(folder, json.loads(measured.read_text(encoding="utf-8")) | trained | left_out | {"key": key})
         measured.unlink()
+        save_examples(config, folder)
     return folder
+
+
+def what_to_ask(config: Config) -> tuple[list[Question], dict]:
+    """The questions of an evaluation, and what its facts.json says where they are not all that there are.
+
+    Raises:
+        DataError, ConfigError: a fault in the test files, or an answer that cannot be given, before any process starts.
+    """
+    everything = read_questions(config)
+    there = {question.row.task for question in everything}
+    if missing := [f"{test}_test.jsonl" for test in config.evaluation.tests if test not in there]:
+        print(f"not asked, for there are no rows: {', '.join(missing)}")
+    asked = choose_questions(config, everything)
+    check_answer_lengths(config, asked)
+    if len(asked) == len(everything):
+        return asked, {}
+    of_tests = [question for question in everything if question.row.task in config.evaluation.tests]
+    told = f"{len(asked):,} of {len(everything):,} questions were asked ({config.evaluation.partial})"
+    most = config.evaluation.max_samples if len(asked) < len(of_tests) else None
+    return asked, {"part": f"A part of an evaluation: {told}.", "max_samples": most}
+
+
+def save_examples(config: Config, folder: Path) -> None:
+    """Of an evaluation, examples.html with `evaluation.save_examples` right and wrong answers of each test and group;
+    none where that is 0, so that the page is always of these answers."""
+    page, each = folder / "examples.html", config.evaluation.save_examples
+    page.unlink(missing_ok=True)
+    if each:
+        answers = answers_html(read_records(folder / "predictions.jsonl"), each)
+        write_text(
+            page, f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>{folder.name}</title>{answers}</html>"
+        )
+        print(f"examples: {page}")
+
+
+def adapter_facts(config: Config, adapter: Path, own: bool) -> tuple[Path, dict]:
+    """Where the evaluations of an adapter go, and what is to be said of it: the task that it was trained on, what main
+    was taught, and, where no run tells these, a `note`; `unbound` where nothing ties it to its base.
+
+    Args:
+        own: whether it is the configured run's.
+
+    Raises:
+        ConfigError: see `check_base` and `refuse_other_inputs`.
+    """
+    unbound = check_base(
+        adapter, partial(base_fingerprint, **base_of(config)), config.model.name, config.adapter.unbound
+    )
+    run = adapter.parent / "config.yaml"  # says what main was taught, whatever is configured now
+    if not unbound and (own or (adapter.name in ("best", "final") and run.is_file())):
+        refuse_other_inputs(config, adapter.parent)
+        trained = (load_config(run) if run.is_file() else config).experiment
+        return adapter.parent, {"task": trained.task, "taught": trained.taught}
+    lesson = original_lesson(config, adapter.parent)
+    kinds = " and ".join(TASK_TYPES[kind].title for kind in lesson.main_is_taught)
+    note = f"No run tells what main was taught: {kinds}, by experiment.task and experiment.taught."
+    facts = {"task": lesson.task, "taught": lesson.taught, "note": f"{adapter}: {note}"}
+    if unbound:
+        facts |= {"unbound": unbound, "note": f"{unbound} It was asked by adapter.unbound=true. {note}"}
+    name = adapter.parent.name if adapter.name in ("best", "final") else adapter.name
+    print(f"NOTE: {facts['note']}")
+    return resolve(config.launch.output_dir) / f"adapter_{name}_{adapter_digest(adapter)[:8]}", facts
+
+
+def original_lesson(config: Config, folder: Path) -> ExperimentConfig:
+    """What main was taught by an adapter that no run of the kit speaks for: as configured, and where its folder is one
+    of the original scripts, whose task forward is generation, by generation.
+
+    Raises:
+        ConfigError: task reverse of the original scripts, which put the image first.
+    """
+    given, original = config.experiment, False
+    with suppress(ConfigError, OSError):
+        original = "total_steps" not in read_history(folder / HISTORY)
+    if original and given.task == "reverse":
+        raise ConfigError(
+            f"{folder} is of the original scripts, whose task reverse puts the image first: that is another test here. "
+            "Set experiment.task=forward experiment.taught=cw."
+        )
+    return replace(given, taught=given.taught or "generation") if original else given
 
 
 def refuse_other_inputs(config: Config, folder: Path) -> None:

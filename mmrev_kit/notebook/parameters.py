@@ -8,6 +8,7 @@ from dataclasses import fields
 from html import escape
 from pathlib import Path
 
+from mmrev_kit.config.flags import PARAMETERS
 from mmrev_kit.config.project import effective_batch
 from mmrev_kit.config.reading import NONE_WORDS, differences, load_config
 from mmrev_kit.config.sections import Config, ConfigError
@@ -15,21 +16,6 @@ from mmrev_kit.training.jobs import count_processes
 from mmrev_kit.training.scheduler import warnings_for
 from mmrev_kit.training.tracking import refuse_missing
 
-# Parameters of notebooks and the configuration keys they stand for; None leaves a key as configured.
-PARAMETERS = {
-    "task": "experiment.task",
-    "name": "experiment.name",
-    "seed": "experiment.seed",
-    "num_main": "data.num_main",
-    "num_control": "data.num_control",
-    "learning_rate": "training.learning_rate",
-    "num_epochs": "training.num_epochs",
-    "batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "num_processes": "launch.num_processes",
-    "output_dir": "launch.output_dir",
-    "overwrite": "launch.overwrite",
-}
 EVALUATION = ("task", "name", "output_dir")
 TRAINING = tuple(name for name in PARAMETERS if name not in ("num_main", "num_control"))
 INJECTED = "# Parameters"  # papermill's first line in the cell of values that it was given

@@ -206,7 +206,7 @@ def mix_figure(table: list[dict]):
     return figure
 
 
-GROUP_STYLES = {"main": ("o", COLORS[0]), "control": ("s", COLORS[1]), "all": ("D", INK)}
+GROUP_STYLES = {"main": ("o", COLORS[0]), "bridge": ("^", COLORS[2]), "control": ("s", COLORS[1]), "all": ("D", INK)}
 
 
 @drawn
@@ -266,9 +266,9 @@ def _accuracy_text(name: str, tests: dict) -> str:
 def _draw_groups(axis, place: int, groups: dict[str, dict], crowded: bool) -> None:
     """The groups of one test of one evaluation beside each other; numbers stand clear of intervals and of chance."""
     shown = _shown(groups)
-    for number, (group, numbers) in enumerate(sorted(shown.items(), reverse=True)):
-        x = place + 0.44 * (number - (len(shown) - 1) / 2)
-        marker, color = GROUP_STYLES.get(group, GROUP_STYLES["all"])
+    for number, (group, numbers) in enumerate((group, shown[group]) for group in GROUP_STYLES if group in shown):
+        x = place + 0.88 / max(2, len(shown)) * (number - (len(shown) - 1) / 2)
+        marker, color = GROUP_STYLES[group]
         low, high = _ends(numbers)
         axis.vlines(x, low, high, color=color, linewidth=2, alpha=0.6)
         axis.plot(x, numbers["accuracy"], marker, color=color, markersize=6)

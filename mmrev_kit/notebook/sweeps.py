@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmrev_kit.config.flags import PARAMETERS
 from mmrev_kit.config.project import resolve
 from mmrev_kit.config.reading import NONE_WORDS, differences, load_config, read_yaml
 from mmrev_kit.config.sections import Config, ConfigError
-from mmrev_kit.notebook.parameters import PARAMETERS
 
 OWN = ("experiment.name", "experiment.seed")  # a sweep sets them itself
 

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrev_kit import __version__, files
-from mmrev_kit.config.project import EMBEDDED, project_root
+from mmrev_kit.config.project import project_root
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.run_data import people_digest
-from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.model.bases import VERSION, adapter_digest, base_fingerprint, base_of, version_of
 from mmrev_kit.model.loading import trainable
+from mmrev_kit.training.cards import adapter_card
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import PACKAGES
 from mmrev_kit.training.scheduler import warnings_for
@@ -32,48 +32,9 @@ def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
     """
     with files.new_folder(folder, 4 * count_trainable(run.model)) as new:
         run.model.save_pretrained(new, save_embedding_layers=False)
-        files.write_text(new / "README.md", model_card(run, losses, adapter_digest(new)))
-
-
-def model_card(run, losses: dict[str, float], digest: str) -> str:
-    """What this adapter is, on what it was trained and which base it belongs to, with the hub's front matter.
-
-    Args:
-        digest: of its files, see `bases.adapter_digest`.
-    """
-    from huggingface_hub import ModelCardData
-
-    config, training = run.config, run.config.training
-    base = base_facts(config)
-    own_base = None if config.model.name in EMBEDDED else config.model.name
-    card = ModelCardData(base_model=own_base, library_name="peft", tags=["lora", "reversal-curse", "mmrev_kit"])
-    front = card.to_yaml().strip() + f"\nbase_fingerprint: {base['fingerprint']}\nadapter_sha256: {digest}"
-    rows = "\n".join(f"| {source} | {loss:.4f} |" for source, loss in losses.items())
-    taught = (TASK_TYPES[name] for name in config.experiment.main_is_taught)
-    lessons = " and ".join(f"{task.direction} ({task.format})" for task in taught)
-    return f"""---
-{front}
----
-
-# {config.experiment.name}: {config.experiment.task}
-
-A LoRA adapter trained with mmrev_kit on the task `{config.experiment.task}` ({lessons}).
-
-- base model: {config.model.name}, fingerprint `{base["fingerprint"]}`; it fits no other base
-- adapter: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}, on
-  {", ".join(config.lora.target_modules)} of the language model; {count_trainable(run.model):,} parameters
-- training: epoch {run.progress["epoch"]}, step {run.progress["global_step"]:,}, effective batch {run.batch},
-  learning rate {training.learning_rate:g}, seed {config.experiment.seed}
-- data: invented people; nothing that this adapter states about a face is true
-
-Validation loss (nats a token):
-
-| source | loss |
-|---|---|
-{rows}
-
-Load it with `PeftModel.from_pretrained(base, folder)`.
-"""
+        front = {"base_fingerprint": base_facts(run.config)["fingerprint"], "adapter_sha256": adapter_digest(new)}
+        card = adapter_card(run.config, front, run.progress, run.batch, count_trainable(run.model), losses)
+        files.write_text(new / "README.md", card)
 
 
 def count_trainable(model) -> int:

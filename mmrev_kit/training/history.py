@@ -27,6 +27,7 @@ JOB = "job.yaml"  # the configuration of the job that is under way in a folder
 SECONDS_BETWEEN_WRITES = 2.0
 # Sections and keys that may differ between the parts of one run.
 NOT_TRAINING = (
+    "adapter",
     "evaluation",
     "memory",
     "launch.overwrite",

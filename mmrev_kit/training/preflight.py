@@ -16,9 +16,10 @@ from mmrev_kit.data.design import design_of
 from mmrev_kit.data.run_data import pool_folders, uses_retention
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
-from mmrev_kit.model.base_files import read_config
-from mmrev_kit.model.bases import bytes_to_download, model_folder
+from mmrev_kit.model.base_files import FAMILY, family_in
+from mmrev_kit.model.bases import bytes_to_download, known_config, model_folder
 from mmrev_kit.model.features import bytes_expected
+from mmrev_kit.model.plain import describe_path
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes")
 # The oldest driver that runs a CUDA major version (NVIDIA's CUDA release notes, minor-version compatibility).
@@ -125,22 +126,11 @@ def architecture_of(config: Config) -> str:
     return architecture_file(size)
 
 
-def known_config(config: Config) -> Path | None:
-    """The configured model's config.json or architecture file; None for a model that is not here yet."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = config.model.name
-    source = model_path(name)
-    if source.exists():
-        return source / "config.json" if source.is_dir() else source
-    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision)
-    return Path(cached) if isinstance(cached, str) else None
-
-
 def memory_needed_gib(config: Config) -> float | None:
-    """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet."""
+    """What stays on a card during the whole run, the least that must be free; None for a model that is not here yet, or
+    of a family that the estimate does not know."""
     known = known_config(config)
-    if known is None:
+    if known is None or family_in(known) != FAMILY:
         return None
     found = estimate(config, known)
     return found.static_gib + found.context_gib
@@ -235,7 +225,7 @@ def check_room(report: Preflight, config: Config) -> None:
     free, known = free_bytes(config), known_config(config)
     report.facts.append(f"disk: {free / 2**30:.1f} GiB free for {run_dir(config)}")
     report.problems += disk_problems(config, free)
-    if known is None or report.problems:
+    if known is None or report.problems or family_in(known) != FAMILY:
         return
     shapes, load = read_shapes(known), 0 if model_path(config.model.name).exists() else bytes_to_download(known.parent)
     folders = [experiment_dir(config), *(pool_folders(config).values() if uses_retention(config) else ())]
@@ -246,13 +236,13 @@ def check_room(report: Preflight, config: Config) -> None:
 
 
 def check_model(report: Preflight, config: Config) -> None:
-    """Whether the base's files, as far as they are here, are those of a model that the kit can use."""
+    """Whether the base's files, as far as they are here, are those of a model that the kit can use, and which path."""
     known, name = known_config(config), config.model.name
     try:
         if known and model_path(name).is_dir():
             model_folder(name)
-        elif known:
-            read_config(known, name)
+        if known:
+            report.facts += describe_path(known, config.lora.target_modules)
     except ConfigError as error:
         report.problems.append(str(error))
 

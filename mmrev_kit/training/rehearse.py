@@ -26,6 +26,8 @@ from mmrev_kit.memory.plan import (
     split_updates,
     with_memory,
 )
+from mmrev_kit.memory.shapes import UNKNOWN, size_in_name
+from mmrev_kit.model.bases import known_config, model_folder
 from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
@@ -48,7 +50,7 @@ class Rehearsal:
     reserved_gib: float | None
     device_gib: float | None
     resident_gib: float | None
-    estimate: dict
+    estimate: dict  # empty for a family that the estimate does not know
     memory: dict
     updates: int
     tests_share: float | None = None  # of the tests after an epoch, in the time that its training takes
@@ -60,8 +62,8 @@ class Rehearsal:
         measured = {"allocated": self.allocated_gib, "reserved": self.reserved_gib, "device": self.device_gib}
         lines = []
         for name, found in measured.items():
-            wanted = self.estimate[name]
-            lines.append((name, wanted, found, wanted / found - 1 if found else None))
+            wanted = self.estimate.get(name)
+            lines.append((name, wanted, found, wanted / found - 1 if found and wanted else None))
         return pandas.DataFrame(lines, columns=["GiB", "estimated", "measured", "error"]).set_index("GiB")
 
     def __str__(self) -> str:
@@ -73,7 +75,8 @@ class Rehearsal:
             text += f"; the tests after an epoch take {self.tests_share:.1%} of the time that its training takes"
         if self.allocated_gib is None:
             return f"{text}; a CPU run's resident memory ({self.resident_gib:.2f} GiB) measures nothing of a card"
-        return f"{text}; {self.allocated_gib:.2f} GiB allocated, {self.estimate['allocated']:.2f} estimated"
+        estimated = f", {self.estimate['allocated']:.2f} estimated" if self.estimate else f"; {UNKNOWN}"
+        return f"{text}; {self.allocated_gib:.2f} GiB allocated{estimated}"
 
 
 def rehearse(config: Config, updates: int = 3) -> Rehearsal:
@@ -86,6 +89,8 @@ def rehearse(config: Config, updates: int = 3) -> Rehearsal:
         raise ConfigError(f"updates = {updates}: must be a number from 1.")
     config = deepcopy(config)
     ensure_data(config)
+    if known_config(config) is None and size_in_name(config.model.name) is None:
+        model_folder(config.model.name, config.model.revision, weights=False)  # the small files tell the architecture
     config.model.name, config.launch.num_processes = architecture_of(config), 1
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -113,13 +118,13 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     speed = sum(map(len, heaviest[1:])) / (time.perf_counter() - began)
     if not math.isfinite(record["loss"]):
         raise TrainingError(f"The loss is {record['loss']}. {explain(run, samples)}")
+    shapes, found = configured_shapes(config), {}
     if run.memory:
-        found = run.memory.chosen.estimate
-    else:
-        shapes, image_id = configured_shapes(config), run.task.encoder.image_id
+        found = run.memory.chosen.estimate.sizes()
+    elif shapes:
         configured = with_memory(run.config, micro_tokens=run.batcher.layout.micro_tokens)
-        split = partial(split_updates, heaviest, config, shapes, image_id, 1)
-        found = candidate(configured, shapes, split, 1).estimate
+        split = partial(split_updates, heaviest, config, shapes, run.task.encoder.image_id, 1)
+        found = candidate(configured, shapes, split, 1).estimate.sizes()
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
     measured = Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",
@@ -129,7 +134,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
         resident_gib=None if cuda else peak_memory_gib(state.device),
-        estimate=found.sizes(),
+        estimate=found,
         memory=free_settings(run.config.memory),
         updates=updates,
     )

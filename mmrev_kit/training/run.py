@@ -27,7 +27,7 @@ from mmrev_kit.data.prompts import Encoder, Sample, describe_lengths
 from mmrev_kit.data.questions import Asked, encode_questions
 from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.run_data import RunData, read_run_data, source_weights, uses_retention
-from mmrev_kit.data.tasks import TASK_TYPES
+from mmrev_kit.data.tasks import IDENTITY, TASK_TYPES
 from mmrev_kit.memory.plan import MemoryPlan, configured_shapes, plan_or_refuse
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle
 from mmrev_kit.model.features import build_features, bytes_to_write
@@ -40,8 +40,9 @@ from mmrev_kit.model.loading import (
     trainable,
 )
 from mmrev_kit.model.packing import gather_images, image_key
+from mmrev_kit.model.plain import takes_fast_path, text_config
 from mmrev_kit.model.processor import make_encoder
-from mmrev_kit.model.qwen3vl import drop_tower, text_config
+from mmrev_kit.model.qwen3vl import drop_tower
 from mmrev_kit.training.by_epoch import ROW_BYTES, cost_line
 from mmrev_kit.training.checkpoints import load_last
 from mmrev_kit.training.history import History
@@ -69,25 +70,34 @@ class Prepared:
     cost: list[str] = field(default_factory=list)  # of asking them, in a line
 
     @property
-    def exposure(self) -> dict[str, float]:
-        """{group: how often one of its people comes in an epoch, on average}."""
-        times, people = Counter(), defaultdict(set)
+    def rows_by_group(self) -> dict[str, Counter]:
+        """{group: {source: rows of the group that an epoch takes of it, on average}} of what is taught."""
+        found: dict[str, Counter] = defaultdict(Counter)
         for source in self.plan.tasks:
             for sample in self.train[source]:
-                times[sample.row.group] += self.plan.counts[source] / self.plan.sizes[source]
-                people[sample.row.group].add(sample.row.entity_id)
-        return {group: times[group] / len(people[group]) for group in sorted(times, reverse=True)}
+                found[sample.row.group][source] += self.plan.counts[source] / self.plan.sizes[source]
+        return {group: found[group] for group in sorted(found, reverse=True)}
+
+    @property
+    def exposure(self) -> dict[str, float]:
+        """{group: how often one of its people comes in an epoch, on average}."""
+        people = defaultdict(set)
+        for sample in (sample for source in self.plan.tasks for sample in self.train[source]):
+            people[sample.row.group].add(sample.row.entity_id)
+        return {group: rows.total() / len(people[group]) for group, rows in self.rows_by_group.items()}
 
     def describe(self) -> list[str]:
-        """Plain lines about the rows: how long, how often a person of each group comes, what is not as in the files."""
+        """Plain lines about the rows: how long, how often a person of each group comes, with a third group of which
+        sources, and what is not as in the files."""
         rows = [sample for part in (self.train, self.val) for samples in part.values() for sample in samples]
         often = ", ".join(f"{group} {times:g}" for group, times in self.exposure.items())
-        return [
-            *describe_lengths(rows, self.encoder),
-            f"rows of one person in an epoch: {often}",
-            *self.data.notes,
-            *self.cost,
+        lines = [*describe_lengths(rows, self.encoder), f"rows of one person in an epoch: {often}"]
+        parts = [
+            f"{group} {', '.join(f'{source} {count:g}' for source, count in own.items())}"
+            for group, own in self.rows_by_group.items()
         ]
+        lines += [f"rows in an epoch: {'; '.join(parts)}"] if len(parts) > 2 else []
+        return [*lines, *self.data.notes, *self.cost]
 
 
 def prepare(config: Config) -> Prepared:
@@ -101,8 +111,8 @@ def prepare(config: Config) -> Prepared:
     folder = experiment_dir(config)
     entities = read_entities(folder)
     faults += check_entities(entities, folder / "entities.json")
-    own = [row for _, source, rows in data.sources() if source in TASK_TYPES for row in rows]
-    faults += check_people(own, entities, folder, config.experiment.main_is_taught)
+    own = [row for _, source, rows in data.sources() if source in (*TASK_TYPES, IDENTITY.name) for row in rows]
+    faults += check_people(own, entities, folder, config.taught)
     rows = [row for _, _, rows in data.sources() for row in rows]
     encoder = make_encoder(config)
     samples, more = encode_all(rows, encoder)
@@ -130,6 +140,7 @@ def prepare(config: Config) -> Prepared:
             config.experiment.seed,
             config.training.num_epochs,
             repeated,
+            {IDENTITY.name: config.mitigation.identity},
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -137,7 +148,8 @@ def prepare(config: Config) -> Prepared:
     if config.evaluation.by_epoch:
         task.asked = encode_questions(config, encoder)
         updates = epoch_updates(config, task, 0, effective_batch(config, config.launch.num_processes or 1))
-        layers = configured_shapes(config).num_hidden_layers
+        shapes = configured_shapes(config)
+        layers = shapes.num_hidden_layers if shapes else 1  # of another family: all or none
         recomputed = config.memory.recomputed_layers(layers) / layers
         task.cost = [cost_line(task.asked, updates, config.training.packing, encoder.image_id, recomputed)]
     return task
@@ -150,20 +162,19 @@ def match_exposure(train: dict[str, list[Sample]]) -> tuple[dict[str, list[Sampl
     Raises:
         ConfigError: there is no control group.
     """
-    parts: dict[str, dict[str, list[Sample]]] = {"main": {}, "control": {}}
+    main, others = {}, {}
     for source, samples in train.items():
-        for group, part in parts.items():
-            name = f"{source}_main" if group == "main" else source
-            if rows := [sample for sample in samples if (sample.row.group == "main") == (group == "main")]:
+        for name, part, own in ((f"{source}_main", main, True), (source, others, False)):
+            if rows := [sample for sample in samples if (sample.row.group == "main") == own]:
                 part[name] = rows
-    if not parts["control"]:
+    rows, people = Counter(), defaultdict(set)
+    for sample in (sample for samples in train.values() for sample in samples):
+        rows[sample.row.group] += 1
+        people[sample.row.group].add(sample.row.entity_id)
+    if not rows["control"]:
         raise ConfigError("experiment.match_exposure = 'repeat': there is no control group to match.")
-    main, control = (
-        sum(map(len, part.values())) / len({s.row.entity_id for rows in part.values() for s in rows})
-        for part in parts.values()
-    )
-    factor = max(1.0, control / main)
-    return parts["main"] | parts["control"], {name: round(factor * len(rows)) for name, rows in parts["main"].items()}
+    factor = max(1.0, rows["control"] / len(people["control"]) / (rows["main"] / len(people["main"])))
+    return main | others, {name: round(factor * len(part)) for name, part in main.items()}
 
 
 def steps_per_epoch(config: Config, plan: MixingPlan, num_processes: int) -> int:
@@ -186,7 +197,7 @@ class Run:
     history: History
     batcher: Batcher
     memory: MemoryPlan | None = None  # None: on a CPU, or memory.plan is off
-    peak_flops: float | None = None  # FLOP/s of one card's matrix products; None: not known
+    peak_flops: float | None = None  # FLOP/s of one card's matrix products; None: not known, or the model's are not
     computed: tuple[int, int] = (0, 0)  # tokens and logits of the latest update
     peaks: list[float] = field(default_factory=list)  # GiB so far, of each process
     progress: dict = field(default_factory=lambda: {"epoch": 0, "global_step": 0} | EPOCH_START)
@@ -264,7 +275,7 @@ def check_disk(config: Config, task: Prepared, steps: int, dtype, device) -> Non
         ConfigError: with what is needed for what, and what is free.
     """
     shapes, features = configured_shapes(config), 0
-    if config.memory.cache_features:
+    if config.memory.cache_features and shapes:
         shape = 1 + shapes.v_deepstack, shapes.hidden_size
         features = bytes_to_write(config, task.encoder, used_samples(task), shape, dtype, device)
     history = 2 * (STEP_BYTES * steps + ROW_BYTES * len(task.asked) * config.training.num_epochs)
@@ -300,7 +311,7 @@ def start(config: Config, state) -> Run:
         history=History(run_dir(config) / "training_history.json"),
         batcher=batcher,
         memory=memory,
-        peak_flops=measure_peak_flops(state.device, dtype),
+        peak_flops=measure_peak_flops(state.device, dtype) if takes_fast_path(base) else None,
     )
     shape = {"task": config.experiment.task, "steps_per_epoch": steps}
     run.history.data |= shape | {"total_steps": steps * config.training.num_epochs}

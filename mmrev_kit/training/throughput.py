@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from mmrev_kit.model.packing import layer_weights
-from mmrev_kit.model.qwen3vl import text_config
+from mmrev_kit.model.plain import text_config
 
 SIDE, PRODUCTS = 8192, 12  # of the matrices that are multiplied to measure a card, and how often
 

@@ -28,7 +28,7 @@ class TrainingError(Told, RuntimeError):
 
 
 def sample_losses(model, batch: Batch | dict, device, dtype):
-    """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, <|im_end|> included.
+    """The loss of each sample of a batch: the mean cross-entropy over its answer tokens, with the one that ends it.
 
     Args:
         batch: from a `Batcher`, or from `Encoder.collate`.

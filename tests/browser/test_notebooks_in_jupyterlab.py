@@ -142,7 +142,7 @@ def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
     tab.until(lambda: tab.pictures(cell))
     tab.command("notebook:interrupt-kernel")
     tab.until(tab.has_run)
-    assert tab.errors()[0].startswith("KeyboardInterrupt") and "interrupted; run the same cell again" in tab.text(cell)
+    assert tab.errors()[0].startswith("KeyboardInterrupt") and "interrupted; start it again" in tab.text(cell)
     stopped = len(read_history(file)["steps"])
     tab.run(cell)
     tab.until(lambda: tab.pictures(cell) and len(read_history(file)["steps"]) >= stopped)

@@ -47,7 +47,7 @@ def test_a_configuration_says_it_before_its_data_are_made(tmp_path, small_data):
     (line,) = design_of(config)
     assert f"data.num_main={needed} data.num_control={needed} would" in line
     told, made = ensure_data(config)
-    assert told == line and made.startswith(f"made {tmp_path}/lone; its I2D and D2I cannot be read")
+    assert told == line and made.startswith(f"made {tmp_path}/lone; I2D and D2I of main cannot be read")
     again = ensure_data(config)  # now of the people and questions that are there
     assert again[0].startswith("This design can reach no claim") and again[1] == f"found {tmp_path}/lone"
     config.data.source = "shapes"

@@ -181,7 +181,7 @@ def test_the_types_of_every_field_are_checked(mine):
         "entry 1: the description is ['a', 'b'], not a text",
         "entry 2: the image is 1, no file name",
         "entry 3: the image is {'bytes': 'iVBO', 'path': None}, no file name",
-        "entry 4: the group ['main'] is neither",
+        "entry 4: the group ['main'] is none of main, bridge, control",
         "entry 5: the id is 1.5",
         "entry 5: the name is ['N']",
     )

@@ -222,12 +222,16 @@ def test_the_folder_is_whole_or_absent(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("num_faces", "split"), [(4, (4, 8)), (19, (19, 8)), (40, (32, 8))])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_smallest_pool_of_the_configuration_works(tmp_path, monkeypatch, seed):
+def test_small_pools_work(tmp_path, monkeypatch, seed, num_faces, split):
+    """Of fewer than 20 people all are trained on, and others are held out: no face is in both."""
     monkeypatch.setattr(pools, "draw_face", lambda *_: Image.new("RGB", (16, 16)))
-    folder = make_face_pool(tmp_path / "p", 40, 16, seed)
+    folder = make_face_pool(tmp_path / "p", num_faces, 16, seed)
     faces = {face["image_path"]: face for face in json.loads((folder / "faces.json").read_text())}
-    assert Counter(face["split"] for face in faces.values()) == {"train": 32, "val": 8}
+    assert Counter(face["split"] for face in faces.values()) == dict(zip(("train", "val"), split, strict=True))
+    assert json.loads((folder / "pool_info.json").read_text())["num_faces"] == num_faces
+    assert len((folder / "mcq_d2i_train.jsonl").read_text().splitlines()) == 1200
     for line in (folder / "mcq_d2i_val.jsonl").read_text().splitlines():
         row = json.loads(line)
         truth = [is_true_of(parse(row["description"]), faces[p]["attributes"]) for p in row["image_choices"]]
@@ -235,8 +239,8 @@ def test_the_smallest_pool_of_the_configuration_works(tmp_path, monkeypatch, see
 
 
 def test_impossible_pools_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="20 faces or more"):
-        make_face_pool(tmp_path / "p", 19, 16, 0)
+    with pytest.raises(ValueError, match="num_faces = 3: a question shows 4 faces"):
+        make_face_pool(tmp_path / "p", 3, 16, 0)
     with pytest.raises(ValueError, match="even number"):
         make_face_pool(tmp_path / "p", 20, 16, 0, (3, 2))
     face = {name: values[0] for name, values in VALUES.items()}

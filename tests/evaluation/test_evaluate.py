@@ -17,13 +17,14 @@ from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.questions import read_questions, reorder
 from mmrev_kit.data.run_data import people_digest
 from mmrev_kit.evaluation import predict as predict_module
-from mmrev_kit.evaluation.predict import check_answer_lengths, evaluation_key, judge
-from mmrev_kit.evaluation.results import read_records
+from mmrev_kit.evaluation.predict import check_answer_lengths, choose_questions, evaluation_key, judge
+from mmrev_kit.evaluation.results import read_evaluation, read_records
+from mmrev_kit.evaluation.tables import notes
 from mmrev_kit.files import write_json, write_text
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
-from mmrev_kit.notebook.launch import evaluate, refuse_other_inputs
+from mmrev_kit.notebook.launch import evaluate, refuse_other_inputs, what_to_ask
 
 CPU = torch.device("cpu")
 
@@ -319,6 +320,57 @@ def test_the_key_covers_the_processor_and_the_versions(small_config, tmp_path, m
     monkeypatch.setattr(predict_module, "version", lambda name: "0")
     keys.append(key())
     assert len(keys) >= 4 and len(set(keys)) == len(keys) and key() == keys[-1]
+
+
+def test_some_tests_and_some_rows_of_each_are_asked(small_config):
+    """Of 96 rows of reverse and 24 of mcq_i2d, drawn by the experiment's seed."""
+    config = small_config("evaluation.tests=[mcq_i2d,reverse] evaluation.max_samples=30")
+    everything = read_questions(config)
+    chosen = choose_questions(config, everything)
+    assert [question.row.task for question in chosen] == ["reverse"] * 30 + ["mcq_i2d"] * 24  # in the files' order
+    assert len({question.row.where for question in chosen}) == 54 and all(q in everything for q in chosen)
+    assert config.evaluation.partial == "tests=reverse+mcq_i2d,max_samples=30"
+    assert choose_questions(config, everything) == chosen
+    config.experiment.seed = 1
+    assert choose_questions(config, everything) != chosen
+
+    config = small_config("evaluation.tests=[mcq_i2d] evaluation.max_samples=2 evaluation.option_orders=true")
+    orders = choose_questions(config, read_questions(config))
+    assert len(orders) == 48 and len({question.row.where for question in orders}) == 2
+    config = small_config()
+    assert choose_questions(config, everything) == everything and config.evaluation.partial is None
+
+
+def test_how_many_examples_are_shown_is_no_part_of_an_evaluations_key(small_config):
+    config = small_config()
+    questions = read_questions(config)[:3]
+    keys = {
+        evaluation_key(small_config(more), None, "base", ("none",), questions)
+        for more in ("", "evaluation.save_examples=3", "evaluation.tests=[forward]", "evaluation.max_samples=3")
+    }
+    assert len(keys) == 1  # the questions themselves are
+    assert evaluation_key(small_config("evaluation.batch_size=3"), None, "base", ("none",), questions) not in keys
+
+
+def test_a_part_is_asked_beside_the_whole(few, capsys):
+    whole = evaluate(few(9), None)
+    before = (whole / "predictions.jsonl").read_bytes()
+    part = evaluate(few(9, "evaluation.max_samples=4 evaluation.save_examples=2"), None)
+    assert part.name == "small,max_samples=4" and part.parent == whole.parent
+    assert len(predictions(part)) == 4 and (whole / "predictions.jsonl").read_bytes() == before
+    told = "A part of an evaluation: 4 of 9 questions were asked (max_samples=4)."
+    for name in ("facts.json", "metrics.json"):
+        assert json.loads((part / name).read_text())["part"] == told
+        assert "part" not in json.loads((whole / name).read_text())
+    assert notes({"part": read_evaluation(part), "whole": read_evaluation(whole)}) == [told]
+    page = (part / "examples.html").read_text()
+    assert 1 <= page.count("right answer:") <= 4 and page.startswith("<!DOCTYPE html>")
+    assert evaluate(few(9, "evaluation.max_samples=4"), None) == part  # not asked again, and without examples now
+    assert "holds this evaluation" in capsys.readouterr().out and not (part / "examples.html").exists()
+    assert len(what_to_ask(few(9, "evaluation.max_samples=9"))[0]) == 9
+    assert what_to_ask(few(9, "evaluation.max_samples=9"))[1] == {}  # everything is asked: nothing is said of it
+    with pytest.raises(ConfigError, match=r"evaluation\.tests = forward: .* has rows of mcq_d2i only"):
+        evaluate(few(9, "evaluation.tests=[forward]"), None)
 
 
 def test_an_unknown_drop_is_refused(small_config):

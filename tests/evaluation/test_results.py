@@ -349,6 +349,7 @@ def test_the_gallery_shows_right_and_wrong_answers_and_escapes_them(tmp_path):
     records = all_records(lambda test, entity, row: row == 0, images=[str(tmp_path / "face.png")])
     page = answers_html(records)
     assert page.count("<img") == 5 * 2 * 2  # test x group x right or wrong
+    assert answers_html(records, each=3).count("<img") == 5 * 2 * 2 * 3  # of four each
     html = answer_html(
         record("reverse", 0, 1, False, parts=["<b>a</b> ", None, ", or"], answer="<script>", read_as=None)
     )

@@ -10,7 +10,7 @@ import pytest
 
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation import verdict
-from mmrev_kit.evaluation.metrics import chance_of
+from mmrev_kit.evaluation.metrics import chance_of, metrics
 from mmrev_kit.evaluation.verdict import (
     BETWEEN,
     BIAS,
@@ -231,6 +231,13 @@ def test_the_numbers_of_a_curse():
     assert "CW: main TPR 0.50, FPR 0.50, AUROC 0.50; control TPR 1.00, FPR 0.00, AUROC 1.00." in found.sentence
 
 
+def test_of_a_draw_of_the_questions_nothing_is_claimed():
+    whole, some = (verdict.verdict(answers(FAILED), "forward", None, most) for most in (None, 12))
+    assert (whole.claim, some.claim, some.reason) == (CURSE, INCONCLUSIVE, "questions")
+    assert "asked at most 12 questions of each test (evaluation.max_samples)" in some.sentence
+    assert {one.claim for one in some.beside} == {INCONCLUSIVE} and some.evidence == whole.evidence
+
+
 def test_only_the_gates_of_the_nearer_claim_are_shown():
     assert [gate.name for gate in judged({}).gates[-2:]] == ["accuracy above its midpoint", "AUROC above its midpoint"]
     early = judged({}, n_control=0)
@@ -292,6 +299,24 @@ def test_a_question_asked_twice_counts_once_for_the_power():
             record["prompt"] = f"question {int(record['prompt'].split()[1]) % 6}"
     found = verdict.verdict(records, "forward")
     assert found.evidence.main.questions == 6 and "with 6 questions each" in found.gates[5].text
+
+
+@pytest.mark.parametrize("rate", [FAILED, {}, FAILED | {("cw_image", "main"): 0.5}])
+def test_a_third_group_is_counted_and_shown_and_changes_no_verdict(rate):
+    """Bridge knows nothing at all, in every test."""
+    records = answers(rate)
+    bridge = [
+        record | {"id": f"b{record['id']}", "group": "bridge", "entity_id": f"b{record['entity_id']}"}
+        for record in answers({(test, "main"): 0.0 for test in ROWS}, n=5, n_control=0)
+    ]
+    found = metrics(records + bridge)["none"]
+    assert verdict.verdict(records + bridge, "forward") == verdict.verdict(records, "forward")
+    for test in ROWS:
+        assert list(found[test]) == ["all", "main", "control", "bridge"]
+        assert (found[test]["bridge"]["accuracy"], found[test]["bridge"]["n_entities"]) == (0, 5)
+        assert found[test]["main"] == metrics(records)["none"][test]["main"]
+    with pytest.raises(ValueError, match="in the group 'bridge'"):  # one entity in two groups
+        metrics([*records, records[0] | {"id": "again", "group": "bridge"}])
 
 
 def test_only_whole_prompts_count_and_all_orders_do():

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmrev_kit.data.run_data import read_run_data
+from mmrev_kit.data.tasks import build_prompt
 from mmrev_kit.model import batches, packing
 from mmrev_kit.model.batches import Batcher, make_layout, obstacle, padded
 from mmrev_kit.model.fused import fuse, unfuse
@@ -86,6 +88,31 @@ def pack_with_order(task, samples: list, mode: str, **options):
     for part in packing.micro_batches(groups, maker.layout.micro_tokens):
         rows = packing.arrange(part, maker.layout.attention_scale, maker.layout.multiple)
         yield maker.packed(rows), packing.pack(rows, task.encoder, maker.layout.multiple).samples
+
+
+@pytest.mark.parametrize("mode", ["none", "block", "shared_prefix"])
+def test_rows_without_a_picture_have_the_library_s_losses_alone_and_beside_others(model_and_task, small_config, mode):
+    model, task = model_and_task
+    rows = read_run_data(small_config("mitigation.identity=0.2"))[0].pools["identity"]
+    samples, processor = [task.encoder.encode(row) for row in rows[:4]], task.encoder.processor
+    for sample in samples:
+        (text,) = build_prompt(sample.row)
+        turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        prompt = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        asked = processor(text=[prompt], return_tensors="pt")["input_ids"].shape[1]
+        inputs = processor(text=[prompt + sample.row.answer + "<|im_end|>"], return_tensors="pt")
+        labels = inputs["input_ids"].clone()
+        labels[:, :asked] = -100
+        with torch.no_grad():
+            expected = model(**inputs, labels=labels).loss.item()
+        for others in ([], samples, mix(task, 3, 0)):
+            found = [
+                loss
+                for batch in batcher(task, mode).batches([sample, *others])
+                for own, loss in zip(batch.samples, sample_losses(model, batch, CPU, torch.float32), strict=True)
+                if own is sample
+            ]
+            assert [loss.item() for loss in found] == pytest.approx([expected] * len(found), rel=1e-5) and found
 
 
 @pytest.mark.parametrize("mode", ["block", "shared_prefix"])

@@ -194,13 +194,16 @@ def luminance(color: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.parametrize("bridge", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_numbers_stand_clear_of_chance_and_of_each_other(number):
+def test_numbers_stand_clear_of_chance_and_of_each_other(number, bridge):
     """An interval that ends just below the line of chance would put its number onto it."""
     groups = {
         "main": {"accuracy": 0.3, "cluster_interval": [0.2, 0.44], "wilson": None, "chance": 0.5},
         "control": {"accuracy": 0.96, "cluster_interval": [0.8, 1.0], "wilson": None, "chance": 0.5},
     }
+    if bridge:  # a third group, in the middle
+        groups["bridge"] = {"accuracy": 0.94, "cluster_interval": [0.81, 0.99], "wilson": None, "chance": 0.5}
     figure = plots.accuracy_figure({f"run {n}": {"none": {"reverse": groups}} for n in range(number)})
     check_readable(figure)
     (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("CW\n")]

@@ -199,7 +199,7 @@ def test_a_job_ends_with_an_interrupt_a_dead_worker_and_a_dead_kernel(lab, small
     wait_for_end(workers)
     cell.read(20)
     assert cell.status == "error" and "KeyboardInterrupt" in cell.text
-    assert f"interrupted; run the same cell again to go on from {folder / 'last'}" in cell.text
+    assert f"interrupted; start it again to go on from {folder / 'last'}" in cell.text
     assert cell.types.count("display_data") == 2  # the line and the live figure, then changed in their places
     assert read_history(folder / "training_history.json")["status"] == "interrupted"
     assert lab.run(kernel, "1 + 1").read(20).text == "2"
@@ -213,7 +213,7 @@ def test_a_job_ends_with_an_interrupt_a_dead_worker_and_a_dead_kernel(lab, small
     cell.read(20)
     assert cell.status == "error" and cell.text.count("killed by SIGKILL") == 1
     assert "process 1: TrainingError: the process was killed by SIGKILL" in cell.text
-    assert f"failed; run the same cell again to go on from {folder / 'last'}" in cell.text
+    assert f"failed; start it again to go on from {folder / 'last'}" in cell.text
     assert read_history(folder / "training_history.json")["status"] == "failed"
 
     done = steps(folder)

@@ -104,7 +104,7 @@ def on_both(machines, launcher, words: list[str]) -> list[tuple[int, str]]:
     processes = []
     for rank, (name, interface, _) in enumerate(machines):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", *launcher(rank), "-m", "mmrev_kit", "train"]
-        command += ["--config", "configs/tiny_cpu.yaml", "--overrides", words[rank]]
+        command += ["--config", "configs/tiny_cpu.yaml", "--num_processes", "2", "--overrides", words[rank]]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
@@ -146,7 +146,8 @@ srun() { for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:2}"; done; }
     command = ["bash", "-euc", f"{stand_ins}\n#!{slurm_script()}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
-    rest = "--master_addr node7 --master_port 29500 -m mmrev_kit train --config configs/config_qwen3vl32_fp16.yaml"
+    rest = "--master_addr node7 --master_port 29500 -m mmrev_kit train --config configs/config_qwen3vl32_fp16.yaml "
+    rest += "--num_processes 16"
     expected = [f"--nnodes 2 --nproc_per_node 8 --node_rank {rank} {rest}" for rank in (0, 1)]
     assert done.stdout.splitlines() == expected
 

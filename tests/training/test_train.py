@@ -59,6 +59,23 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(small_config, state):
         assert (other[1] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+def test_identity_rows_are_learned_and_validated_without_pictures(small_config, state):
+    """An update of them alone, and their own validation loss: the mean over rows that go through alone."""
+    run = start(small_config("lora.dropout=0 mitigation.identity=0.1 retention.retention_ratio=0"), state)
+    mine, asked = run.task.train["identity"][:5], run.task.val["identity"]
+    assert len(asked) == 8 * 2 * 2 and not any(sample.image_tokens for sample in [*mine, *asked])
+
+    def alone(samples) -> float:
+        batches = (run.task.encoder.collate([sample]) for sample in samples)
+        return sum(sample_losses(run.model, batch, CPU, run.dtype).item() for batch in batches) / len(samples)
+
+    assert accumulate(run, mine) == pytest.approx(alone(mine), rel=1e-5)
+    with torch.no_grad():
+        losses = validate(run)
+        assert list(losses) == ["forward", "cw_image", "reverse", "identity"]
+        assert losses["identity"] == pytest.approx(alone(asked), rel=1e-5)
+
+
 def test_loss_and_gradient_equal_the_librarys_own_sample_by_sample(small_config, state):
     """The reference: the processor's tokens, the model's own loss of each sample alone, and their plain mean."""
     config = small_config("lora.dropout=0 quantization.bits=16 quantization.compute_dtype=auto")
