@@ -333,7 +333,7 @@ def test_a_list_of_your_own_may_name_the_group(tmp_path, small_config):
     ensure_data(config)
     task = prepare(config)
     assert task.exposure == {"main": 15, "bridge": 45, "control": 75}
-    with pytest.raises(ConfigError, match=r"data.share_both = 0.5: is read where data.source is drawn only"):
+    with pytest.raises(ConfigError, match=r"data.share_both = 0.5: is read where people are invented"):
         small_config(f"{words} data.share_both=0.5")
     (tmp_path / "people.csv").write_text("\n".join([*lines, "the mayor of all,p0.png,brige"]))
     with pytest.raises(DataError, match="'brige' is none of main, bridge, control"):

@@ -366,6 +366,8 @@ def test_the_hook_and_the_mask_are_looked_for_in_the_model(model_and_task, small
     model, _ = model_and_task
 
     class Old(torch.nn.Module):
+        config = SimpleNamespace(model_type="qwen3_vl")
+
         def forward(self, input_ids, attention_mask=None):
             return input_ids
 

@@ -244,8 +244,6 @@ def test_the_forward_pass_is_transformers_own(small, tmp_path):
             read = replace(row, images=tuple(tmp_path / path.name for path in row.images))
             inputs = encoder.collate([encoder.encode(read)], with_pixels=bool(row.images))
             labels = inputs.pop("labels")[0]
-            if not row.images:
-                del inputs["image_grid_thw"]
             answer = (labels >= 0).nonzero()[:, 0]
             logits = model(**inputs).logits[0, answer - 1]
             stock.setdefault((row.source, tuple(labels[answer].tolist())), []).append(logits)
