@@ -140,7 +140,7 @@ def test_a_sweep_runs_fails_where_it_must_goes_on_and_is_one_table(written, tmp_
     results = sweep_runs.run_sweep(sweep)
     good = [result for result in results if not result.error]
     assert [(result.point.name, result.seed) for result in good] == [("by CW", 3), ("by CW", 5)]
-    assert all("nowhere/at-all.json" in result.error for result in results if result.error)
+    assert all("nowhere has no at-all.json" in result.error for result in results if result.error)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("-- run ")]
     assert len(lines) == 4 and "of 4: seed " in lines[0] and " elapsed" in lines[-1]
 

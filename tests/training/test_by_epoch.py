@@ -166,7 +166,7 @@ def test_a_log_probability_that_is_not_finite_stops_the_run(small_config, state,
 def test_two_processes_ask_as_one_does(small_config, tmp_path):
     common = f"{QUICK} evaluation.by_epoch=true lora.dropout=0"
     two = launch(
-        small_config(f"{common} launch.num_processes=2 training.batch_size=4 launch.output_dir={tmp_path}/two")
+        small_config(f"{common} launch.num_processes=2 training.batch_size=32 launch.output_dir={tmp_path}/two")
     )
     one = launch(small_config(common))
     for test, people in one["epochs"][0]["tests"].items():
