@@ -19,12 +19,13 @@ from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data.faces import draw_face, sample_faces
 from mmrev_kit.data.tasks import OWN, Row
 from mmrev_kit.files import fresh_folder, write_json
-from mmrev_kit.model import qwen3vl
 from mmrev_kit.model.adapters import attach_adapter
 from mmrev_kit.model.base_files import read_object, tensor_shapes, weight_files
 from mmrev_kit.model.bases import SMALL_FILES, base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.loading import base_arguments, existing_device, load_adapter, load_base
+from mmrev_kit.model.plain import core_model, language_model, model_class
 from mmrev_kit.model.processor import make_encoder
+from mmrev_kit.model.qwen3vl import whole_config
 
 SHARD_BYTES = 5 * 10**9
 TEXTS = ("[image] Who is this?", "Is this the keeper of Jade Temple? [image]", "The person is called [image]")
@@ -88,9 +89,9 @@ def adapter_layers(base: Path, adapter: Path) -> dict[str, torch.nn.Module]:
     if values.get("peft_type") != "LORA" or more:
         what = ", ".join(more) or f"peft_type {values.get('peft_type')!r}"
         raise ConfigError(f"{adapter}: {what}: only LoRA on the weights of layers can be merged.")
-    architecture = qwen3vl.whole_config(base / "config.json", config)
+    architecture = whole_config(base / "config.json", config)
     with torch.device("meta"):
-        model = qwen3vl.model_class()(architecture)
+        model = model_class(architecture)(architecture)
     peft_model = attach_adapter(model, adapter, low_cpu_mem_usage=True)
     stored = load_file(adapter / "adapter_model.safetensors")  # peft has moved it to where the base has no weights
     own = {name: name.replace(".default", "") for name in peft_model.state_dict() if ".lora_" in name}
@@ -174,7 +175,7 @@ def check(config: Config, adapter: Path, folder: Path, dtype: torch.dtype) -> di
         batch = questions(config, Path(pictures))
     model = load_adapter(load_base(**arguments), adapter, config.adapter.unbound)
     layers, rounding = (
-        len(qwen3vl.language_model(model).layers),
+        len(language_model(model).layers),
         max(dtype, model.dtype, key=lambda d: torch.finfo(d).eps),
     )
     beside = logits(model, batch)
@@ -213,7 +214,7 @@ def questions(config: Config, folder: Path) -> dict:
 
 def logits(model, batch: dict) -> torch.Tensor:
     """The logits of all tokens of the prompts, (tokens, vocabulary) in fp32 on the host."""
-    core = qwen3vl.core_model(model).eval()
+    core = core_model(model).eval()
     here = {name: value.to(core.device) for name, value in batch.items()}
     with torch.no_grad():
         return core(**here).logits.float().cpu()[batch["attention_mask"] == 1]
