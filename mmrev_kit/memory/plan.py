@@ -15,7 +15,7 @@ from mmrev_kit.config.sections import Config, ConfigError, MemoryConfig
 from mmrev_kit.data.prompts import Sample
 from mmrev_kit.memory.estimate import GIB, Estimate, estimate, evaluation, questions
 from mmrev_kit.memory.shapes import UNKNOWN, ModelShapes, as_shapes, read_shapes
-from mmrev_kit.model.base_files import FAMILY
+from mmrev_kit.model.base_files import FAMILY, family_in
 from mmrev_kit.model.bases import family_of, is_random, model_folder
 from mmrev_kit.model.batches import GPU_MULTIPLE, answer_tokens, lay_out, micro_tokens, question_shares, shares
 from mmrev_kit.model.micro_batch import MicroBatch
@@ -242,11 +242,11 @@ def card_memory(config: Config, device) -> float | None:
 
 def configured_shapes(config: Config) -> ModelShapes | None:
     """The sizes of the configured model; None for another family than Qwen3-VL, which the estimate does not know."""
-    if family_of(config.model.name, config.model.revision) != FAMILY:
-        return None
-    if is_random(config.model.name):
-        return read_shapes(config.model.name)
-    return read_shapes(model_folder(config.model.name, config.model.revision, weights=False), config.model.name)
+    name = config.model.name
+    if is_random(name):
+        return read_shapes(name) if family_of(name) == FAMILY else None
+    folder = model_folder(name, config.model.revision, weights=False)
+    return read_shapes(folder, name) if family_in(folder / "config.json", name) == FAMILY else None
 
 
 def plan_or_refuse(

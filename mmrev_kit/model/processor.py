@@ -7,7 +7,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.plain import PlainEncoder
 from mmrev_kit.data.prompts import END, Encoder
 from mmrev_kit.model.base_files import AGAIN, FAMILY, read_object
-from mmrev_kit.model.bases import family_of, processor_folder, stands_in
+from mmrev_kit.model.bases import family_of, is_random, processor_folder, stands_in
 from mmrev_kit.model.qwen3vl import read_architecture, whole_config
 from mmrev_kit.model.strict import strict
 
@@ -86,7 +86,9 @@ def refuse_contradiction(folder: Path, processor) -> None:
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:
     """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`."""
-    processor = load_processor(config.model.name, config.model.revision)
+    name = config.model.name  # a model of the hub is asked for once, and is a folder from here on
+    base = name if is_random(name) else str(processor_folder(name, config.model.revision))
+    processor = load_processor(base)
     limits = config.model.min_pixels, config.model.max_pixels, config.training.max_length
-    fast = family_of(config.model.name, config.model.revision) == FAMILY
+    fast = family_of(base) == FAMILY
     return (Encoder if fast else PlainEncoder)(processor, *limits, drop=drop)
