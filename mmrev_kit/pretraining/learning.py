@@ -5,13 +5,13 @@ from functools import partial
 
 import numpy
 import torch
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, embedding, interpolate, pad
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from mmrev_kit.data.pools import Subject
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.tasks import Row
-from mmrev_kit.model.packing import arrange, attention_mask, make_groups, pack
+from mmrev_kit.model.packing import PADDING, attention_mask, make_groups, micro_batches, pack
 from mmrev_kit.model.vision import equal_sized
 from mmrev_kit.pretraining.pictures import SIZE, is_face
 from mmrev_kit.pretraining.questions import mix_of, step_rows
@@ -19,8 +19,9 @@ from mmrev_kit.pretraining.recipe import Recipe
 
 OTHER_SIZES = ((32, 32), (48, 48), (96, 96), (128, 128), (64, 96), (96, 64))  # width, height
 OTHER_EVERY = 24  # every so many steps one of another picture size, with a quarter of the prompts
-SCALE = 770.0  # `packing.attention_scale` of the embedded models
-MULTIPLE = 8  # packed sequences are filled up to a multiple of this, for attention on a GPU
+LENGTH = 256  # tokens of a sequence, if no row is longer
+# Filled up to a multiple, so that most steps have a shape which came before and is replayed: see `Step`.
+SEQUENCES, ANSWERS, PICTURES = 16, 512, 128
 STOP_WEIGHT = 0.1  # of the end token after a letter or a verdict, which is learnt at once
 
 
@@ -33,16 +34,20 @@ def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], 
         size: width and height, in pixels, at which the pictures are shown.
 
     Returns:
-        input_ids, group, segment, wanted (sequences, length), positions (3, sequences, length), predictor, target,
-        owner (answer tokens,): as in `packing.Packed`; weight (answer tokens,): they add up to 1; kinds (rows,): the
-        sources in the order of `owner`; pictures (different pictures,): their numbers; slots (images,): which of them
-        each image is; size.
+        input_ids, group, segment (sequences, length), positions (3, sequences, length): as in `packing.Packed`;
+        seen (sequences, length): which visual token stands there, from 1 on, picture after picture; 0: none;
+        pictures (different pictures,): their numbers; predictor (answer tokens,): the place, among all tokens, that
+        predicts each; target, owner (answer tokens,): as in `packing.Packed`; weight (answer tokens,): they add up to
+        1, those that fill up have none; kinds (rows,): the sources in the order of `owner`; size.
     """
     encoder.sizes = dict.fromkeys((path for row in rows for path in row.images), size)
     groups = make_groups([encoder.encode(row) for row in rows], "shared_prefix", encoder.image_id)
-    packed = pack(arrange(groups, SCALE, MULTIPLE), encoder, MULTIPLE)
+    packed = pack(micro_batches(groups, LENGTH - groups[0].preamble), encoder, LENGTH)
     shown = numpy.array([int(path.stem) for path, _ in packed.images], dtype=numpy.int64)
     pictures, slots = numpy.unique(shown, return_inverse=True)
+    seen = (packed.input_ids == encoder.image_id).astype(numpy.int16)
+    tokens = seen.sum() // max(1, len(slots))
+    seen[seen > 0] = (slots[:, None] * tokens + numpy.arange(1, tokens + 1)).ravel()
     owner = packed.owner
     ends = numpy.append(owner[1:] != owner[:-1], True)
     share = numpy.where(ends & (numpy.bincount(owner)[owner] == 2), STOP_WEIGHT, 1.0)
@@ -50,20 +55,24 @@ def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], 
     counts = Counter(kinds)
     share *= numpy.array([parts[kind] / counts[kind] for kind in kinds])[owner] / numpy.bincount(owner, share)[owner]
     return {
-        "input_ids": packed.input_ids.astype(numpy.int16),
-        "positions": packed.positions.astype(numpy.int16),
-        "group": packed.group.astype(numpy.int16),
-        "segment": packed.segment.astype(numpy.int16),
-        "wanted": packed.wanted,
-        "predictor": packed.predictor,
-        "target": packed.target,
-        "owner": owner,
-        "weight": (share / share.sum()).astype(numpy.float32),
+        "input_ids": _filled(packed.input_ids.astype(numpy.int16), SEQUENCES),
+        "positions": _filled(packed.positions.astype(numpy.int16), SEQUENCES, axis=1),
+        "group": _filled(packed.group.astype(numpy.int16), SEQUENCES, PADDING),
+        "segment": _filled(packed.segment.astype(numpy.int16), SEQUENCES, PADDING),
+        "seen": _filled(seen, SEQUENCES),
+        "pictures": _filled(pictures, PICTURES),
+        "predictor": _filled(numpy.flatnonzero(packed.wanted)[packed.predictor], ANSWERS),
+        "target": _filled(packed.target, ANSWERS),
+        "owner": _filled(owner, ANSWERS),
+        "weight": _filled((share / share.sum()).astype(numpy.float32), ANSWERS),
         "kinds": kinds,
-        "pictures": pictures,
-        "slots": slots,
         "size": size,
     }
+
+
+def _filled(values: numpy.ndarray, multiple: int, value: int = 0, axis: int = 0) -> numpy.ndarray:
+    more = [(0, -values.shape[axis] % multiple if number == axis else 0) for number in range(values.ndim)]
+    return numpy.pad(values, more, constant_values=value)
 
 
 class Lessons:
@@ -119,24 +128,24 @@ def answer_logits(model, batch: dict, pixels):
         pixels: (all pictures, height, width, 3) bytes, on the model's device.
     """
     text, visual = model.model.language_model, model.model.visual
-    ids = batch["input_ids"].long()
-    embedded, extra = text.embed_tokens(ids), {}
+    hidden, places, deepstack = text.embed_tokens(batch["input_ids"].long()), batch["seen"].long(), []
+
+    def in_place(merged):
+        """The vision features where their tokens stand, zeros elsewhere."""
+        return embedding(places, pad(merged.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0)
+
     if len(batch["pictures"]):
         width, height = batch["size"]
         patches = to_patches(pixels[batch["pictures"]], batch["size"], visual.patch_size, visual.spatial_merge_size)
         _, merged, deepstack = equal_sized(visual, patches, height // visual.patch_size, width // visual.patch_size)
-        merged, *deepstack = (part[batch["slots"]].flatten(0, 1) for part in (merged, *deepstack))
-        seen = ids == model.config.image_token_id
-        embedded = embedded.masked_scatter(seen[..., None], merged.to(embedded.dtype))
-        extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deepstack}
-    hidden = text(
-        inputs_embeds=embedded,
-        position_ids=batch["positions"].long(),
-        attention_mask=attention_mask(batch["group"], batch["segment"]),
-        use_cache=False,
-        **extra,
-    ).last_hidden_state
-    return model.lm_head(hidden[batch["wanted"]])[batch["predictor"]]
+        hidden = hidden.where(places[..., None] == 0, in_place(merged).to(hidden.dtype))
+    angles = text.rotary_emb(hidden, batch["positions"].long())
+    mask = attention_mask(batch["group"], batch["segment"])
+    for number, layer in enumerate(text.layers):
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles)
+        if number < len(deepstack):
+            hidden = hidden + in_place(deepstack[number])
+    return model.lm_head(text.norm(hidden.flatten(0, 1).index_select(0, batch["predictor"])))
 
 
 def to_device(batch: dict, device) -> dict:
@@ -147,7 +156,7 @@ def to_device(batch: dict, device) -> dict:
 def right_answers(logits, batch: dict):
     """(rows,) 1.0 where all tokens of an answer are the likeliest after those before them, which is where greedy
     decoding writes it."""
-    wrong = (logits.argmax(-1) != batch["target"]).float()
+    wrong = ((logits.argmax(-1) != batch["target"]) & (batch["weight"] > 0)).float()
     return (torch.zeros(len(batch["kinds"]), device=wrong.device).index_add_(0, batch["owner"], wrong) == 0).float()
 
 
@@ -172,8 +181,8 @@ class Muon(torch.optim.Muon):
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 steps = torch.vmap(one)(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))
                 torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
-                rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], shape)
-                torch._foreach_add_(parts, list(steps.to(parts[0].dtype).unbind()), alpha=-rate)
+                steps = steps.to(parts[0].dtype) * _adjust_lr(group["lr"], group["adjust_lr_fn"], shape)
+                torch._foreach_sub_(parts, list(steps.unbind()))
 
 
 def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch.optim.Optimizer]:
@@ -184,9 +193,12 @@ def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch
     tables = [part for name, part in named if part.ndim > 1 and name not in matrices]
     vectors = [part for _, part in named if part.ndim == 1]
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    device = named[0][1].device
+    rates = torch.zeros(2, device=device)  # a tensor each, which a recorded step reads anew
+    adamw = torch.optim.AdamW(groups, rates[0], (0.9, 0.98), capturable=device.type == "cuda")
+    found: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        found.append(Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(matrices.values(), rates[1], weight_decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
@@ -196,17 +208,50 @@ def rate_at(step: int, recipe: Recipe) -> float:
     return recipe.rate * min(1.0, (step + 1) / recipe.warmup, falling)
 
 
-def update(model, optimizers: list[torch.optim.Optimizer], batch: dict, pixels, rate: float):
-    """One step, in bf16 on a GPU, its gradient clipped to norm 1. Returns the loss and `right_answers`, detached."""
-    device = pixels.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits = answer_logits(model, batch, pixels)
-    loss = (cross_entropy(logits.float(), batch["target"], reduction="none") * batch["weight"]).sum()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.detach(), right_answers(logits.detach(), batch)
+class Step:
+    """Takes steps: loss, gradient clipped to norm 1, both optimizers; in bf16 on a GPU.
+
+    There a step whose shape came before is recorded as a CUDA graph and replayed from then on, in half the time: these
+    models are so small that the GPU would wait for the host. To be called on one stream, which is not the default one.
+
+    Args:
+        pixels: (all pictures, height, width, 3) bytes, on the model's device.
+    """
+
+    def __init__(self, model, optimizers: list[torch.optim.Optimizer], pixels):
+        self.model, self.optimizers, self.pixels = model, optimizers, pixels
+        self.recorded: dict[tuple, tuple | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if pixels.is_cuda else None
+
+    def __call__(self, batch: dict, rate: float):
+        """One step at a rate. Returns the loss and `right_answers`, which the next step may overwrite."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"].fill_(rate)
+        tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+        shape = *batch["size"], *(value.shape for value in tensors.values())
+        if self.pool is None or shape not in self.recorded:
+            self.recorded[shape] = None
+            return self._compute(to_device(batch, self.pixels.device))
+        if self.recorded[shape] is None:
+            fixed, graph = to_device(batch, self.pixels.device), torch.cuda.CUDAGraph()
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):  # another one pins
+                found = self._compute(fixed)
+            self.recorded[shape] = graph, fixed, found
+        graph, fixed, found = self.recorded[shape]
+        for name, value in tensors.items():
+            fixed[name].copy_(value, non_blocking=True)
+        graph.replay()
+        return found
+
+    def _compute(self, batch: dict):
+        kind = self.pixels.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            logits = answer_logits(self.model, batch, self.pixels)
+        loss = (cross_entropy(logits.float(), batch["target"], reduction="none") * batch["weight"]).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach(), right_answers(logits.detach(), batch)

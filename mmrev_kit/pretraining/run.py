@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.files import write_json
 from mmrev_kit.pretraining.accuracy import make_encoder, measure, table
-from mmrev_kit.pretraining.learning import Lessons, make_optimizers, rate_at, to_device, update
+from mmrev_kit.pretraining.learning import Lessons, Step, make_optimizers, rate_at
 from mmrev_kit.pretraining.pictures import draw_pictures
 from mmrev_kit.pretraining.questions import mix_of
 from mmrev_kit.pretraining.recipe import Recipe
@@ -40,11 +40,12 @@ def train(recipe: Recipe, model, optimizers: list, record: dict, folder: Path) -
     loader = DataLoader(
         lessons, batch_size=None, sampler=steps, num_workers=recipe.num_workers, pin_memory=device.type == "cuda"
     )
+    take_step = Step(model, optimizers, pixels)
     began, kinds = time.monotonic(), list(mix_of(recipe.orders))
     sums = torch.zeros(2, len(kinds), device=device)  # right answers and rows of each kind since the last line
     for step, batch in zip(steps, loader, strict=True):
         rate = rate_at(step, recipe)
-        loss, right = update(model, optimizers, to_device(batch, device), pixels, rate)
+        loss, right = take_step(batch, rate)
         places = torch.tensor([kinds.index(kind) for kind in batch["kinds"]]).to(device, non_blocking=True)
         sums.index_add_(1, places, torch.stack([right, torch.ones_like(right)]))
         record["step"] = step + 1
@@ -97,7 +98,8 @@ def _pretrain(recipe: Recipe, out: Path) -> dict:
         print(f"orders {recipe.orders}, seed {recipe.seed}: {record['step']:,} of {recipe.steps:,} steps", flush=True)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
         record["made_on"] = f"on {name} (torch {torch.__version__}, transformers {transformers.__version__})"
-        train(recipe, model, optimizers, record, state)
+        with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
+            train(recipe, model, optimizers, record, state)
     write_model(out / "model", model, record)
     if recipe.eval_prompts and not record["tests"]:
         record["tests"] = measure(out / "model", recipe)

@@ -20,7 +20,6 @@ from mmrev_kit.data.objects import FAMILIES
 from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.tasks import CONNECTORS, LETTERS, TASK_TYPES
-from mmrev_kit.model.packing import attention_scale
 from mmrev_kit.model.scoring import generate
 from mmrev_kit.pretraining import accuracy, command, learning, run, state
 from mmrev_kit.pretraining.pictures import (
@@ -205,8 +204,7 @@ def make_lessons(recipe, subjects) -> learning.Lessons:
 
 
 def test_a_step_depends_on_its_number_alone_and_other_sizes_take_turns(small):
-    recipe, subjects, _, model = small
-    assert learning.SCALE == pytest.approx(attention_scale(model.config.text_config), rel=0.01)
+    recipe, subjects, *_ = small
     lessons = make_lessons(recipe, subjects)
     loader = torch.utils.data.DataLoader(lessons, batch_size=None, sampler=range(5, 8), num_workers=2)
     for step, batch in zip(range(5, 8), loader, strict=True):
@@ -250,14 +248,16 @@ def test_the_forward_pass_is_transformers_own(small, tmp_path):
     parts = {"forward": 1.0, "reverse": 0.75, "cw_image": 0.75, "mcq_i2d": 1.5, "mcq_d2i": 1.5, "text": 0.4}
     counts = Counter(batch["kinds"])
     for owner, kind in enumerate(batch["kinds"]):
-        mine, target = ours[batch["owner"] == owner], batch["target"][batch["owner"] == owner]
+        own = (batch["owner"] == owner) & (batch["weight"] > 0)  # the rest fills up
+        mine, target = ours[own], batch["target"][own]
         (found,) = [s for s in stock[kind, tuple(target.tolist())] if (s - mine).abs().max() < 1e-4]
         assert bool(right[owner]) == bool((found.argmax(-1) == target).all())
         share = torch.tensor([1, 0.1]) if len(target) == 2 else torch.ones(len(target))
         expected = parts[kind] / sum(parts.values()) / counts[kind] * share / share.sum()
-        assert torch.allclose(batch["weight"][batch["owner"] == owner], expected)
+        assert torch.allclose(batch["weight"][own], expected)
     assert len(batch["kinds"]) == len(rows) and size == (64, 64) and abs(float(batch["weight"].sum()) - 1) < 1e-5
-    assert len(batch["pictures"]) == len({path for row in rows for path in row.images}) < len(batch["slots"])
+    pictures = {path for row in rows for path in row.images}
+    assert len(pictures) <= len(batch["pictures"]) and batch["seen"].max() == len(pictures) * 16
 
 
 def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
@@ -333,6 +333,8 @@ def test_a_save_rounds_the_run_so_that_going_on_is_exact(tmp_path):
     def step(model, optimizers):
         model["layer"](model["embed"](inputs)).square().sum().backward()
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"].fill_(1e-3)
             optimizer.step()
             optimizer.zero_grad()
 
