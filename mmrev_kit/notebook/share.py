@@ -1,4 +1,4 @@
-"""Pages to share: those of the default experiment in outputs/gallery/, or of any executed notebooks, with an index.
+"""Pages to share: those of outputs/gallery/ (default experiment, shipped sweeps), or of any executed notebooks.
 
 A page of the gallery says by a digest what it was made of, so that a test can tell that one is stale: its notebook, the
 notebook's configuration, and the modules that draw. What only trains or answers does not count, for results are the
@@ -16,8 +16,10 @@ from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_text
 from mmrev_kit.notebook.parameters import written_parameters
 from mmrev_kit.notebook.render import DEFAULT, execute, page_folder, render, to_page
+from mmrev_kit.notebook.sweeps import read_sweep
 
-NAMES = ("data", "train", "evaluate", "history", "memory", "helpers")
+SWEEPS = {name: f"configs/sweeps/{name}.yaml" for name in ("reproduce", "taught", "shared_people", "format_bridge")}
+NAMES = ("data", "train", "evaluate", "history", "memory", "helpers", *SWEEPS)
 GALLERY = "outputs/gallery"
 LIMIT = 2 * 2**20  # bytes of a page
 DRAWS = (
@@ -26,13 +28,24 @@ DRAWS = (
     "tables",
     "gallery",
     "budget",
+    "sweep_results",
 )  # modules whose content a page shows, where its notebook imports them
 ALWAYS = ("drawing", "render")
 STAMP = '<meta content="{}" name="mmrev-made-of"/>'  # as nbconvert writes that of the template
 
 
-def source_digest(notebook: Path) -> str:
-    """Hexadecimal digest of what a page of a notebook in notebooks/ is made of, beside the results of its run."""
+def source_of(name: str) -> Path:
+    """The notebook of a page: of its own name, or the one for sweeps."""
+    own = project_root() / "notebooks" / f"{name}.ipynb"
+    return own.with_name("sweep.ipynb") if name in SWEEPS and not own.is_file() else own
+
+
+def source_digest(notebook: Path, sweep: str | None = None) -> str:
+    """Hexadecimal digest of what a page of a notebook in notebooks/ is made of, beside the results of its run.
+
+    Args:
+        sweep: the file of the sweep that the page shows.
+    """
     import nbformat
 
     cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
@@ -40,6 +53,7 @@ def source_digest(notebook: Path) -> str:
     files = [package / f"{name}.py" for name in sorted(names | set(ALWAYS))]
     files += [package.parent / "evaluation" / "tables.py"] if "mmrev_kit.evaluation" in "".join(cells) else []
     files += [*sorted((ASSETS / "page").iterdir()), resolve(written_parameters(notebook).get("config") or DEFAULT)]
+    files += [resolve(sweep)] if sweep else []
     digest = sha256("\n".join(cells).encode())
     for file in files:
         digest.update(file.read_bytes())
@@ -57,44 +71,57 @@ def stale(folder: Path) -> list[str]:
     or were changed by hand."""
     found = []
     for page in sorted(folder.glob("*.html")):
-        notebook = project_root() / "notebooks" / f"{page.stem}.ipynb"
-        text = page.read_text(encoding="utf-8")
-        if page.stem != "index" and (not notebook.is_file() or stamp(text, source_digest(notebook)) != text):
-            found.append(page.stem)
+        name, text = page.stem, page.read_text(encoding="utf-8")
+        known = name in NAMES and source_of(name).is_file()
+        if name != "index" and not (known and stamp(text, source_digest(source_of(name), SWEEPS.get(name))) == text):
+            found.append(name)
     return found
 
 
-def share(notebooks: Iterable[str] = (), folder: str | None = None) -> int:
+def executed(name: str) -> Path:
+    """A page's notebook, executed; of runs that are finished it only reads.
+
+    Raises:
+        ConfigError: the notebook failed.
+    """
+    source = source_of(name)
+    folder = page_folder(written_parameters(source))
+    words = {"history": [("histories", str(folder.relative_to(project_root())))]}
+    words |= {page: [("sweep", file)] for page, file in SWEEPS.items()}
+    if execute(source.stem, words.get(name, [])):
+        raise ConfigError(f"{source.name} ended with an error: see above.")
+    made = dict(words.get(name, [])) if name in SWEEPS else {}
+    return page_folder(written_parameters(source) | made) / source.name
+
+
+def share(given: Iterable[str] = (), folder: str | None = None) -> int:
     """Write pages and an index of them; returns an exit status.
 
     Args:
-        notebooks: executed ones; none: those of the default experiment, executed first (what is finished is only read).
-        folder: where to; None: outputs/gallery for the default experiment, outputs/shared for others.
+        given: executed notebooks, or names of the gallery's pages; none: all of these. Their notebooks are executed.
+        folder: where to; None: outputs/gallery for its own pages, outputs/shared for others.
 
     Raises:
-        ConfigError: there is no such notebook.
+        ConfigError: there is no such notebook, or one failed.
     """
-    given = [resolve(path) for path in notebooks]
-    if missing := [str(path) for path in given if not path.is_file()]:
+    given = list(given)
+    own = [name for name in NAMES if name in given or not given]
+    paths = [resolve(path) for path in given if path not in NAMES]
+    if missing := [str(path) for path in paths if not path.is_file()]:
         raise ConfigError(f"{', '.join(missing)}: there is no such notebook. Execute it first.")
-    target, pages = resolve(folder or ("outputs/shared" if given else GALLERY)), {}
-    for path in given:
+    target, pages = resolve(folder or ("outputs/shared" if paths else GALLERY)), {}
+    for path in paths:
         pages[path.stem if path.stem not in pages else f"{path.parent.name}_{path.stem}"] = path
-    for name in () if given else NAMES:
-        source = project_root() / "notebooks" / f"{name}.ipynb"
-        folder = page_folder(written_parameters(source))
-        of_run = [("histories", str(folder.relative_to(project_root())))]
-        if status := execute(name, of_run if name == "history" else []):
-            return status
-        pages[name] = folder / f"{name}.ipynb"
+    pages |= {name: executed(name) for name in own}
+    links = pages if paths else pages | {name: source_of(name) for name in NAMES if (target / f"{name}.html").is_file()}
     for name, path in pages.items():
-        page = render(path, target / f"{name}.html", pages)
-        if not given:
-            source = source_digest(project_root() / "notebooks" / f"{name}.ipynb")
-            write_text(page, stamp(page.read_text(encoding="utf-8"), source))
+        page = render(path, target / f"{name}.html", links)
+        if name in own:
+            digest = source_digest(source_of(name), SWEEPS.get(name))
+            write_text(page, stamp(page.read_text(encoding="utf-8"), digest))
         if (size := page.stat().st_size) > LIMIT:
             print(f"{page}: {size / 2**20:.1f} MiB, more than {LIMIT / 2**20:g}")
-    write_index(target, pages)
+    write_index(target, {name: links[name] for name in (*NAMES, *pages) if name in links})
     print(f"Open {target / 'index.html'}")
     return 0
 
@@ -107,6 +134,8 @@ def write_index(folder: Path, notebooks: dict[str, Path]) -> None:
     for name, path in notebooks.items():
         title, *rest = nbformat.read(path, as_version=4).cells[0].source.splitlines()
         question = next((line.strip("*") for line in rest if line.strip()), "")
+        if name in SWEEPS:
+            title, question = name.replace("_", " ").capitalize(), read_sweep(SWEEPS[name]).file.question
         lines.append(f"- [{escape(title.lstrip('# '))}]({name}.ipynb): {question.removeprefix('Question: ')}")
     text = "# Pages\n\nRendered notebooks; each page stands alone.\n\n" + "\n".join(lines)
     cell = nbformat.v4.new_markdown_cell(text, id="pages")

@@ -33,6 +33,7 @@ class SweepFile:
         grid: see the module.
         seeds: each a run of every point, with people of its own.
         expected: {point: claim} to be shown beside what is found.
+        conclusion: what its runs, with these seeds, showed and what they cannot show; written after them.
     """
 
     question: str = ""
@@ -41,6 +42,7 @@ class SweepFile:
     grid: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     expected: dict[str, str] = field(default_factory=dict)
+    conclusion: str = ""
 
 
 @dataclass(frozen=True)
