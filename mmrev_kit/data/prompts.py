@@ -6,7 +6,7 @@ Training and evaluation build every prompt here, with the same chat template and
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from PIL import Image
@@ -87,14 +87,31 @@ class Encoder:
         return pieces
 
     def template(self, turns: list[dict], **options) -> str:
-        """Turns as the chat template writes them."""
-        return self.processor.apply_chat_template(turns, tokenize=False, **options)
+        """Turns as the chat template writes them.
+
+        Raises:
+            ConfigError: it writes the time, so that every day would have other prompts.
+        """
+        write = partial(self.processor.apply_chat_template, turns, tokenize=False, **options)
+        text, folder = self.processor.chat_template, self.tokenizer.name_or_path
+        text = text["default"] if isinstance(text, dict) else text
+        if "strftime_now" in text:
+            clocks = [f"{{% macro strftime_now(form) %}}{day}{{% endmacro %}}" for day in "12"]
+            if len({write(chat_template=clock + text) for clock in clocks}) > 1:
+                raise ConfigError(f"The chat template of {folder} writes the time (strftime_now): put a date there.")
+        return write()
 
     def _frame(self, shape: tuple[bool, ...]) -> list[list[int]]:
-        """`prompt_pieces` as tokens."""
-        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in self.prompt_pieces(shape)]
+        """`prompt_pieces` as tokens.
+
+        Raises:
+            ConfigError: the template asks for no answer, or writes not one image token an image.
+        """
+        pieces, folder = self.prompt_pieces(shape), self.tokenizer.name_or_path
+        if SLOT.join(pieces) == self.template([turn(shape)]):
+            raise ConfigError(f"The chat template of {folder} ignores add_generation_prompt; copy it anew.")
+        ids = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
         if sum(piece.count(self.image_id) for piece in ids) != shape.count(True):
-            folder = self.tokenizer.name_or_path
             raise ConfigError(f"The chat template of {folder} does not write one image token an image; copy it anew.")
         return ids
 

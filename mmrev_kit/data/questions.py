@@ -11,7 +11,7 @@ from mmrev_kit.data.faults import DataError, Fault, raise_faults
 from mmrev_kit.data.images import image_roots
 from mmrev_kit.data.prompts import Encoder, Sample
 from mmrev_kit.data.rows import read_entities
-from mmrev_kit.data.run_data import read_experiment
+from mmrev_kit.data.run_data import read_experiment, trained_connectors
 from mmrev_kit.data.tasks import CHOICE, LETTERS, TASK_TYPES, Row
 
 
@@ -38,6 +38,7 @@ def read_questions(config: Config) -> list[Question]:
     people = check_people(
         everything, read_entities(experiment_dir(config), image_roots(config)), experiment_dir(config)
     )
+    faults += trained_connectors(experiment_dir(config))[1]
     raise_faults(faults + check_statements(everything) + people, config.data.drop_faulty)
     paths = [experiment_dir(config) / f"{name}.jsonl" for name in files]  # some rows may be made in memory
     check_account([path for path in paths if path.is_file()], everything, faults)

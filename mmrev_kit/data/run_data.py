@@ -11,7 +11,7 @@ from mmrev_kit.config.project import experiment_dir, resolve
 from mmrev_kit.config.sections import Config, ConfigError, RetentionConfig
 from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import find_image, image_roots, locate_image
-from mmrev_kit.data.records import read_jsonl
+from mmrev_kit.data.records import read_info, read_jsonl
 from mmrev_kit.data.rows import read_entities, read_groups, read_rows
 from mmrev_kit.data.tasks import EXPERIMENT_FILES, GROUPS, IDENTITY, POOL_TASKS, Row
 
@@ -105,17 +105,39 @@ class ExperimentFiles:
         self.read += rows
         return rows
 
-    def test_connectors(self) -> set[str]:
-        """The connectors that the experiment's test asks with."""
-        tests = [self.folder / f"{name}.jsonl" for name in EXPERIMENT_FILES if name.endswith("_test")]
-        records = [record for path in tests if path.is_file() for _, record in read_jsonl(path)[0]]
-        return {str(record.get("connector", "")).strip() for record in records}
-
 
 def read_experiment(folder: Path, roots: tuple[Path, ...] | None = ()) -> tuple[dict[str, list[Row]], list[Fault]]:
     """All rows of an experiment, as {file name without its end: rows}, and the faults, see `ExperimentFiles`."""
     files = ExperimentFiles(folder, roots)
     return {name: files.rows(name) for name in EXPERIMENT_FILES if files.has(name)}, files.faults
+
+
+def read_connectors(folder: Path, split: str) -> dict[str, Counter]:
+    """{file name without its end: {connector: rows that ask with it}} of an experiment's files of one split."""
+    paths = {name: folder / f"{name}.jsonl" for name in EXPERIMENT_FILES if name.endswith(f"_{split}")}
+    records = {name: read_jsonl(path)[0] for name, path in paths.items() if path.is_file()}
+    return {name: Counter(str(one.get("connector", "")).strip() for _, one in part) for name, part in records.items()}
+
+
+def trained_connectors(folder: Path) -> tuple[list[str], list[Fault]]:
+    """Tests that ask with a connector of the training files' rows of their direction: a note each, or, in a folder for
+    which the kit has split the connectors, a fault.
+
+    Raises:
+        DataError: what the kit noted cannot be read.
+    """
+    trained, notes, faults = defaultdict(set), [], []
+    for name, words in read_connectors(folder, "train").items():
+        trained[EXPERIMENT_FILES[name].connectors] |= words.keys()
+    for name, words in read_connectors(folder, "test").items():
+        if shared := sorted(words.keys() & trained[EXPERIMENT_FILES[name].connectors]):
+            named = ", ".join(map(repr, shared[:3])) + (", …" if len(shared) > 3 else "")
+            count = sum(words[word] for word in shared)
+            notes.append(
+                f"{count:,} of {words.total():,} {name} rows ask with a connector of the training rows: {named}"
+            )
+            faults.append(Fault(str(folder / f"{name}.jsonl"), f"{notes[-1]}.", "Restore it, or make the data again."))
+    return ([], faults) if "connectors" in read_info(folder) else (notes, [])
 
 
 def people_digest(config: Config) -> str:
@@ -192,19 +214,20 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
     """All rows that a training run of `config` uses, and the faults of all their files.
 
     Each group takes part in what `Config.taught` says. Rows of a pool of the kit's own that ask with a connector of the
-    experiment's test are left out, and counted in the notes.
+    experiment's test are left out, and counted in the notes; see also `trained_connectors`.
 
     Raises:
         DataError: there is no list of entities, without which no row can be judged.
         ConfigError: see `check_bridge`.
     """
     roots = image_roots(config)
-    files, faults, read = ExperimentFiles(experiment_dir(config), roots), [], []
+    files, read = ExperimentFiles(experiment_dir(config), roots), []
     taught, sizes = config.taught, Counter(files.groups.values())
     check_bridge(config, sizes)
     present = ["main", *(group for group in ("control", "bridge") if sizes[group])]
     tasks = dict.fromkeys(task for group in present for task in taught[group])
     data = RunData({}, {}, {}, files.paths)
+    data.notes, faults = trained_connectors(files.folder)
     for split, target in (("train", data.train), ("val", data.val)):
         for task in tasks:
             rows = files.rows(f"{task}_{split}")
@@ -222,7 +245,11 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
             advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
             faults.append(Fault(str(pool), f"there is no {kind} pool.", advice))
             continue
-        asked = files.test_connectors() if (pool / "pool_info.json").is_file() else set()
+        asked = (
+            set().union(*read_connectors(files.folder, "test").values())
+            if (pool / "pool_info.json").is_file()
+            else set()
+        )
         for name, task in POOL_TASKS.items():
             source = f"{kind}_{name}"
             for split, target in (("train", data.pools), ("val", data.val)):

@@ -5,6 +5,7 @@ from pathlib import Path
 from mmrev_kit.config.project import resolve, run_dir
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
+from mmrev_kit.model.strict import strict
 
 
 def adapter_folder(config: Config, adapter: str) -> Path:
@@ -27,6 +28,7 @@ def adapter_folder(config: Config, adapter: str) -> Path:
     return inner if held == [False, True] else folder
 
 
+@strict()
 def attach_adapter(model, folder: Path, **options):
     """`PeftModel.from_pretrained(model, folder, **options)`, whose warnings are errors here.
 
@@ -55,13 +57,16 @@ def attach_adapter(model, folder: Path, **options):
 
 def refuse_passed_over(peft_model, folder: Path) -> None:
     """Raises ConfigError where an adapter would change nothing: virtual tokens, which only a model that is called
-    through PEFT sees, and layers whose weights the fast operations read past their modules."""
+    through PEFT sees, a LoRA that begins at certain tokens, which PEFT switches off where the model is given
+    embeddings, and layers whose weights the fast operations read past their modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     kind = peft_model.active_peft_config
     if kind.is_prompt_learning:
         raise ConfigError(f"{folder}: an adapter of virtual tokens ({kind.peft_type.value}), which is not asked here.")
+    if getattr(kind, "alora_invocation_tokens", None):
+        raise ConfigError(f"{folder}: an adapter that begins at alora_invocation_tokens, which is not asked here.")
     kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
     changed = (name for name, part in peft_model.named_modules() if isinstance(part, kinds))
     if past := [name for name in changed if name.endswith(("patch_embed.proj", "q_norm", "k_norm"))]:

@@ -312,7 +312,6 @@ def set_recomputed(model, kept_layers: int) -> None:
         layer.gradient_checkpointing = number < len(layers) - kept_layers
 
 
-@strict()
 def load_adapter(model, folder: str | Path, unbound: bool = False):
     """A saved adapter on its base, for inference: a `peft.PeftModel`.
 

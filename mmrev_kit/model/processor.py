@@ -22,8 +22,8 @@ def load_processor(name: str, revision: str | None = None):
     A random Qwen3-VL has none: its image processor with the embedded tokenizer stands in.
 
     Raises:
-        ConfigError: a file of it is missing or broken, it is another family's, it has no chat template or takes no
-            images, or it contradicts the model's configuration.
+        ConfigError: a file of it is missing or broken, it is another family's, it has no chat template, or
+            two, or takes no images, or it contradicts the model's configuration.
     """
     from transformers import AutoProcessor
 
@@ -46,6 +46,10 @@ def load_processor(name: str, revision: str | None = None):
             raise ConfigError(f"{folder}: {kind} has no {' and no '.join(lacking)}: no processor of images and texts.")
         if not processor.chat_template:
             raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
+        own, taken = folder / "chat_template.jinja", processor.chat_template  # by name, where there are several
+        taken = taken.get("default") if isinstance(taken, dict) else taken
+        if own.is_file() and taken != own.read_text(encoding="utf-8"):  # which the library passes over
+            raise ConfigError(f"{folder}: another chat template than that of {own.name} is in processor_config.json.")
         if processor.tokenizer.pad_token_id is None:
             raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
         if fast:

@@ -38,8 +38,8 @@ def whole_config(path: Path, values: dict):
     """transformers' configuration of a config.json that `read_config` has read.
 
     Raises:
-        ConfigError: a value of another type; or, in a Qwen3-VL's, a name that transformers does not know, beside one
-            that is not given and is nearly called so: its default would be used without a word.
+        ConfigError: a value of another type; or, in a Qwen3-VL's, no rope_theta, or a name that transformers does not
+            know, beside one that is not given and is nearly called so: a default would be used without a word.
     """
     from transformers import Qwen3VLConfig
 
@@ -56,6 +56,9 @@ def whole_config(path: Path, values: dict):
         for name in given.keys() - names:
             if near := get_close_matches(name, names - given.keys(), 1, 0.8):
                 raise ConfigError(f"{path} has the field {name!r}, which is not known; {near[0]} is. Rename it.")
+    text = values["text_config"]
+    if "rope_theta" not in text | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {}):
+        raise ConfigError(f"{path} has no rope_theta in its text_config: copy it anew.")
     return config
 
 

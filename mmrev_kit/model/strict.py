@@ -13,7 +13,9 @@ WRONG = re.compile(
     r"missing|absent|unexpected|mismatch|not match|ignor(ed|ing)|overwritten|unused|not (be )?used|no effect|not tie"
     r"|unrecogni[sz]ed|unknown|invalid|not (a )?valid|incorrect|corrupt|not initialized|newly initialized"
     r"|model of type|multiple adapters|second time|re-?initiali[sz]|no linear modules|undefined behaviou?r"
-    r"|`rope_parameters`|key=rope_scaling",
+    r"|`rope_parameters`|key=rope_scaling|no rope parameters|right-padding|does not support setting|have requested `"
+    r"|no (module|parameter) was matched"
+    r"|falling back(?! to [\w ]*(implementation|version|triton|sdpa))",  # those are other code for the same numbers
     re.IGNORECASE,
 )
 
@@ -81,7 +83,8 @@ def strict():
         shown(message, category, filename, *rest, **more)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning)  # also where a filter of the caller's would hide it
+        for category in (UserWarning, RuntimeWarning):  # also where a filter of the caller's would hide it
+            warnings.filterwarnings("always", category=category)
         shown, warnings.showwarning = warnings.showwarning, show
         for logger in loggers:
             logger.addHandler(notes)

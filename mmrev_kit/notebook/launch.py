@@ -11,7 +11,7 @@ from mmrev_kit.config.project import experiment_dir, resolve, run_dir
 from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError, ExperimentConfig
 from mmrev_kit.data.questions import Question, choose_questions, read_questions
-from mmrev_kit.data.run_data import people_digest
+from mmrev_kit.data.run_data import people_digest, trained_connectors
 from mmrev_kit.data.tasks import TASK_TYPES
 from mmrev_kit.evaluation.predict import (
     DROPS,
@@ -158,6 +158,9 @@ def evaluate(
         owner, trained = adapter_facts(config, chosen, own=adapter in ("best", "final"))
     folder = evaluation_dir(config, owner)
     questions, left_out = what_to_ask(config)
+    for note in trained_connectors(experiment_dir(config))[0]:
+        print(f"NOTE: {note}.")
+        trained["note"] = " ".join([*filter(None, [trained.get("note")]), f"{note}."])
     key = evaluation_key(config, chosen, base, drops, questions, tuple(trained.values()) if "note" in trained else ())
     with held(folder):
         if not again and _holds(folder, key):

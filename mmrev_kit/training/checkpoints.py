@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmrev_kit import __version__, files
 from mmrev_kit.config.project import project_root
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.data.run_data import people_digest
+from mmrev_kit.data.run_data import RunData, people_digest
 from mmrev_kit.model.bases import VERSION, adapter_digest, base_fingerprint, base_of, version_of
 from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.cards import adapter_card
@@ -121,7 +121,7 @@ def _restore(run, folder: Path) -> None:
     version = version_of(before["base"]["fingerprint"]) if "base" in before else VERSION
     changed = [name for name, value in run_identity(run, version).items() if before.get(name, value) != value]
     if changed:
-        raise ValueError(f"it began with another {' and '.join(changed)}, see manifest.json")
+        raise ValueError(f"it did not begin with the same {' and '.join(changed)}, see manifest.json")
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if record["format"] != STATE_FORMAT:
         raise ValueError(f"format {record['format']} in state.json")
@@ -159,6 +159,16 @@ def _short(path: Path) -> str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
 
+def pictures_digest(data: RunData, looks: dict[Path, str]) -> str:
+    """A SHA-256 of what the run's rows show, those of the pools too, row by row.
+
+    Args:
+        looks: what the pictures look like, see `images.look_of`: the check of the data has decoded them all.
+    """
+    shown = [[looks.get(image) for image in row.images] for _, _, rows in data.sources() for row in rows]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
 def run_identity(run, version: int = VERSION) -> dict:
     """What must stay the same when a run goes on, apart from its configuration; `version` is the fingerprint's."""
     return {
@@ -166,6 +176,7 @@ def run_identity(run, version: int = VERSION) -> dict:
         "base": base_facts(run.config, version),
         "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
         "people": people_digest(run.config),
+        "pictures": pictures_digest(run.task.data, run.task.encoder.looks),
         "effective_batch": run.batch,
         "plan": run.task.plan.table(),
     }

@@ -310,6 +310,59 @@ def test_rows_that_contradict_the_list_of_people_are_refused_in_training_and_eva
     assert "counts as right of" in told[f"forward_test.jsonl:{asked[0]}"]
 
 
+def change(path: Path, edit_record) -> None:
+    """Let `edit_record` change the record of each line."""
+    records = lines(path)
+    for record in records:
+        edit_record(record)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_test_that_asks_with_a_trained_connector_is_refused_where_the_kit_split_them_and_else_told(own):
+    """One of the three forward connectors of the test becomes one of training: a third of the rows of the questions
+    with texts as options, that of the other direction stays."""
+    folder, config = own
+    data, note = folder / "small", folder / "small" / "experiment_info.json"
+    info = json.loads(note.read_text())
+    split = info["connectors"]["forward"]
+    old, new = (
+        split["test"][0],
+        next(word for word in split["train"] if word not in info["connectors"]["reverse"]["train"]),
+    )
+    asked = lines(data / "mcq_i2d_test.jsonl")
+    assert sum(row["connector"] == old for row in asked) == len(asked) // 3 == 8
+    change(
+        data / "mcq_i2d_test.jsonl",
+        lambda row: row.update(connector=new if row["connector"] == old else row["connector"]),
+    )
+    change(data / "mcq_d2i_test.jsonl", lambda row: row.update(connector=new))  # to the picture: trained in no such row
+    told = f"8 of 24 mcq_i2d_test rows ask with a connector of the training rows: {new!r}"
+    for call in (prepare, read_questions):
+        assert told_of(config(), call) == {"mcq_i2d_test.jsonl": f"{told}."}
+    note.write_text(json.dumps({name: value for name, value in info.items() if name != "connectors"}))  # somebody's own
+    assert told in prepare(config()).describe() and len(read_questions(config())) > 24
+    change(data / "mcq_i2d_test.jsonl", lambda row: row.update(connector=old))
+    assert not any("connector of the training" in line for line in prepare(config()).describe())
+
+
+def test_the_groups_of_the_list_hold_where_rows_name_none(own):
+    """Main and control people change places in entities.json alone: the rows follow it."""
+    folder, config = own
+    data = folder / "small"
+    for path in data.glob("*.jsonl"):
+        change(path, lambda row: row.pop("group"))
+    entities = json.loads((data / "entities.json").read_text())
+    was = {one["id"]: one["group"] for one in entities}
+    other = {"main": "control", "control": "main"}
+    (data / "entities.json").write_text(json.dumps([one | {"group": other[one["group"]]} for one in entities]))
+    train = prepare(config()).data.train
+    assert {(row.entity_id, row.group) for row in train["reverse"]} == {
+        (name, "control") for name, group in was.items() if group == "main"
+    }
+    for rows in (train["forward"], [question.row for question in read_questions(config())]):
+        assert {(row.entity_id, row.group) for row in rows} == {(name, other[group]) for name, group in was.items()}
+
+
 def test_a_picture_that_is_missing_is_not_looked_for_in_the_project(own, tmp_path, monkeypatch):
     """The project has another one of that name; a file whose pictures all lie in the project is read."""
     folder, config = own

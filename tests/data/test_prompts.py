@@ -10,7 +10,7 @@ from PIL import Image
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.images import load_image
-from mmrev_kit.data.prompts import IGNORED, Encoder, PromptError
+from mmrev_kit.data.prompts import IGNORED, Encoder, PromptError, describe_lengths
 from mmrev_kit.data.rows import read_rows
 from mmrev_kit.data.tasks import Row, build_prompt
 from mmrev_kit.model.processor import make_encoder
@@ -184,6 +184,21 @@ def test_several_images_are_scaled_down_together_until_the_prompt_fits(tmp_path)
     text = len(sample.input_ids) - sample.image_tokens
     side = int(((200 - text) // 4) ** 0.5)
     assert sample.image_tokens == 4 * side * side
+
+
+def test_lengths_are_told_of_the_rows_that_are_used(rows, tmp_path):
+    """Rows of two tasks; answers of 2 and of 4 tokens, the end counted, are 3 a row. Four pictures are scaled down."""
+    encoder = make_encoder(load_config("configs/tiny_cpu.yaml", "training.max_length=200"))
+    images = tuple(write_image(tmp_path / f"{name}.png", 128, 128) for name in "abcd")
+    large = encoder.encode(row("mcq_d2i", images=images, answer="A"))
+    answer = encoder.tokenizer.decode(encoder.tokenizer("the keeper of Jade Temple").input_ids[:3])
+    small = encoder.encode(row("forward", images=images[:1], answer=answer))
+    assert [len(one.input_ids) - one.answer_start for one in (large, small)] == [2, 4]
+    assert describe_lengths([small, large], encoder) == [
+        f"2 rows of at most {len(large.input_ids)} tokens (mcq_d2i), 3.0 answer tokens a row; max_length 200",
+        "1 mcq_d2i rows have their images scaled down to fit max_length 200",
+    ]
+    assert len(describe_lengths([small], encoder)) == 1
 
 
 def test_images_are_never_cut_where_even_small_ones_do_not_fit(tmp_path):

@@ -220,8 +220,12 @@ def few(small_config, small_data, tmp_path):
     return make
 
 
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return records_of(folder / "predictions.jsonl")
 
 
 @pytest.mark.parametrize("rows", [9, 1])
@@ -371,6 +375,23 @@ def test_a_part_is_asked_beside_the_whole(few, capsys):
     assert what_to_ask(few(9, "evaluation.max_samples=9"))[1] == {}  # everything is asked: nothing is said of it
     with pytest.raises(ConfigError, match=r"evaluation\.tests = forward: .* has rows of mcq_d2i only"):
         evaluate(few(9, "evaluation.tests=[forward]"), None)
+
+
+def test_an_evaluation_that_asks_with_trained_connectors_says_so(few):
+    """The first version of its training rows had none of them."""
+    config = few(9)
+    before = evaluate(config, None)
+    assert "note" not in json.loads((before / "facts.json").read_text())
+    asked = [record["connector"] for record in records_of(Path(config.data.dir) / "small" / "mcq_d2i_test.jsonl")]
+    trained = Path(config.data.dir) / "small" / "reverse_train.jsonl"
+    first, *others = records_of(trained)
+    lines = [json.dumps(record) for record in (first | {"connector": asked[0]}, *others)]
+    trained.write_text("\n".join(lines))
+    count = asked.count(asked[0])
+    told = f"{count} of 9 mcq_d2i_test rows ask with a connector of the training rows: {asked[0]!r}."
+    after = evaluate(config, None)
+    assert json.loads((after / "facts.json").read_text())["note"] == told
+    assert notes({"base": read_evaluation(after)}) == [told]
 
 
 def test_an_unknown_drop_is_refused(small_config):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
+from mmrev_kit.config.reporting import decimal
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.evaluation.metrics import metrics
 from mmrev_kit.evaluation.results import (
     complete,
     find_evaluations,
@@ -212,6 +214,15 @@ def test_tables_of_one_evaluation(tmp_path):
     assert found.name == "a_forward" and found.task == "forward"
     table = accuracy_table(found.metrics)
     assert table.loc[("CW", "main"), "accuracy"] == "0.50" and table.loc[("CW", "control"), "accuracy"] == "1.00"
+    # Wilson's of 4 of 8; one-sided over the four persons, who are at chance in CW and above a chance of a quarter by
+    # a quarter in choices: 1 of 2^4, times the four tests that have a chance (Holm)
+    assert table.loc[("CW", "main")].drop("by entity").tolist() == [8, 4, 4, "0.50", "0.22 to 0.78", "0.50", "1.000", 0, "0.50"]  # fmt: skip  # noqa: E501
+    assert table.loc[("I2D", "main"), ["chance", "p"]].tolist() == ["0.25", "0.250"]
+    ends = found.metrics["none"]["reverse"]["main"]["cluster_interval"]
+    assert table.loc[("CW", "main"), "by entity"] == " to ".join(map(decimal, ends))
+    silent = [one | ({"read_as": None, "right": False} if one["id"].endswith(":0-0") else {}) for one in records]
+    changed = accuracy_table(metrics(silent))
+    assert changed.loc[("I2D", "main"), ["right", "unparsed", "by likeliest"]].tolist() == [3, 1, "0.50"]
     rates = rates_table(found.metrics)
     assert rates.loc[("CW", "main"), "TPR"] == "1.00" and rates.loc[("CW", "main"), "FPR"] == "1.00"
     assert rates.loc[("CW", "main"), "said Correct"] == 8 and rates.loc[("CW", "control"), "separation"] == "1.00"
@@ -229,7 +240,10 @@ def test_tables_of_one_evaluation(tmp_path):
     assert titles == [f"{test}, {group}" for group in ("main", "control") for test in tests]
     assert [text.get_text() for text in figure.axes[0].texts] == ["4", "0", "0", "4", "0", "0"]
     judged = found.verdict()
-    assert set(gate_table(judged)["holds"]) <= {"yes", "no", "unknown"}
+    words = {True: "yes", False: "no", None: "unknown"}
+    assert list(gate_table(judged).itertuples(name=None)) == [
+        (gate.name, words[gate.passed], gate.text) for gate in judged.gates
+    ]
     lines = verdict_lines(judged)
     assert lines[0].startswith("VERDICT (CW): inconclusive. ") and lines[1].startswith("Beside it (D2I): ")
 
@@ -254,6 +268,8 @@ def test_two_runs_are_compared_row_by_row(tmp_path):
     table = comparison_table(first, second)
     assert table.loc["CW", "only first right"] == 6 and table.loc["CW", "only second right"] == 0
     assert table.loc["CW", "McNemar p (Holm)"] == "0.156"  # 5 * 2 * 0.5**6
+    assert table.loc["CW", ["rows", "first", "second"]].tolist() == [16, "1.00", "0.63"]  # 10 of 16
+    assert table.loc["CW", "permutation p"] == "0.250"  # 2 * 0.5**3: three persons differ, all one way
     assert not (tmp_path / "b/eval/e/verdict.json").exists()  # a base model has no direction that it was taught
 
 

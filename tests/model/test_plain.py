@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, SMOL
+from families import FAMILIES, INTERN, SMOL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -259,6 +259,24 @@ def test_a_chat_template_that_cannot_be_followed_is_refused(family_folder, rows,
     with pytest.raises(ConfigError, match=words) as caught:
         encoder_of(family, folder).encode(rows[2])
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_read_from_the_answered_conversation(
+    family_folder, rows, tmp_path
+):
+    """As some families' are published; the tokens are those that the template had with a prompt for the answer."""
+    family, asks = FAMILIES["internvl"], "{% if add_generation_prompt %}"
+    assert INTERN.count(asks) == 1
+    silent = change(
+        family_folder(family),
+        tmp_path / "base",
+        "chat_template.jinja",
+        lambda text: text.replace(asks, "{% if false %}"),
+    )
+    encoders = encoder_of(family, family_folder(family)), encoder_of(family, silent)
+    for row in rows:
+        published, read = (encoder.encode(row) for encoder in encoders)
+        assert (published.input_ids, published.answer_start) == (read.input_ids, read.answer_start)
 
 
 def test_what_ends_an_answer_is_the_templates_token_or_the_tokenizers(family_folder, rows, tmp_path):

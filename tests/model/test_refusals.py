@@ -27,6 +27,7 @@ from mmrev_kit.model.strict import strict
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.rehearse import rehearse
+from mmrev_kit.training.run import prepare
 from mmrev_kit.training.update import TrainingError
 
 ADAPTER = Path(__file__).parents[1] / "fixtures" / "first_version" / "finished" / "best"
@@ -309,6 +310,50 @@ def test_a_tokenizer_without_a_padding_token_and_a_template_with_two_image_token
         load_processor(str(base))
 
 
+def test_two_chat_templates_are_refused(base):
+    """The library takes the one of processor_config.json, and passes over the file that the model is published with."""
+    edit(base / "processor_config.json", "chat_template", value="{{ messages }}")
+    with pytest.raises(
+        ConfigError, match=r"another chat template than that of chat_template\.jinja is in proc"
+    ) as caught:
+        load_processor(str(base))
+    one_sentence(caught)
+    template = (base / "chat_template.jinja").read_text()
+    edit(base / "processor_config.json", "chat_template", value=template)
+    assert load_processor(str(base)).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("{%- if add_generation_prompt -%}", "{%- if false -%}", "ignores add_generation_prompt; copy it anew"),
+        ("{%- for message", "{{- strftime_now('%d %b %Y') -}}{%- for message", "writes the time (strftime_now): put a"),
+        (
+            "{%- for message",
+            "{%- if strftime_now is defined -%}{{- strftime_now('%H') -}}{%- endif -%}{%- for message",
+            "writes the time",
+        ),
+    ],
+)
+def test_a_template_that_asks_for_no_answer_or_writes_the_time_is_refused(base, small_config, before, after, words):
+    """Before any weight is read; a template that writes the time elsewhere alone is as good as any."""
+    file = base / "chat_template.jinja"
+    template = file.read_text()
+    assert template.count(before) == 1
+    (base / "model.safetensors").unlink()
+    config = small_config(f"model.name={base}")
+    file.write_text(
+        template.replace(
+            "{%- for message", "{%- if tools -%}{{- strftime_now('%H') -}}{%- endif -%}" + "{%- for message"
+        )
+    )
+    assert len(make_encoder(config).frame((True, False))) == 2
+    file.write_text(template.replace(before, after))
+    with pytest.raises(ConfigError, match=rf"The chat template of {base} {re.escape(words)}") as caught:
+        prepare(config)
+    one_sentence(caught)
+
+
 def rename(base: Path) -> None:
     """What transformers does not know it leaves out, and takes its own 1e-6."""
     edit(base / "config.json", "text_config", "rms_norm_eps", value=None)
@@ -319,6 +364,8 @@ def rename(base: Path) -> None:
     ("spoil", "words"),
     [
         (rename, "the field 'rms_norm_epsilon', which is not known; rms_norm_eps is"),
+        # transformers takes 500,000 then; the model has 10,000
+        (lambda base: edit(base / "config.json", "text_config", "rope_parameters", value=None), "has no rope_theta in"),
         (lambda base: edit(base / "config.json", "text_config", "num_attention_heads", value="4"), "expected int"),
         (
             lambda base: edit(base / "config.json", "text_config", "rope_parameters", "rope_type", value="yarn"),
@@ -412,6 +459,10 @@ def test_an_adapter_whose_tensors_have_another_prefix_is_refused(adapter, small_
         ({"target_modules": "nothing"}, "fits no adapter of this model"),
         ({"peft_type": "NOTHING"}, "fits no adapter of this model"),
         ({"a_later_setting": 3}, r"'a_later_setting'.* these are ignored"),
+        ({"ensure_weight_tying": True}, "requested `ensure_weight_tying`, but no tied modules"),
+        ({"target_parameters": ["nothing"]}, r"target_parameters=\['nothing'\] were set but no parameter was matched"),
+        # PEFT switches it off where the model is given embeddings, and says so once
+        ({"alora_invocation_tokens": [1]}, "begins at alora_invocation_tokens, which is not asked here"),
     ],
 )
 def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fields, words):
@@ -470,6 +521,38 @@ def dropped_by_transformers() -> None:
     GenerationConfig(do_sample=False, temperature=0.3, max_new_tokens=3).validate()
 
 
+def attention_kept_by_transformers() -> None:
+    from transformers import BloomConfig, BloomModel
+
+    model = BloomModel(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
+    model.set_attn_implementation("sdpa")
+
+
+def padding_on_the_right_met_by_transformers() -> None:
+    from transformers import GenerationConfig
+
+    model, ids = load_base("embedded", bits=16, device="cpu"), torch.tensor([[7, 8, 0], [7, 8, 9]])
+    settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+    model.generate(
+        input_ids=ids, attention_mask=ids.ne(0).long(), mm_token_type_ids=0 * ids, generation_config=settings
+    )
+
+
+def pictures_scaled_by_other_code_of_transformers() -> None:
+    from transformers.models.auto.image_processing_auto import _load_class_with_fallback
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor
+
+    assert _load_class_with_fallback({"torchvision": None, "pil": Qwen2VLImageProcessor}, "torchvision")
+
+
+def pattern_dropped_by_peft() -> None:
+    """By a RuntimeWarning."""
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    get_peft_model(model, LoraConfig(target_modules=["0"], rank_pattern={"nothing": 3}))
+
+
 def dropped_by_peft() -> None:
     from peft import LoraConfig
 
@@ -500,6 +583,9 @@ def dropped_by_bitsandbytes() -> None:
         "Qwen3VLTextConfig got `key=rope_scaling` in kwargs but hasn't set it as attribute.",
         "You are loading your model using bnb but no linear modules were found in your model.",
         "The following generation flags are not valid and may be ignored: ['temperature'].",
+        "LANCZOS resample requires torchvision >= 0.27. Falling back to BICUBIC which approximates LANCZOS.",
+        "Could not load tokenizer from subfolder `x`. Falling back to loading from y.",
+        "`standardize_rope_params` was called but no RoPE parameters were found.",
     ],
 )
 def test_what_the_libraries_say_of_numbers_that_are_not_those_given_is_an_error(message):
@@ -507,8 +593,20 @@ def test_what_the_libraries_say_of_numbers_that_are_not_those_given_is_an_error(
         logging.getLogger("peft.somewhere").warning(message)
 
 
-@pytest.mark.parametrize("library", ["transformers", "peft", "accelerate", "bitsandbytes"])
-def test_a_librarys_warning_that_something_is_not_used_is_an_error_each_time(library):
+@pytest.mark.parametrize(
+    "provoke",
+    [
+        dropped_by_transformers,
+        attention_kept_by_transformers,
+        padding_on_the_right_met_by_transformers,
+        pictures_scaled_by_other_code_of_transformers,
+        dropped_by_peft,
+        pattern_dropped_by_peft,
+        dropped_by_accelerate,
+        dropped_by_bitsandbytes,
+    ],
+)
+def test_a_librarys_warning_that_something_is_not_used_is_an_error_each_time(provoke):
     """Also the second time, though the library says it once; and where all warnings are switched off."""
     import warnings
 
@@ -523,9 +621,11 @@ def test_a_librarys_warning_that_something_is_not_used_is_an_error_each_time(lib
             try:
                 with strict():
                     try:
-                        globals()[f"dropped_by_{library}"]()
+                        provoke()
                     except ValueError:
-                        assert library == "bitsandbytes"  # it warns, and then fails on the layer without a state
+                        assert (
+                            provoke is dropped_by_bitsandbytes
+                        )  # it warns, and then fails on the layer without a state
             finally:
                 transformers_logging.set_verbosity(before)
 
@@ -536,6 +636,8 @@ def test_other_warnings_pass_and_are_shown(recwarn, caplog):
     caplog.set_level(logging.WARNING, logger="peft")
     with strict():
         logging.getLogger("peft.somewhere").warning("This will lead to slow inference.")
+        for code in ("the naive implementation", "slower implementation", "a Python version"):
+            logging.getLogger("transformers.somewhere").warning(f"Not installed. Falling back to {code} of it.")
         warnings.warn("`torch_dtype` is deprecated and ignored", FutureWarning, stacklevel=1)
         warnings.warn("a value of the user's own is missing", UserWarning, stacklevel=1)
     assert len(recwarn) == 2 and "slow inference" in caplog.text

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmrev_kit.config.reading import load_config
+from mmrev_kit.config.reporting import decimal
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.memory.estimate import GIB, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.plan import MARGIN, candidate, padded_updates, with_memory
@@ -27,6 +28,12 @@ def test_the_bars_add_up_to_what_the_card_shows(config):
     assert found["without checkpointing"].device_gib > 2 * found["as set"].device_gib
     figure = budget.budget_figure(found, "V100 32")
     texts = [text.get_text() for text in figure.axes[0].texts]
+    totals = [decimal(one.device_gib, 1) for one in found.values()]
+    assert [text.split(":")[0] for text in texts] == totals
+    assert all(f"{name} {total}" in figure.alt for name, total in zip(found, totals, strict=True))
+    for number, one in enumerate(found.values()):
+        widths = [bars[number].get_width() for bars in figure.axes[0].containers[: len(budget.GROUPS) + 1]]
+        assert sum(widths) == pytest.approx(one.device_gib)
     assert any("does not fit" in text for text in texts) and len(figure.axes[0].containers) == len(budget.GROUPS) + 1
 
 
@@ -50,6 +57,12 @@ def test_the_modes_are_the_guides_own_verdicts(config):
     assert list(table["V100 32"]) == ["fits", "fits", "out of memory"]
     assert list(budget.mode_table(config, "V100 32", spread=3)["V100 32"])[1] == "fits"
     assert table["GiB a card"]["deepspeed ZeRO-2"] > 60
+    # over 3 cards a card holds 1 / 3 - 1 / 4 of the 16-bit model more than over 4: 33.4 billion weights, 62.1 GiB
+    three = budget.mode_table(config, "V100 32", spread=3)["GiB a card"]["auto"]
+    assert 12 * (three - table["GiB a card"]["auto"]) == pytest.approx(2 * 33.4e9 / GIB, rel=0.02)
+    found, _ = budget.budget(config, "32b", "V100 32")
+    assert table["GiB a card"]["qlora"] == pytest.approx(found["as planned"].device_gib, rel=0.2)
+    assert table["cards"].tolist() == [8, 4, 8]
 
 
 def test_the_guides_table_stands_beside_the_arithmetic(config):

@@ -5,6 +5,7 @@ import pytest
 
 matplotlib.use("Agg")
 
+from mmrev_kit.evaluation.metrics import of_epoch
 from mmrev_kit.notebook import curves
 from mmrev_kit.notebook.drawing import INK
 from mmrev_kit.notebook.plots import GROUP_STYLES
@@ -20,12 +21,20 @@ def lines_of(axis, group: str) -> list:
     return [line for line in axis.lines if line.get_color() == GROUP_STYLES[group][1] and line.get_marker() != "."]
 
 
+def main_rgb() -> tuple:
+    return matplotlib.colors.to_rgb(GROUP_STYLES["main"][1])
+
+
 def test_tests_by_epoch_stand_at_whole_epochs_with_their_intervals():
     epochs = [{"epoch": n, "tests": {"forward": people(n, 4)}} for n in (1, 2)] + [{"epoch": 3}]
     figure = curves.tests_figure({"epochs": epochs})
     (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("forward")]
     (main,) = lines_of(axis, "main")
     assert list(main.get_xdata()) == [1, 2] and list(main.get_ydata()) == [0.25, 0.5]
+    ends = of_epoch(epochs[1]["tests"])["forward"]["main"]["cluster_interval"]
+    band = next(one for one in axis.collections if one.get_facecolor()[0][:3] == pytest.approx(main_rgb()))
+    drawn = band.get_paths()[0].vertices
+    assert {float(y) for x, y in drawn if x == 2} == set(ends) and 0 < ends[0] < 0.5 < ends[1] < 1
     assert "forward, main, by epoch 0.25, 0.50; forward, control, by epoch 1.00, 1.00" in figure.alt
     assert all(float(tick).is_integer() for tick in axis.get_xticks())
     assert any(line.get_ydata()[0] == 0.25 and line.get_linestyle() == "--" for line in axis.lines)  # a guess among 4

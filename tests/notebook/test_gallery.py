@@ -37,6 +37,20 @@ def test_the_answer_and_nothing_else_is_highlighted(encoder, rows, file):
     assert highlighted(page) == row.answer + "&lt;|im_end|&gt;"
     assert page.count("<img") == len(row.images) == page.count(" tokens</span>")
     assert f"{file}.jsonl:3" in page
+    # a picture of 32 x 32 is 2 x 2 tokens of 16 pixels a side
+    assert re.findall(r"(\d+) tokens</span>", page) == ["4"] * len(row.images)
+    texts = [part if isinstance(part, str) else 4 for part in encoder.parts(row)] + [row.answer]
+    own = sum(part if part == 4 else len(encoder.tokenizer(part).input_ids) for part in texts)
+    # <|im_start|>user⏎ … <|im_end|>⏎ <|im_start|>assistant⏎ … <|im_end|>, and what stands about a picture
+    frame = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    own += len(encoder.tokenizer(frame).input_ids) + 2 * len(row.images)
+    assert f", {own} tokens</b>" in page
+
+
+def test_each_task_is_shown_once_by_its_first_row(encoder, rows):
+    chosen = [rows["reverse_val"][1], rows["forward_train"][2], rows["reverse_val"][0], rows["forward_train"][0]]
+    page = gallery.prompts_html([encoder.encode(row) for row in chosen], encoder)
+    assert re.findall(r"(\w+)\.jsonl:(\d+)", page) == [("reverse_val", "2"), ("forward_train", "3")]
 
 
 def test_a_description_cannot_become_part_of_the_page(encoder, rows):
@@ -84,6 +98,12 @@ def test_people_and_lengths_are_drawn_and_closed(small_config, encoder, rows):
     samples = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
     axis = gallery.lengths_figure(samples, 512).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["forward", "mcq_d2i"]
+    sizes = [sorted(len(one.input_ids) for one in samples if one.row.task == task) for task in ("forward", "mcq_d2i")]
+    told = [f"{own[0]} to {own[-1]}" for own in sizes]
+    figure = gallery.lengths_figure(samples, 512)
+    assert figure.alt == f"Tokens a row, of at most 512: forward {told[0]}, mcq_d2i {told[1]}."
+    reached = {float(x) for line in figure.axes[0].lines for x in line.get_xdata()}
+    assert {512.0, *(float(end) for own in sizes for end in (own[0], own[-1]))} <= reached  # lines to the ends
     assert pyplot.get_fignums() == []
 
 

@@ -107,6 +107,33 @@ def test_decisions_are_marked_where_they_fell():
     assert points(axis.lines[0]) == [(n, 1e-3) for n in (1, 2, 3, 4)]
 
 
+def test_a_run_is_told_in_words():
+    told = "validation loss of forward by epoch 2.5, 2.4; validation loss of face_cw by epoch not finite, 0.7"
+    first = f"run: 4 updates, training loss from 4 to 1; {told}; improved after epoch 1."
+    old = "old: 0 updates; validation loss of validation by epoch 2.5, 2, not finite."
+    assert plots.history_figure({"run": history(), "old": old_history()}).alt == f"{first} {old}"
+
+
+def test_losses_of_a_loop_of_ones_own_are_means_of_five():
+    figure = plots.losses_figure([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert points(figure.axes[0].lines[0]) == [(1, 1.0), (2, 1.5), (3, 2.0), (4, 2.5), (5, 3.0), (6, 4.0)]
+    assert figure.alt == "Training loss of 6 updates, from 1 to 6."
+
+
+def test_the_shares_of_a_pretraining_stand_at_their_steps():
+    """The second entry asked nothing; what was right at the last is told."""
+    asked = [(100, 2e-3, {"cw": 0.5, "forward": 0.0}), (150, 1e-3, {}), (200, 5e-4, {"cw": 0.75, "forward": 0.125})]
+    log = [{"step": step, "rate": rate, "loss": {}, "right": right} for step, rate, right in asked]
+    figure = plots.pretraining_figure({"log": log})
+    shares, rates = figure.axes
+    assert {name: points(line) for name, line in lines(shares).items()} == {
+        "cw": [(100, 0.5), (200, 0.75)], "forward": [(100, 0.0), (200, 0.125)],
+    }  # fmt: skip
+    assert points(rates.lines[0]) == [(100, 2e-3), (200, 5e-4)]
+    assert figure.alt == "Right as a whole after step 200: cw 0.75, forward 0.13."
+    assert plots.pretraining_figure({"log": []}).alt.endswith("after step 0: nothing was asked yet.")
+
+
 def test_throughput():
     axis = plots.history_figure({"run": history()}).axes[2]
     assert points(axis.lines[0]) == [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)]
@@ -263,6 +290,8 @@ def test_schedule_figure():
     ]  # fmt: skip
     assert "ends after 3" in rates.get_xlabel()
     assert "min_lr" in rates.get_xlabel()
+    told = "1: loss 2, rate 0.0001; 2: loss 1, rate 0.0001; 3: loss 0.97, rate 0.0001; it ends after 3: "
+    assert figure.alt.startswith(f"A simulated schedule, by epoch {told}")
     figure.canvas.draw()
 
 

@@ -212,13 +212,39 @@ def test_the_table_says_main_before_control_whatever_comes_first_in_an_evaluatio
     records = sorted(one.records, key=lambda record: record["group"])  # control first
     sweep = written("grid: {lora.r: [1]}\n")
     flipped = pool("p", {0: replace(one, records=records)})
-    result = sweep_runs.Result(sweep.points[0], 0, flipped, {"epochs": []})
+    result = sweep_runs.Result(sweep.points[0], 0, flipped, {"epochs": [{"epoch": n, "seconds": 45.0} for n in (1, 2)]})
     row = sweep_results.claim_table(sweep, [result]).loc[("r 1", 0)]
+    assert row["training"] == "1 min 30 s" and row["claim"] == flipped.verdict().claim
     for test, title in (("forward", "forward"), ("reverse", "CW")):
         shares = [
             [r["right"] for r in records if r["group"] == group and r["test"] == test] for group in ("main", "control")
         ]
         assert row[title] == " / ".join(f"{sum(s) / len(s):.2f}" for s in shares)
+
+
+def test_a_row_of_the_sweeps_csv_has_the_numbers_of_its_test_and_group(written):
+    """Counted anew from the records; the AUROC over all pairs of a right and a wrong statement of one person, ties a
+    half, as the mean over persons."""
+    one = read_evaluation(project_root() / "tests/fixtures/first_version/finished/eval/first")
+    sweep = written("grid: {lora.r: [1]}\n")
+    table = pandas.read_csv(
+        sweep_results.write_csv(sweep, [sweep_runs.Result(sweep.points[0], 7, one, {"epochs": []})])
+    )
+    row = table[(table["seed"] == 7) & (table["test"] == "reverse") & (table["group"] == "control")].iloc[0]
+    mine = [r for r in one.records if (r["test"], r["group"], r["drop"]) == ("reverse", "control", "none")]
+    margins = [
+        (r["entity_id"], r["options"]["Correct"] - r["options"]["Wrong"], r["expected"] == "Correct") for r in mine
+    ]
+    shares = []
+    for person in {person for person, *_ in margins}:
+        right, wrong = ([m for who, m, true in margins if who == person and true is kind] for kind in (True, False))
+        shares.append(sum((a > b) + 0.5 * (a == b) for a in right for b in wrong) / len(right) / len(wrong))
+    assert row[["n", "people", "direction", "format"]].tolist() == [len(mine), 4, "description → image", "CW"]
+    assert row["accuracy"] == pytest.approx(sum(r["right"] for r in mine) / len(mine))
+    assert row["rate"] == pytest.approx(sum(r["read_as"] == "Correct" for r in mine) / len(mine))
+    assert row["auroc"] == pytest.approx(sum(shares) / 4)
+    assert row[["low", "high"]].tolist() == pytest.approx(one.metrics["none"]["reverse"]["control"]["cluster_interval"])
+    assert row["low"] < row["accuracy"] < row["high"] and row["lora.r"] == 1
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -137,15 +139,15 @@ FAULTS = {
     "no history": (lambda folder: (folder / "training_history.json").unlink(), "FileNotFoundError"),
     "other data": (
         edit("manifest.json", lambda record: record["data"].update({next(iter(record["data"])): "0"})),
-        "it began with another data",
+        "it did not begin with the same data",
     ),
     "other people": (
         edit("manifest.json", lambda record: record.update(people="0")),
-        "it began with another people",
+        "it did not begin with the same people",
     ),
     "another base": (
         edit("manifest.json", lambda record: record["base"].update(fingerprint="0")),
-        "it began with another base",
+        "it did not begin with the same base",
     ),
 }
 
@@ -172,6 +174,26 @@ def test_a_state_that_is_not_of_this_run_is_refused(run, tmp_path, name):
     told = str(refused.value)
     assert told.startswith(f"{folder}/last: not a state of this run (") and reason in told
     assert told.endswith("Set launch.overwrite=true to start anew.") and len(told.splitlines()) <= 3
+
+
+def test_a_run_does_not_go_on_with_another_picture_in_its_pool(small_data, small_config, tmp_path):
+    shutil.copytree(small_data / "pool", tmp_path / "pool")
+    config = small_config(f"retention.face_pool={tmp_path}/pool quantization.bits=16")
+    run = start(config, STATE)
+    step(run, 0)
+    write_manifest(run)
+    save_all(run)
+    assert start(config, STATE).progress["step_in_epoch"] == 1
+    picture = run.task.data.pools["face_cw"][0].image
+    kept = picture.read_bytes()
+    with Image.open(picture) as image:
+        image.convert("RGB").save(picture, compress_level=1)
+    assert picture.read_bytes() != kept and start(config, STATE).progress["step_in_epoch"] == 1  # the same to look at
+    Image.new("RGB", (32, 32), "teal").save(picture)
+    with pytest.raises(ConfigError, match=r"it did not begin with the same pictures, see manifest\.json"):
+        start(config, STATE)
+    picture.write_bytes(kept)
+    assert start(config, STATE).progress["step_in_epoch"] == 1
 
 
 # A full disk

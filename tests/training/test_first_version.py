@@ -51,7 +51,9 @@ def test_an_interrupted_run_is_refused_since_its_base_and_its_rows_have_changed(
     config = load_config("outputs/first_forward/config.yaml")
     assert config.experiment.main_is_taught == ("forward",)  # what the first version did
     assert ensure_data(config)[1].startswith(f"made {project}/data/first")
-    with pytest.raises(TrainingError, match=r"it began with another base and data and plan, see manifest.json"):
+    with pytest.raises(
+        TrainingError, match=r"it did not begin with the same base and data and plan, see manifest.json"
+    ):
         launch(config)
 
 
