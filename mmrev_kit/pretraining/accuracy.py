@@ -56,7 +56,7 @@ def measure(folder: str | Path, recipe: Recipe) -> list[dict]:
                 while len(right) < prompts:
                     count = min(BATCH, prompts - len(right))
                     rows = ask_about(kind, task, subjects, number, count, rng)
-                    batch = make_batch(rows, {task.name: 1.0}, (SIZE, SIZE), encoder)
+                    batch = make_batch(rows, {task.name: 1.0}, (SIZE, SIZE), encoder, (1, 1, 1))
                     batch = to_device(torch.utils.data.default_convert(batch), device)
                     with torch.no_grad():
                         right += right_answers(answer_logits(model, batch, pixels), batch).tolist()

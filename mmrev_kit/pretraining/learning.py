@@ -20,18 +20,21 @@ from mmrev_kit.pretraining.recipe import Recipe
 OTHER_SIZES = ((32, 32), (48, 48), (96, 96), (128, 128), (64, 96), (96, 64))  # width, height
 OTHER_EVERY = 24  # every so many steps one of another picture size, with a quarter of the prompts
 LENGTH = 256  # tokens of a sequence, if no row is longer
-# Filled up to a multiple, so that most steps have a shape which came before and is replayed: see `Step`.
-SEQUENCES, ANSWERS, PICTURES = 16, 512, 128
+# Of sequences, answer tokens and pictures: filled up to a multiple, so that most steps have one shape; see `Step`.
+FILLED = 16, 512, 128
 STOP_WEIGHT = 0.1  # of the end token after a letter or a verdict, which is learnt at once
 
 
-def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], encoder: Encoder) -> dict:
+def make_batch(
+    rows: list[Row], parts: dict[str, float], size: tuple[int, int], encoder: Encoder, multiples=FILLED
+) -> dict:
     """Rows packed into sequences, see `model.packing`, as small numpy arrays.
 
     Args:
         parts: each kind's part of the loss, by the rows' source. The rows of a kind count alike, and so do the answer
             tokens of a row, but see `STOP_WEIGHT`.
         size: width and height, in pixels, at which the pictures are shown.
+        multiples: see `FILLED`.
 
     Returns:
         input_ids, group, segment (sequences, length), positions (3, sequences, length): as in `packing.Packed`;
@@ -40,6 +43,7 @@ def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], 
         predicts each; target, owner (answer tokens,): as in `packing.Packed`; weight (answer tokens,): they add up to
         1, those that fill up have none; kinds (rows,): the sources in the order of `owner`; size.
     """
+    sequences, answers, shown_at_once = multiples
     encoder.sizes = dict.fromkeys((path for row in rows for path in row.images), size)
     groups = make_groups([encoder.encode(row) for row in rows], "shared_prefix", encoder.image_id)
     packed = pack(micro_batches(groups, LENGTH - groups[0].preamble), encoder, LENGTH)
@@ -55,16 +59,16 @@ def make_batch(rows: list[Row], parts: dict[str, float], size: tuple[int, int], 
     counts = Counter(kinds)
     share *= numpy.array([parts[kind] / counts[kind] for kind in kinds])[owner] / numpy.bincount(owner, share)[owner]
     return {
-        "input_ids": _filled(packed.input_ids.astype(numpy.int16), SEQUENCES),
-        "positions": _filled(packed.positions.astype(numpy.int16), SEQUENCES, axis=1),
-        "group": _filled(packed.group.astype(numpy.int16), SEQUENCES, PADDING),
-        "segment": _filled(packed.segment.astype(numpy.int16), SEQUENCES, PADDING),
-        "seen": _filled(seen, SEQUENCES),
-        "pictures": _filled(pictures, PICTURES),
-        "predictor": _filled(numpy.flatnonzero(packed.wanted)[packed.predictor], ANSWERS),
-        "target": _filled(packed.target, ANSWERS),
-        "owner": _filled(owner, ANSWERS),
-        "weight": _filled((share / share.sum()).astype(numpy.float32), ANSWERS),
+        "input_ids": _filled(packed.input_ids.astype(numpy.int16), sequences),
+        "positions": _filled(packed.positions.astype(numpy.int16), sequences, axis=1),
+        "group": _filled(packed.group.astype(numpy.int16), sequences, PADDING),
+        "segment": _filled(packed.segment.astype(numpy.int16), sequences, PADDING),
+        "seen": _filled(seen, sequences),
+        "pictures": _filled(pictures, shown_at_once),
+        "predictor": _filled(numpy.flatnonzero(packed.wanted)[packed.predictor], answers),
+        "target": _filled(packed.target, answers),
+        "owner": _filled(owner, answers),
+        "weight": _filled((share / share.sum()).astype(numpy.float32), answers),
         "kinds": kinds,
         "size": size,
     }

@@ -291,7 +291,7 @@ def test_a_run_over_your_own_people(mine, tmp_path):
         "configs/tiny_cpu.yaml",
         f"experiment.name=own data.dir={tmp_path}/data data.source=folder data.entities_file={folder}/people.csv "
         f"data.images_dir={folder}/pics retention.face_share=0.5 retention.num_faces=40 data.image_size=32 "
-        f"retention.face_pool={tmp_path}/faces retention.object_pool={tmp_path}/objects "
+        f"retention.retention_ratio=0.3 retention.face_pool={tmp_path}/faces retention.object_pool={tmp_path}/objects "
         "experiment.taught=generation",
     )
     assert [line.split()[0] for line in ensure_data(config)[1:]] == ["made"] * 3
