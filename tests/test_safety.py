@@ -412,6 +412,7 @@ def test_the_page_reader_sees_what_would_run():
     assert Page(SCRIPT).active == ["script"] and Page(HANDLER).active == ["img", "img"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["data", "train", "evaluate"])
 def test_descriptions_are_text_in_rendered_notebooks(project, name):
     page = Page((project / "outputs" / "small_forward" / f"{name}.html").read_text())

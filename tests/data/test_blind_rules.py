@@ -106,7 +106,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("main", "control"), [(10, 10), (12, 12), (16, 16), (20, 0), (112, 112)])
+@pytest.mark.parametrize(
+    ("main", "control"), [(10, 10), (12, 12), (16, 16), (20, 0), pytest.param(112, 112, marks=pytest.mark.long)]
+)
 def test_no_blind_rule_beats_chance(main, control):
     experiments = [made(main, control, seed) for seed in SEEDS]
     for (test, rule), (kind, chance) in RULES.items():

@@ -320,6 +320,7 @@ def test_a_fault_that_a_cell_meets_is_the_commands_message(tmp_path):
     assert (tmp_path / "history_faces13x13_forward.html").is_file()
 
 
+@pytest.mark.long
 def test_the_same_notebook_started_twice_at_once_goes_into_each_runs_own_folder(small_overrides, small_data, tmp_path):
     words = [sys.executable, "-m", "mmrev_kit", "notebook", "data", "-p", "overrides"]
     words += [f"{small_overrides} data.folder={small_data}/small", "-p", "name"]

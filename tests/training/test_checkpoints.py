@@ -433,6 +433,7 @@ def test_the_features_of_the_32b():
     assert 3 * 8_028_160 < found < 3 * (8_028_160 + 8192)
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_under_way_is_told_by_the_worker_and_the_run_has_failed(small_config, tmp_path):
     """The disk is filled to the last byte once the run has begun: its next write fails, and the parent's own, too."""
     with mounted(tmp_path / "disk", "64m") as disk:

@@ -130,6 +130,7 @@ def test_an_overflow_in_the_backward_pass_names_the_first_gradient_met(small_con
         diagnose.check_finite(run, {"global_step": 8, "skipped": True, "loss": 1.0, "grad_norm": float("inf")}, samples)
 
 
+@pytest.mark.long
 def test_a_loss_scale_that_only_shrinks_ends_the_run_though_never_two_updates_in_a_row_are_skipped(
     small_config, state, monkeypatch
 ):

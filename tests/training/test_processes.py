@@ -168,6 +168,7 @@ def test_eight_bit_optimizers_go_on_exactly(small_config, tmp_path, monkeypatch,
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.long
 def test_a_run_that_ended_early_is_not_trained_again(small_config, capsys):
     config = small_config("experiment.task=reverse training.min_val_loss=100")
     history = launch(config)
