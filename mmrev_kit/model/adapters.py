@@ -7,6 +7,10 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.model.base_files import AGAIN, read_object, refuse_tensors, tensor_shapes
 from mmrev_kit.model.strict import strict
 
+# Of Megatron PEFT would import what it names; aLoRA it switches off where the model is given embeddings; Arrow needs
+# more adapters than one; BD-LoRA it drops in 4 bit.
+PASSED_OVER = ("megatron_config", "alora_invocation_tokens", "arrow_config", "use_bdlora")
+
 
 def adapter_folder(config: Config, adapter: str) -> Path:
     """The folder of an adapter: "best" or "final" of the configured run, or a path, of the adapter or of a folder with
@@ -38,8 +42,9 @@ def attach_adapter(model, folder: Path, **options):
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    if read_object(folder / "adapter_config.json").get("megatron_config"):  # peft would import what it names
-        raise ConfigError(f"{folder}: its megatron_config is for training with Megatron. Save the adapter without it.")
+    given = read_object(folder / "adapter_config.json")
+    if odd := next((name for name in PASSED_OVER if given.get(name)), None):
+        raise ConfigError(f"{folder}: its adapter_config.json sets {odd}, which does not count here.")
     stored = tensor_shapes(folder / "adapter_model.safetensors")
     try:  # other sizes are refused below, by name
         peft_model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True, **options)
@@ -57,16 +62,13 @@ def attach_adapter(model, folder: Path, **options):
 
 def refuse_passed_over(peft_model, folder: Path) -> None:
     """Raises ConfigError where an adapter would change nothing: virtual tokens, which only a model that is called
-    through PEFT sees, a LoRA that begins at certain tokens, which PEFT switches off where the model is given
-    embeddings, and layers whose weights the fast operations read past their modules."""
+    through PEFT sees, and layers whose weights the fast operations read past their modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     kind = peft_model.active_peft_config
     if kind.is_prompt_learning:
         raise ConfigError(f"{folder}: an adapter of virtual tokens ({kind.peft_type.value}), which is not asked here.")
-    if getattr(kind, "alora_invocation_tokens", None):
-        raise ConfigError(f"{folder}: an adapter that begins at alora_invocation_tokens, which is not asked here.")
     kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
     changed = (name for name, part in peft_model.named_modules() if isinstance(part, kinds))
     if past := [name for name in changed if name.endswith(("patch_embed.proj", "q_norm", "k_norm"))]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmrev_kit.config.project import EMBEDDED_MODEL
+from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.plain import PlainEncoder
 from mmrev_kit.data.prompts import END, Encoder
@@ -89,10 +89,18 @@ def refuse_contradiction(folder: Path, processor) -> None:
 
 
 def make_encoder(config: Config, drop: str = "none") -> Encoder:
-    """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`."""
+    """The encoder of a configuration: its processor, pixel limits and length limit; `drop` as in `Encoder`.
+
+    Raises:
+        ConfigError: see `load_processor`; or the model is made for shorter rows.
+    """
     name = config.model.name  # a model of the hub is asked for once, and is a folder from here on
     base = name if is_random(name) else str(processor_folder(name, config.model.revision))
     processor = load_processor(base)
     limits = config.model.min_pixels, config.model.max_pixels, config.training.max_length
-    fast = family_of(base) == FAMILY
-    return (Encoder if fast else PlainEncoder)(processor, *limits, drop=drop)
+    values = read_object(resolve(base) if is_random(name) else Path(base) / "config.json")
+    longest = (values.get("text_config") or values).get("max_position_embeddings")
+    if type(longest) is int and config.training.max_length > longest:
+        has = f"the model is made for {longest:,} tokens (max_position_embeddings)"
+        raise ConfigError(f"training.max_length = {config.training.max_length:,}: {has}.")
+    return (Encoder if family_of(base) == FAMILY else PlainEncoder)(processor, *limits, drop=drop)

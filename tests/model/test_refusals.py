@@ -461,8 +461,9 @@ def test_an_adapter_whose_tensors_have_another_prefix_is_refused(adapter, small_
         ({"a_later_setting": 3}, r"'a_later_setting'.* these are ignored"),
         ({"ensure_weight_tying": True}, "requested `ensure_weight_tying`, but no tied modules"),
         ({"target_parameters": ["nothing"]}, r"target_parameters=\['nothing'\] were set but no parameter was matched"),
-        # PEFT switches it off where the model is given embeddings, and says so once
-        ({"alora_invocation_tokens": [1]}, "begins at alora_invocation_tokens, which is not asked here"),
+        ({"alora_invocation_tokens": [1]}, "sets alora_invocation_tokens, which does not count here"),
+        ({"arrow_config": {"top_k": 1}}, "sets arrow_config, which does not count here"),
+        ({"use_bdlora": {"nblocks": 1}}, "sets use_bdlora, which does not count here"),
     ],
 )
 def test_an_adapters_configuration_that_is_not_its_files_is_refused(adapter, fields, words):
@@ -503,6 +504,12 @@ def test_the_unchanged_adapter_and_base_are_read(adapter, base):
     stored = load_file(adapter / "adapter_model.safetensors")
     found = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
     assert found.keys() == stored.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+
+
+def test_rows_longer_than_the_model_is_made_for_are_refused():
+    with pytest.raises(ConfigError, match=r"max_length = 2,049: the model is made for 2,048 tokens"):
+        make_encoder(load_config("configs/tiny_cpu.yaml", "training.max_length=2049"))
+    make_encoder(load_config("configs/tiny_cpu.yaml", "training.max_length=2048"))
 
 
 def test_a_second_adapter_on_the_same_model_is_refused():
