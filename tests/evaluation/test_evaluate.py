@@ -356,6 +356,7 @@ def test_how_many_examples_are_shown_is_no_part_of_an_evaluations_key(small_conf
     assert evaluation_key(small_config("evaluation.batch_size=3"), None, "base", ("none",), questions) not in keys
 
 
+@pytest.mark.long
 def test_a_part_is_asked_beside_the_whole(few, capsys):
     whole = evaluate(few(9), None)
     before = (whole / "predictions.jsonl").read_bytes()

@@ -77,6 +77,7 @@ def test_an_fp16_overflow_stops_the_run_names_its_layer_and_leaves_last_whole(sm
     assert find_fault(run, run.task.train["forward"][:8]) is None
 
 
+@pytest.mark.long
 def test_an_update_that_is_skipped_within_the_warm_up_does_not_raise_the_rate(small_config, state, monkeypatch):
     """Warm-up: .2 of 45 updates, 9 steps; the second update overflows, and is made up for by the third."""
     stops = [5, 11]
