@@ -64,8 +64,8 @@ def _add_notebook(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_share(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("notebooks", nargs="*", help="executed ones; none: the default experiment's, executed first")
-    parser.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for the default experiment")
+    parser.add_argument("notebooks", nargs="*", help="executed ones, or names of the gallery's pages, executed first")
+    parser.add_argument("--to", help="the folder; outputs/shared, or outputs/gallery for its own pages")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

@@ -240,16 +240,13 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
         shown = Counter({row.entity_id: row.group for row in data.pools[IDENTITY.name]}.values())
         told = ", ".join(f"{shown[group]} {group}" for group in GROUPS if shown[group])
         data.notes.append(f"identity rows name the descriptions of {told} people, without a picture")
+    tested = set().union(*read_connectors(files.folder, "test").values())
     for kind, pool in pool_folders(config).items() if uses_retention(config) else ():
         if not pool.is_dir():
             advice = "Open notebooks/data.ipynb, which makes it, or set retention.retention_ratio=0."
             faults.append(Fault(str(pool), f"there is no {kind} pool.", advice))
             continue
-        asked = (
-            set().union(*read_connectors(files.folder, "test").values())
-            if (pool / "pool_info.json").is_file()
-            else set()
-        )
+        asked = tested if (pool / "pool_info.json").is_file() else set()
         for name, task in POOL_TASKS.items():
             source = f"{kind}_{name}"
             for split, target in (("train", data.pools), ("val", data.val)):

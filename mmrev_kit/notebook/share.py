@@ -82,30 +82,34 @@ def executed(name: str) -> Path:
     """A page's notebook, executed; of runs that are finished it only reads.
 
     Raises:
-        ConfigError: the notebook failed.
+        SystemExit: with papermill's status, where the notebook was interrupted or failed.
     """
-    source = source_of(name)
-    folder = page_folder(written_parameters(source))
-    words = {"history": [("histories", str(folder.relative_to(project_root())))]}
-    words |= {page: [("sweep", file)] for page, file in SWEEPS.items()}
-    if execute(source.stem, words.get(name, [])):
-        raise ConfigError(f"{source.name} ended with an error: see above.")
-    made = dict(words.get(name, [])) if name in SWEEPS else {}
-    return page_folder(written_parameters(source) | made) / source.name
+    source, given = source_of(name), {}
+    written = written_parameters(source)
+    if name in SWEEPS:
+        given = {"sweep": SWEEPS[name]}
+    folder = page_folder(written | given)
+    if name == "history":
+        given = {"histories": str(folder.relative_to(project_root()))}
+    if status := execute(source.stem, list(given.items())):
+        raise SystemExit(status)
+    return folder / source.name
 
 
 def share(given: Iterable[str] = (), folder: str | None = None) -> int:
     """Write pages and an index of them; returns an exit status.
 
     Args:
-        given: executed notebooks, or names of the gallery's pages; none: all of these. Their notebooks are executed.
+        given: executed notebooks, or names of the gallery's pages, whose notebooks are executed first; none: the pages
+            of the default experiment. Those of sweeps are made by name only, since their runs take hours.
         folder: where to; None: outputs/gallery for its own pages, outputs/shared for others.
 
     Raises:
-        ConfigError: there is no such notebook, or one failed.
+        ConfigError: there is no such notebook.
+        SystemExit: see `executed`.
     """
-    given = list(given)
-    own = [name for name in NAMES if name in given or not given]
+    given = list(given) or [name for name in NAMES if name not in SWEEPS]
+    own = [name for name in NAMES if name in given]
     paths = [resolve(path) for path in given if path not in NAMES]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ConfigError(f"{', '.join(missing)}: there is no such notebook. Execute it first.")

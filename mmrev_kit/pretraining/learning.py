@@ -49,7 +49,7 @@ def make_batch(
     packed = pack(micro_batches(groups, LENGTH - groups[0].preamble), encoder, LENGTH)
     shown = numpy.array([int(path.stem) for path, _ in packed.images], dtype=numpy.int64)
     pictures, slots = numpy.unique(shown, return_inverse=True)
-    seen = (packed.input_ids == encoder.image_id).astype(numpy.int16)
+    seen = (packed.input_ids == encoder.image_id).astype(numpy.int32)
     tokens = seen.sum() // max(1, len(slots))
     seen[seen > 0] = (slots[:, None] * tokens + numpy.arange(1, tokens + 1)).ravel()
     owner = packed.owner

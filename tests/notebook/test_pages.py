@@ -45,7 +45,7 @@ def test_the_gallery_is_whole_and_small_enough_to_keep():
 
 
 def test_the_gallery_shows_what_its_notebooks_and_code_would():
-    """After a change of a notebook, of tiny_cpu.yaml or of a module that draws: make share."""
+    """After a change of a notebook, of tiny_cpu.yaml or of a module that draws: make share ARGS="<the pages>"."""
     assert share.stale(GALLERY) == []
 
 
@@ -65,6 +65,8 @@ def test_a_page_that_was_changed_or_whose_notebook_was_is_found(tmp_path, monkey
     notebook.cells[-1].source += "\nMore."
     nbformat.write(notebook, tmp_path / "history.ipynb")
     assert share.source_digest(tmp_path / "history.ipynb") != before
+    sweeps = [share.source_digest(share.source_of(name), file) for name, file in share.SWEEPS.items()]
+    assert len({*sweeps, share.source_digest(share.source_of("taught"))}) == len(sweeps) + 1  # each is of its own file
 
 
 def widgets(state: dict | None, **beside) -> nbformat.NotebookNode:

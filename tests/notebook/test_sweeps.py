@@ -94,11 +94,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is_made(written, tmp_path
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_sweep_can_be_read_and_says_what_it_asks(path):
     sweep = read_sweep(str(path))
-    assert (
-        sweep.file.question.endswith("?")
-        and len(sweep.seeds) == (1 if sweep.name == "bases" else 3)
-        and len(sweep.runs()) <= 30
-    )
+    assert sweep.file.question.endswith("?") and len(sweep.runs()) <= 30
+    assert len(sweep.seeds) == (1 if sweep.name == "bases" else 3)
 
 
 @pytest.mark.parametrize(
