@@ -217,7 +217,12 @@ def accuracy_figure(metrics: dict[str, dict]):
 
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
+
+    Returns:
+        None where there is nothing to draw, as when every run of a sweep failed.
     """
+    if not metrics:
+        return None
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
     figure, axes, left = axes_by_test(6.4)
     key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]

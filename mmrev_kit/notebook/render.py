@@ -87,12 +87,20 @@ def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
     return LINK.sub(lead, text).replace(f"{project_root()}/", "")
 
 
-def render(notebook: str | Path, html: str | Path | None = None, pages: Iterable[str] = ()) -> Path:
-    """An executed notebook as one HTML page beside it (or at `html`); see `to_page`."""
+def render(
+    notebook: str | Path, html: str | Path | None = None, pages: Iterable[str] = (), opening: str | None = None
+) -> Path:
+    """An executed notebook as one HTML page beside it (or at `html`); see `to_page`.
+
+    Args:
+        opening: what stands in its first cell instead, its title first.
+    """
     import nbformat
 
     notebook = Path(notebook)
     loaded = nbformat.read(notebook, as_version=4)
+    if opening:
+        loaded.cells[0].source = opening
     title = loaded.cells[0].source.splitlines()[0].lstrip("# ") if loaded.cells else notebook.stem
     page = to_page(loaded, f"{title} - {notebook.parent.name}", pages)
     return write_text(html or notebook.with_suffix(".html"), page)
