@@ -217,12 +217,7 @@ def accuracy_figure(metrics: dict[str, dict]):
 
     Args:
         metrics: {name: as from `metrics.metrics`}. Where entities are unknown the interval is Wilson's.
-
-    Returns:
-        None where there is nothing to draw, as when every run of a sweep failed.
     """
-    if not metrics:
-        return None
     names = list(metrics) if len(metrics) == 1 else [str(number) for number in range(1, len(metrics) + 1)]
     figure, axes, left = axes_by_test(6.4)
     key = [f"{number}  {name}" for number, name in zip(names, metrics, strict=True)]
@@ -232,7 +227,7 @@ def accuracy_figure(metrics: dict[str, dict]):
         for x, found in enumerate(metrics.values()):
             _draw_groups(axis, x, found["none"].get(test, {}), crowded=len(metrics) > 2)
         title = f"{TASK_TYPES[test].title}\n{TASK_TYPES[test].direction}"
-        axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=title)
+        axis.set(xlim=(-0.5, max(1, len(metrics)) - 0.5), ylim=(-0.14, 1.19), title=title)
         axis.set_xticks(range(len(metrics)), names)
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
         for label in axis.get_xticklabels():

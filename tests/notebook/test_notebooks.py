@@ -195,7 +195,7 @@ def test_the_helpers_train_in_a_plain_loop(small_overrides, tmp_path):
     assert done.returncode == 0, done.stderr
     text = printed(executed)
     assert "epoch 1: lowest validation loss" in text
-    first, last = re.search(r"33 updates: .* fell from (\S+) to (\S+); last epoch", text).groups()
+    first, last = re.search(r"33 updates: mean loss of five from (\S+) to (\S+); last epoch", text).groups()
     assert float(last) < 0.8 * float(first)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
