@@ -104,7 +104,7 @@ class Sweep:
         return [(point, seed) for seed in self.seeds for point in self.points]
 
     def __str__(self) -> str:
-        axes = [f"{name}: {', '.join(map(str, levels))}" for name, levels in self.axes.items()]
+        axes = [f"{name}: {'; '.join(map(str, levels))}" for name, levels in self.axes.items()]
         seeds = f"seeds {' '.join(map(str, self.seeds))}"
         count = f"{len(self.points)} points x {len(self.seeds)} seeds = {len(self.runs())} runs"
         return "\n".join([self.file.question, *axes, seeds, f"{count}, in {self.folder}"])
