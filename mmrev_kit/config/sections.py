@@ -335,7 +335,9 @@ class Config:
             rule = "launch.mode=deepspeed trains a 16-bit base; set quantization.bits=16, or launch.mode=data for NF4"
             _require(self.quantization.bits == 16, "quantization.bits", self.quantization.bits, rule)
             rule = "launch.mode=deepspeed cuts fp32 states into shares, and 8-bit ones come in blocks; set adamw"
-            _require(OPTIMIZERS[self.training.optimizer].bits == 32, "training.optimizer", self.training.optimizer, rule)
+            _require(
+                OPTIMIZERS[self.training.optimizer].bits == 32, "training.optimizer", self.training.optimizer, rule
+            )
 
     @property
     def taught(self) -> dict[str, tuple[str, ...]]:

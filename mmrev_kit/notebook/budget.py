@@ -159,7 +159,8 @@ def mode_table(config: Config, card: str, model: str = "32b", spread: int = 4):
 
     shapes, room, cards = as_shapes(model), card_gib(card), 8
     whole = replace(config, quantization=replace(config.quantization, bits=16))
-    four, zero = (plan(way, room, cards, shapes).chosen.estimate.device_gib for way in (config, whole))
+    shared = replace(whole, launch=replace(whole.launch, mode="deepspeed"))
+    four, zero = (plan(way, room, cards, shapes).chosen.estimate.device_gib for way in (config, shared))
     one = replace(whole, evaluation=replace(whole.evaluation, batch_size=1))
     asked = evaluation(one, shapes, config.training.max_length, 196)
     layer = max(one.gib for one in asked.components if one.name == "decoder weights") / shapes.num_hidden_layers

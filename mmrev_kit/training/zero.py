@@ -25,22 +25,16 @@ def refuse_mode(config: Config, num_processes: int | None = None) -> None:
         num_processes: of the run; None where that is not known yet.
     """
     if config.launch.mode == "auto":
-        raise ConfigError(
-            "launch.mode = 'auto' spreads one model over all GPUs to evaluate it, and does not train. Set "
-            "launch.mode=data, with quantization.bits=4 for a large base."
-        )
+        told = "spreads one model over all GPUs to evaluate it, and does not train"
+        raise ConfigError(f"launch.mode = 'auto' {told}. Set launch.mode=data; quantization.bits=4 for a large base.")
     if config.launch.mode != "deepspeed":
         return
     if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "launch.mode = 'deepspeed': deepspeed is not installed. Run pip install -e '.[deepspeed]', or set "
-            "launch.mode=data."
-        )
+        told = "deepspeed is not installed. Run pip install -e '.[deepspeed]', or set launch.mode=data"
+        raise ConfigError(f"launch.mode = 'deepspeed': {told}.")
     if num_processes == 1:
-        raise ConfigError(
-            "launch.mode = 'deepspeed' shares the optimizer out among processes, and this run has one. Set "
-            "launch.num_processes=2 or more, or launch.mode=data."
-        )
+        told = "shares the optimizer out among processes, and this run has one"
+        raise ConfigError(f"launch.mode = 'deepspeed' {told}. Set launch.num_processes=2 or more, or launch.mode=data.")
 
 
 class ShardedOptimizer:
@@ -53,8 +47,7 @@ class ShardedOptimizer:
         parameters: what is trained, in fp32.
 
     Attributes:
-        param_groups: those of the optimizer; `lr` is read at each step.
-        zero_grad: as an optimizer's.
+        param_groups, zero_grad: as an optimizer's; `lr` is read at each step.
     """
 
     def __init__(self, config: Config, optimizer, parameters: list, device):

@@ -100,6 +100,21 @@ def test_what_the_page_says_of_the_guides_numbers_is_computed(config):
         assert words in section, words
 
 
+def test_what_the_page_says_of_zero_is_computed(config):
+    page = " ".join((Path(__file__).parents[2] / "configs" / "README.md").read_text(encoding="utf-8").split())
+    section = page.split("## Modes")[1].split(" ## ")[0]
+    counts = {size: sum(lora_tensors(as_shapes(size), 8, config.lora.target_modules)) for size in ("2b", "8b", "32b")}
+    shared = {size: (4 * count + optimizer_bytes([count], "adamw")) / GIB for size, count in counts.items()}
+    table = budget.mode_table(config, "V100 32")
+    for words in (
+        f"{counts['32b']:,} numbers with 4 B of gradient and 8 B",
+        f"are {shared['32b']:.2f} GiB (2B: {shared['2b']:.2f}, 8B: {shared['8b']:.2f})",
+        f"a 16-bit base of {2 * 33.4e9 / GIB:.0f} GiB",
+        f"needs {table['GiB a card']['deepspeed ZeRO-2']:.0f} GiB a card",
+    ):
+        assert words in section, words
+
+
 def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatch):
     start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
     assert len(budget.controls(config, **start).axes) == 1
