@@ -376,9 +376,7 @@ def test_mode_deepspeed_is_refused_where_its_16_bit_base_does_not_fit(small_conf
     config, state = small_config(words), SimpleNamespace(num_processes=8, process_index=1, is_main_process=False)
     state.device = CPU
     card(31.7)
-    with pytest.raises(
-        ConfigError, match=r"training needs 6\d\.\d GiB and the card has 31.7. decoder weights takes"
-    ):
+    with pytest.raises(ConfigError, match=r"training needs 6\d\.\d GiB and the card has 31.7. decoder weights takes"):
         planned(config, state)
     states = {one.name: one for one in estimate(config, "32b", processes=8).components}["optimizer states"]
     assert states.size == 12 * 19_922_944 / 8 and "one share in 8" in states.formula
