@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.reporting import decimal
@@ -131,6 +132,20 @@ def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatc
     found, _ = budget.budget(config, **start | {"model": "32b"})
     assert f"as set {found['as set'].device_gib:.1f}, " in page.value and page.value.count("data:image/png") == 1
     assert page.value.split("base64")[1] != before.split("base64")[1]
+
+
+def test_the_budget_is_that_of_the_configured_model_unless_another_is_named(config, family_folder, capsys):
+    assert (budget.shown_model(config), budget.shown_model(config, "8b")) == ("32b", "8b")
+    tiny = load_config("configs/tiny_cpu.yaml")
+    assert as_shapes(budget.shown_model(tiny)) == as_shapes("embedded")
+    assert as_shapes(budget.shown_model(tiny, "configs/models/qwen3vl_2b.json")) == as_shapes("2b")
+    assert capsys.readouterr().out == ""
+    folder = family_folder(FAMILIES["internvl"])
+    for other, named in ((load_config("configs/tiny_cpu.yaml", f"model.name={folder}"), None), (config, str(folder))):
+        assert budget.shown_model(other, named) is None
+        assert f"{folder}: the memory estimate knows Qwen3-VL only" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="7b: no model of that name"):
+        budget.shown_model(config, "7b")
 
 
 def test_an_unknown_card_names_the_known_ones(config):
