@@ -135,6 +135,7 @@ def partial(project, mmrev, whole: Path) -> None:
             "train --config configs/tiny_cpu.yaml --mode zero",
             "launch.mode = 'zero': must be data (or qlora), auto or deepspeed.",
         ),
+        ("train --mode auto --overrides quantization.bits=16", "launch.mode = 'auto' spreads one model over all GPUs"),
         ("memory --model 7b", "7b: no model of that name"),
         ("memory --card V99", "card = 'V99': must be one of V100 32"),
     ],
