@@ -5,7 +5,7 @@ TASK ?= forward
 # more parameters of the notebook, such as ARGS="-p num_epochs 2 -p overwrite true"
 ARGS ?=
 # tests of a file share what it makes, so they stay in one process
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 READY := .venv/ready-$(basename $(TORCH))
 
@@ -36,7 +36,7 @@ test-long: $(READY)
 	@MMREV_LONG=1 $(BIN)/python -m pytest $(PARALLEL) -m long $(ARGS)
 
 test-browser: $(READY)
-	@$(BIN)/python -m pytest -rs tests/browser $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -rs tests/browser $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

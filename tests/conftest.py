@@ -63,12 +63,29 @@ def small_config(small_overrides):
     return make
 
 
+# Minutes each: they come first, so that at the end no process works alone at one of them.
+FIRST = "test_notebooks.py", "test_train.py", "test_evaluate.py", "test_plain_runs.py"
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that start many processes for a minute are left out unless they are asked for."""
+    """The longest files first. Tests that take most of a minute are left out unless they are asked for."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if "MMREV_LONG" not in os.environ:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes about a minute: run with make test-long"))
+
+
+@pytest.fixture
+def open_in_jupyterlab(monkeypatch):
+    """A function that makes this process look like the kernel of a notebook that a person has open."""
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+
+    def open_one() -> None:
+        monkeypatch.setenv("JPY_SESSION_NAME", "one.ipynb")
+        monkeypatch.setattr("IPython.core.getipython.get_ipython", object)
+
+    return open_one
 
 
 @pytest.fixture

@@ -255,7 +255,8 @@ def read_run_data(config: Config) -> tuple[RunData, list[Fault]]:
                 faults, read = faults + more, read + rows
                 target[source] = [row for row in rows if row.connector not in asked]
                 if left := len(rows) - len(target[source]):
-                    data.notes.append(f"{left:,} of {len(rows):,} {source} rows of {split} ask with a test's connector")
+                    told = f"rows of {split} are left out: they ask with a test's connector"
+                    data.notes.append(f"{left:,} of {len(rows):,} {source} {told}")
     used = {row.where for _, _, rows in data.sources() for row in rows}
     data.left_out = [row for row in files.read + read if row.where not in used]
     return data, files.faults + faults

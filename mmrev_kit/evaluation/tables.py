@@ -1,10 +1,10 @@
 """Evaluations as tables."""
 
 from mmrev_kit.config.reporting import decimal, probability
-from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, IMAGE_TO_TEXT, TASK_TYPES, TEXT_TO_IMAGE
+from mmrev_kit.data.tasks import CHOICE, CW, GENERATION, GROUPS, IMAGE_TO_TEXT, TASK_TYPES, TEXT_TO_IMAGE
 from mmrev_kit.evaluation.metrics import compare
 from mmrev_kit.evaluation.results import Evaluation
-from mmrev_kit.evaluation.verdict import Verdict
+from mmrev_kit.evaluation.verdict import INCONCLUSIVE, Verdict
 
 
 def _interval(low_high: list[float] | None) -> str:
@@ -32,32 +32,35 @@ def _table(rows: list[dict]):
     return pandas.DataFrame(rows).set_index(["test", "group"]).astype(object).fillna("")
 
 
-def _cell(groups: dict[str, dict]) -> str:
-    """Each group's accuracy and interval in one test, in CW with TPR, FPR and AUROC as far as they are known."""
-    parts = []
-    for group, numbers in groups.items():
-        if numbers["accuracy"] is None or (group == "all" and len(groups) > 1):
-            continue
-        rates = {name: (numbers["rates"] or {}).get(name.lower()) for name in ("TPR", "FPR", "AUROC")}
-        more = "".join(f", {name} {decimal(value)}" for name, value in rates.items() if value is not None)
-        interval = _interval(numbers["cluster_interval"] or numbers["wilson"])
-        parts.append(f"{group if group != 'all' else ''} {decimal(numbers['accuracy'])} ({interval}){more}".strip())
-    return "; ".join(parts)
+def _cell(numbers: dict) -> str:
+    """A group's accuracy and interval in one test, in CW with TPR, FPR and AUROC as far as they are known."""
+    if numbers["accuracy"] is None:
+        return ""
+    rates = {name: (numbers["rates"] or {}).get(name.lower()) for name in ("TPR", "FPR", "AUROC")}
+    more = "".join(f", {name} {decimal(value)}" for name, value in rates.items() if value is not None)
+    return f"{decimal(numbers['accuracy'])} ({_interval(numbers['cluster_interval'] or numbers['wilson'])}){more}"
 
 
 def direction_table(evaluations: dict[str, Evaluation]):
-    """A pandas DataFrame of whole prompts, a row an evaluation and direction, a column a format; see `_cell`."""
+    """A pandas DataFrame of whole prompts: a row an evaluation, direction and group, a column a format; see `_cell`.
+
+    The group `all` stands where no entity's group is known.
+    """
     import pandas
 
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for name, found in evaluations.items():
+        tests = found.metrics["none"]
+        known = {group for groups in tests.values() for group in (groups if len(groups) == 1 else {*groups} - {"all"})}
+        shown = sorted(known, key=[*GROUPS, "all"].index)
         for direction in (IMAGE_TO_TEXT, TEXT_TO_IMAGE):
-            cells[name, direction] = dict.fromkeys((GENERATION, CW, CHOICE), "")
-        for test, groups in found.metrics["none"].items():
-            task = TASK_TYPES[test]
-            cells[name, task.direction][task.format] = _cell(groups)
+            for group in shown:
+                row = cells[name, direction, group] = dict.fromkeys((GENERATION, CW, CHOICE), "")
+                for test, groups in tests.items():
+                    if TASK_TYPES[test].direction == direction and group in groups:
+                        row[TASK_TYPES[test].format] = _cell(groups[group])
     table = pandas.DataFrame.from_dict(cells, orient="index")
-    table.index = pandas.MultiIndex.from_tuples(cells, names=["evaluation", "direction"])
+    table.index = pandas.MultiIndex.from_tuples(cells, names=["evaluation", "direction", "group"])
     return table
 
 
@@ -161,5 +164,9 @@ def gate_table(judged: Verdict):
 
 def verdict_lines(judged: Verdict) -> list[str]:
     """The verdict, then those on other formats: a line each."""
-    parts = [("VERDICT", judged), *(("Beside it", other) for other in judged.beside)]
-    return [f"{head} ({TASK_TYPES[one.test].title}): {one.claim}. {one.sentence}" for head, one in parts]
+    lines = []
+    for head, one in [("VERDICT", judged), *(("Beside it", other) for other in judged.beside)]:
+        # the sentence of an inconclusive one says that itself, with the reason
+        words = one.sentence if one.claim != INCONCLUSIVE else one.sentence[0].lower() + one.sentence[1:]
+        lines.append(f"{head} ({TASK_TYPES[one.test].title}): {f'{one.claim}. ' * (one.claim != INCONCLUSIVE)}{words}")
+    return lines

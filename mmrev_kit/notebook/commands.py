@@ -140,8 +140,8 @@ def evaluate(given: Namespace) -> None:
     found = read_evaluation(folder)
     for line in tables.notes({found.name: found}):
         print(f"NOTE: {line}")
-    for (_, direction), row in tables.direction_table({found.name: found}).iterrows():
-        print(*(f"{direction}, {form}: {cell}" for form, cell in row.items() if cell), sep="\n")
+    for (_, direction, group), row in tables.direction_table({found.name: found}).iterrows():
+        print("".join(f"{direction}, {form}: {group} {cell}\n" for form, cell in row.items() if cell), end="")
     if found.task:
         print(*tables.verdict_lines(found.verdict()), sep="\n")
     print(f"results: {folder}")

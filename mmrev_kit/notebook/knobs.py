@@ -155,7 +155,8 @@ def ask_form(asker: Asker, image: str | None, text: str | None):
     offered = pictures(asker.config)
     image, text = str(image or next(iter(offered.values()))), text or f"{IMAGE_MARK} is"
     if not is_interactive():
-        print(f"{image}\n{text}\n-> {asker(image, text)}")
+        told = {str(path): label for label, path in offered.items()}.get(image, "a picture of your own")
+        print(f"{image} ({told})\n{text}\n-> {asker(image, text)}")
         return None
     from ipywidgets import HTML, Button, Dropdown, HBox, Layout, Text, Textarea, VBox
 

@@ -227,7 +227,7 @@ def accuracy_figure(metrics: dict[str, dict]):
         for x, found in enumerate(metrics.values()):
             _draw_groups(axis, x, found["none"].get(test, {}), crowded=len(metrics) > 2)
         title = f"{TASK_TYPES[test].title}\n{TASK_TYPES[test].direction}"
-        axis.set(xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.14, 1.19), title=title)
+        axis.set(xlim=(-0.5, max(1, len(metrics)) - 0.5), ylim=(-0.14, 1.19), title=title)
         axis.set_xticks(range(len(metrics)), names)
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
         for label in axis.get_xticklabels():

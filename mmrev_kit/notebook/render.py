@@ -19,6 +19,7 @@ DEFAULT = "configs/tiny_cpu.yaml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BARS = re.compile(r"^.*\r(?!$)", re.MULTILINE)  # of a line that was written over itself, all but the last
 HEADING = re.compile(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor-link".*?</h\1>', re.DOTALL)
+RELATIVE = re.compile(r"\]\((?!\w+:|[#/])")  # where the target of a Markdown link to a file begins
 LINK = re.compile(r'<a href="(?!https?:|#)([^"]*)"[^>]*>(.*?)</a>', re.DOTALL)
 
 
@@ -64,35 +65,45 @@ def to_page(notebook, title: str, pages: Iterable[str] = ()) -> str:
 
     Args:
         notebook: executed; it is cleaned in place.
-        pages: names of the pages that lie beside it: links to their notebooks lead to them.
+        pages: names of the pages that lie beside it, with an index: links to their notebooks lead to them.
     """
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     clean(notebook)
+    known = {"index", *pages} if pages else set()
     exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(ASSETS)])
     dark = HtmlFormatter(style="github-dark", nobackground=True).get_style_defs(".highlight")
     css = HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
     css += f"\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
     text, _ = exporter.from_notebook_node(notebook, {"page": {"title": title, "code_css": css}})
     heads = [f'<li class="level{level}"><a href="#{at}">{name}</a></li>' for level, at, name in HEADING.findall(text)]
+    heads = ['<li><a href="index.ipynb">All pages</a></li>'] * bool(heads and known) + heads
     if heads:
         contents = f'<nav aria-label="Contents"><ul>\n{chr(10).join(heads)}\n</ul></nav>\n'
         text = text.replace("<main>", f"{contents}<main>", 1)
 
     def lead(match: re.Match) -> str:
-        name = match[1].removesuffix(".ipynb")
-        return f'<a href="{name}.html">{match[2]}</a>' if name in pages else match[2]
+        name = Path(match[1]).name.removesuffix(".ipynb")
+        return f'<a href="{name}.html">{match[2]}</a>' if name in known else match[2]
 
     return LINK.sub(lead, text).replace(f"{project_root()}/", "")
 
 
-def render(notebook: str | Path, html: str | Path | None = None, pages: Iterable[str] = ()) -> Path:
-    """An executed notebook as one HTML page beside it (or at `html`); see `to_page`."""
+def render(
+    notebook: str | Path, html: str | Path | None = None, pages: Iterable[str] = (), opening: str | None = None
+) -> Path:
+    """An executed notebook as one HTML page beside it (or at `html`); see `to_page`.
+
+    Args:
+        opening: what stands in its first cell instead, its title first.
+    """
     import nbformat
 
     notebook = Path(notebook)
     loaded = nbformat.read(notebook, as_version=4)
+    if opening:
+        loaded.cells[0].source = opening
     title = loaded.cells[0].source.splitlines()[0].lstrip("# ") if loaded.cells else notebook.stem
     page = to_page(loaded, f"{title} - {notebook.parent.name}", pages)
     return write_text(html or notebook.with_suffix(".html"), page)
@@ -138,6 +149,7 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
         kept = folder / f"{name}.ipynb"
     if waiting.is_file():
         os.replace(waiting, kept)
+        relink(kept, source.parent)
     if status == 130:
         print(f"\ninterrupted; run the same command again to go on with {folder}")
         return status
@@ -147,6 +159,17 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     if kept.is_file():
         print(f"Open {render(kept)}")
     return 2 if status and error and len(error) == 1 else status
+
+
+def relink(notebook: Path, folder: Path) -> None:
+    """Make the relative links of a notebook that was written in another folder lead where they led from there."""
+    import nbformat
+
+    loaded, way = nbformat.read(notebook, as_version=4), os.path.relpath(folder, notebook.parent)
+    for cell in loaded.cells:
+        if cell.cell_type == "markdown":
+            cell.source = RELATIVE.sub(f"]({way}/", cell.source)
+    nbformat.write(loaded, notebook)
 
 
 def notebook_config(values: dict) -> Config:

@@ -66,6 +66,14 @@ def stamp(page: str, source: str) -> str:
     return blank.replace(STAMP.format(""), STAMP.format(sha256(f"{source}{blank}".encode()).hexdigest()), 1)
 
 
+def opening(name: str) -> str | None:
+    """The first cell of the page of a sweep that has no notebook of its own: what it asks."""
+    if name not in SWEEPS or source_of(name).stem == name:
+        return None
+    lines = [f"# {name.replace('_', ' ').capitalize()}", f"**Question: {read_sweep(SWEEPS[name]).file.question}**"]
+    return "\n\n".join([*lines, f'[sweep.ipynb](sweep.ipynb) with `sweep = "{SWEEPS[name]}"`.'])
+
+
 def stale(folder: Path) -> list[str]:
     """Names of the pages in a gallery that show other than their notebooks, configurations and drawing modules would,
     or were changed by hand."""
@@ -119,7 +127,7 @@ def share(given: Iterable[str] = (), folder: str | None = None) -> int:
     pages |= {name: executed(name) for name in own}
     links = pages if paths else pages | {name: source_of(name) for name in NAMES if (target / f"{name}.html").is_file()}
     for name, path in pages.items():
-        page = render(path, target / f"{name}.html", links)
+        page = render(path, target / f"{name}.html", links, opening(name) if name in own else None)
         if name in own:
             digest = source_digest(source_of(name), SWEEPS.get(name))
             write_text(page, stamp(page.read_text(encoding="utf-8"), digest))
@@ -136,10 +144,8 @@ def write_index(folder: Path, notebooks: dict[str, Path]) -> None:
 
     lines = []
     for name, path in notebooks.items():
-        title, *rest = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+        title, *rest = (opening(name) or nbformat.read(path, as_version=4).cells[0].source).splitlines()
         question = next((line.strip("*") for line in rest if line.strip()), "")
-        if name in SWEEPS:
-            title, question = name.replace("_", " ").capitalize(), read_sweep(SWEEPS[name]).file.question
         lines.append(f"- [{escape(title.lstrip('# '))}]({name}.ipynb): {question.removeprefix('Question: ')}")
     text = "# Pages\n\nRendered notebooks; each page stands alone.\n\n" + "\n".join(lines)
     cell = nbformat.v4.new_markdown_cell(text, id="pages")

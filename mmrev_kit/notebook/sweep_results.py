@@ -94,16 +94,16 @@ def write_csv(sweep: Sweep, results: list[Result]) -> Path:
 
 
 def claim_table(sweep: Sweep, results: list[Result]):
-    """A pandas DataFrame, a row a point and seed, and one over all seeds: accuracy by test (main / control / …), the
-    claim, where the file says so the expected one, how long training took, and why a run failed."""
+    """A pandas DataFrame, a row a point over all seeds, and one a seed: the claim, where the file says so the expected
+    one, or why a run failed; each group's accuracy by test, in the order of `GROUPS`; how long training took."""
     import pandas
 
     rows = []
     for point in sweep.points:
         mine = [result for result in results if result.point == point]
-        rows += [_claim_row(sweep, point, one.seed, one.evaluation, one.history, one.error) for one in mine]
         if seeds := by_point(mine).get(point):
             rows.append(_claim_row(sweep, point, "all", pool(point.name, seeds)))
+        rows += [_claim_row(sweep, point, one.seed, one.evaluation, one.history, one.error) for one in mine]
     return pandas.DataFrame(rows).set_index(["point", "seed"]).fillna("")
 
 
@@ -111,12 +111,12 @@ def _claim_row(
     sweep: Sweep, point: Point, seed, one: Evaluation | None, history: dict | None = None, error: str | None = None
 ) -> dict:
     row: dict = {"point": point.name, "seed": seed}
-    for test, groups in one.metrics["none"].items() if one else ():
-        levels = [decimal(groups[group]["accuracy"]) for group in GROUPS if group in groups]
-        row[TASK_TYPES[test].title] = " / ".join(levels or [decimal(groups["all"]["accuracy"])])
     row |= {"claim": one.verdict().claim} if one else {"error": error}
     if sweep.file.expected:
         row["expected"] = sweep.file.expected.get(point.name)
+    for test, groups in one.metrics["none"].items() if one else ():
+        levels = [decimal(groups[group]["accuracy"]) for group in GROUPS if group in groups]
+        row[TASK_TYPES[test].title] = " / ".join(levels or [decimal(groups["all"]["accuracy"])])
     if history:
         row["training"] = duration(sum(record["seconds"] for record in history["epochs"]))
     return row

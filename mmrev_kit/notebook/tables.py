@@ -41,11 +41,15 @@ def summary(history: dict) -> str:
         return f"The run has no validation loss yet ({history['status']})."
     source = next(iter(history["epochs"][0]["val_loss"]))
     loss, epoch = min(finite)
+    best = max((r["epoch"] for r in history["epochs"] if (r["decision"] or {}).get("improved")), default=epoch)
+    little = "That is too little lower to count (training.improvement_threshold)"
+    kept = "" if best == epoch else f" {little}: best/ is of epoch {best}."
     how = {"finished": "ended", "failed": "failed", "interrupted": "was interrupted"}.get(history["status"], "is")
     reason = f" ({history['reason']})" if history["reason"] else ""
     return (
         f"The run {how} after epoch {history['epochs'][-1]['epoch']}{reason}; "
-        f"its lowest validation loss on {source} rows is {loss_text(loss)}, after epoch {epoch}.{_effort(history)}"
+        f"its lowest validation loss on {source} rows is {loss_text(loss)}, after epoch {epoch}."
+        f"{kept}{_effort(history)}"
     )
 
 

@@ -9,17 +9,18 @@ import nbformat
 ROOT = Path(__file__).parents[2]
 DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
 RUN = {"name": "small", "overrides": f"{DATA} experiment.taught=generation training.batch_size=32"}
+SWEEP = {
+    "sweep": "configs/sweeps/one.yaml", "num_epochs": 1,
+    "overrides": f"{DATA} training.batch_size=64 retention.retention_ratio=0",
+}  # fmt: skip
 # What is typed into each notebook's cell of parameters, so that it ends within seconds.
 GIVEN = {
     "data": RUN,
     "memory": {"model": "8b", "card": "A100 80", "micro_batch": 4},
     "train": RUN | {"num_epochs": 1},
     "evaluate": RUN | {"drops": "none", "base": False},
-    "reproduce": RUN | {"seeds": "0", "num_epochs": 1, "overrides": f"{DATA} training.batch_size=64"},
-    "sweep": {
-        "sweep": "configs/sweeps/one.yaml", "num_epochs": 1,
-        "overrides": f"{DATA} training.batch_size=64 retention.retention_ratio=0",
-    },
+    "reproduce": SWEEP,
+    "sweep": SWEEP,  # finds what `reproduce` has finished
     "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
     "pretrain_tiny": {
         "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
@@ -56,8 +57,8 @@ class Tab:
         self.page.set_default_timeout(60_000)
         self.page.goto(f"{base}/workspaces/{name}/tree/notebooks/{name}.ipynb?{token}")
         self.page.wait_for_function(f"() => window.jupyterapp && {BOOK}?.content?.widgets?.length > 1")
-        if wait:  # a kernel that is busy since before this page cannot be asked
-            self.until(lambda: self.page.evaluate(STATUS) == "idle")
+        # Before it is connected cells would ask which kernel to run in. One that is busy since before may not say so.
+        self.until(lambda: (status := self.page.evaluate(STATUS)) == "idle" or (not wait and status != "none"))
 
     def until(self, condition, seconds: float = SECONDS, what: str = "timed out") -> None:
         """Wait until `condition()` holds.

@@ -228,7 +228,8 @@ def predictions(folder: Path) -> list[dict]:
     return records_of(folder / "predictions.jsonl")
 
 
-@pytest.mark.parametrize("rows", [pytest.param(9, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [9, 1])
 def test_each_row_is_counted_once_on_two_processes(few, rows, capsys):
     one = predictions(evaluate(few(rows), None))
     two = predictions(evaluate(few(rows, "launch.num_processes=2"), None, again=True))

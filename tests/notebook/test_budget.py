@@ -116,10 +116,10 @@ def test_what_the_page_says_of_zero_is_computed(config):
         assert words in section, words
 
 
-def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, monkeypatch):
+def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, open_in_jupyterlab):
     start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
     assert len(budget.controls(config, **start).axes) == 1
-    monkeypatch.setenv("JPY_SESSION_NAME", "memory.ipynb")
+    open_in_jupyterlab()
     panel = budget.controls(config, **start)
     assert "data:image/png" in panel._repr_mimebundle_()["text/html"]  # what a page without widgets shows
     knobs, page = panel.children

@@ -107,8 +107,8 @@ def test_people_and_lengths_are_drawn_and_closed(small_config, encoder, rows):
     assert pyplot.get_fignums() == []
 
 
-def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows, monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "data.ipynb")
+def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows, open_in_jupyterlab):
+    open_in_jupyterlab()
     ordered = [encoder.encode(row) for file in ("forward_test", "mcq_d2i_test") for row in rows[file]]
     samples = [*ordered[:3], *reversed(ordered[3:]), ordered[4]]  # a plan's rows stand in its own order, and some again
     file, (number, back, on), page = (getattr(one, "children", one) for one in knobs.browse(samples, encoder).children)
@@ -127,8 +127,8 @@ def test_the_browser_walks_through_the_rows_of_a_file(encoder, rows, monkeypatch
     assert "row 24 of 24" in page.value
 
 
-def test_the_form_shows_the_picture_that_it_asks_about_and_that_it_is_answering(small_config, monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "evaluate.ipynb")
+def test_the_form_shows_the_picture_that_it_asks_about_and_that_it_is_answering(small_config, open_in_jupyterlab):
+    open_in_jupyterlab()
     config, seen = small_config(), []
 
     def answer(image, text):

@@ -252,13 +252,16 @@ def test_progress_is_a_few_plain_lines_that_say_the_rest(tmp_path, capsys, monke
     assert line.endswith("2 min 20 s elapsed, about 2 min 15 s remaining")  # 140 s / 51 * 49
 
 
-def test_the_notebook_shows_the_logs_lines_and_in_jupyterlab_one_that_follows(tmp_path, capsys, monkeypatch):
+def test_the_notebook_shows_the_logs_lines_and_in_jupyterlab_one_that_follows(
+    tmp_path, capsys, monkeypatch, open_in_jupyterlab
+):
     log = tmp_path / "train.log"
     log.write_text("progress: of an earlier run\n")
     for person in (False, True):
-        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+        # which a command in a cell, and a sweep's run, inherit from their notebook
+        monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
         if person:
-            monkeypatch.setenv("JPY_SESSION_NAME", "train.ipynb")
+            open_in_jupyterlab()
         lines = LogLines(log)
         with log.open("a") as file:
             file.write("a library says\nprogress: loading embedded\nprogress: 10%, epoch 1/2, update 5/50: loss 1")

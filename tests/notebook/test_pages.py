@@ -14,7 +14,7 @@ import pytest
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.notebook import share
 from mmrev_kit.notebook.drawing import subplots
-from mmrev_kit.notebook.render import clean, render
+from mmrev_kit.notebook.render import clean, relink, render
 
 ROOT = Path(__file__).parents[2]
 GALLERY = ROOT / "outputs" / "gallery"
@@ -144,3 +144,21 @@ def test_notebooks_of_ones_own_are_shared_with_an_index(tmp_path, capsys):
     assert '<a href="mine.html">Mine</a>: what is it?' in (tmp_path / "pages" / "index.html").read_text()
     with pytest.raises(ConfigError, match=r"none\.ipynb: there is no such notebook"):
         share.share(["none.ipynb"], str(tmp_path))
+
+
+def test_links_of_an_executed_notebook_lead_where_they_led(tmp_path):
+    text = "# A\n\n## B\n\n[it](it.ipynb), [there](../configs/a.md#x), [out](https://a.b/c.ipynb), [here](#B)"
+    copy = tmp_path / "outputs" / "run" / "mine.ipynb"
+    copy.parent.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="t")]), copy)
+    relink(copy, tmp_path / "notebooks")
+    links = re.findall(r"\]\((.*?)\)", nbformat.read(copy, as_version=4).cells[0].source)
+    assert links == ["../../notebooks/it.ipynb", "../../notebooks/../configs/a.md#x", "https://a.b/c.ipynb", "#B"]
+    page = render(copy, tmp_path / "mine.html", ["it"]).read_text(encoding="utf-8")
+    assert '<a href="it.html">it</a>' in page and '<a href="index.html">All pages</a>' in page
+
+
+def test_a_sweeps_page_says_what_the_sweep_asks():
+    assert share.opening("reproduce") is None and share.opening("train") is None  # have notebooks of their own
+    told = share.opening("shared_people")
+    assert told.startswith("# Shared people\n\n**Question: Does it carry over") and "shared_people.yaml" in told

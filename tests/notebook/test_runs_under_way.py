@@ -50,8 +50,8 @@ def test_headless_a_run_under_way_is_named_and_not_waited_for(outputs, capsys):
     assert capsys.readouterr().out == "No run is under way.\n"
 
 
-def test_an_interrupt_ends_the_following_and_not_the_notebook(outputs, capsys, monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "history.ipynb")
+def test_an_interrupt_ends_the_following_and_not_the_notebook(outputs, capsys, monkeypatch, open_in_jupyterlab):
+    open_in_jupyterlab()
 
     def interrupt(seconds):
         raise KeyboardInterrupt

@@ -169,7 +169,7 @@ def test_a_sweep_runs_fails_where_it_must_goes_on_and_is_one_table(written, tmp_
     pooled = rows[rows["seed"].isna()].set_index(["test", "group"])
     assert pooled.loc[("reverse", "main"), "people"] == 8  # four of each seed
     shown = sweep_results.claim_table(sweep, results)
-    assert list(shown.index) == [("by CW", 3), ("by CW", 5), ("by CW", "all")] + [
+    assert list(shown.index) == [("by CW", "all"), ("by CW", 3), ("by CW", 5)] + [
         ("on a base that is not there", seed) for seed in (3, 5)
     ]
     assert "CW, main: 0." in sweep_results.levels_figure(sweep, results).alt

@@ -50,6 +50,9 @@ def test_the_sentence_names_the_lowest_loss_of_the_source_that_decides_and_what_
     assert summary(history()) == f"The run ended after epoch 3 (last epoch); {told} {effort}"
     brief = history() | {"steps": [], "status": "interrupted", "reason": None}
     assert summary(brief) == f"The run was interrupted after epoch 3; {told} It took 1 min 15 s."
+    kept = [record | {"decision": {"improved": record["epoch"] == 1}} for record in history()["epochs"]]
+    little = "That is too little lower to count (training.improvement_threshold): best/ is of epoch 1."
+    assert summary(brief | {"epochs": kept}).endswith(f"{told} {little} It took 1 min 15 s.")
     assert summary(brief | {"epochs": []}) == "The run has no validation loss yet (interrupted)."
 
 

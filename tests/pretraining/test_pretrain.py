@@ -22,6 +22,7 @@ from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.tasks import CONNECTORS, LETTERS, TASK_TYPES
 from mmrev_kit.model.scoring import generate
 from mmrev_kit.pretraining import accuracy, command, learning, run, state
+from mmrev_kit.pretraining.learning import Step
 from mmrev_kit.pretraining.pictures import (
     TRIPLE,
     all_faces,
@@ -385,15 +386,15 @@ def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, mon
     assert "cw_image" not in whole["log"][0]["right"]
     assert {(e["pictures"], e["task"]) for e in whole["tests"]} >= {("faces", "cw_image"), ("icons", "mcq_d2i")}
 
-    taken, update = [], run.update
+    taken, step = [], Step.__call__
 
     def killed(*words):
         taken.append(1)
         if len(taken) == 5:
             raise KeyboardInterrupt
-        return update(*words)
+        return step(*words)
 
-    monkeypatch.setattr(run, "update", killed)
+    monkeypatch.setattr(Step, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
         run.pretrain(recipe, tmp_path / "killed")
     again = run.pretrain(replace(recipe, log_every=2), tmp_path / "killed")

@@ -50,6 +50,7 @@ def before_update(monkeypatch, act) -> None:
     monkeypatch.setattr(loop, "update", patched)
 
 
+@pytest.mark.long
 def test_an_fp16_overflow_stops_the_run_names_its_layer_and_leaves_last_whole(small_config, state, monkeypatch):
     """From the 5th update on, what one product gives is multiplied by 60,000: all of its values above 1.1 overflow."""
     config = small_config(f"{FP16} training.save_steps=4")

@@ -220,6 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded_as_null(small_c
     assert [step.get("skipped", False) for step in history["steps"]] == [False, False, True]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(small_config, state, tmp_path, monkeypatch):
     whole = small_config()
     train(whole, state)
