@@ -71,8 +71,7 @@ def load_base(
 
     Raises:
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
-            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or 4-bit or random weights are to be
-            spread.
+            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or such weights cannot be spread.
     """
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")

@@ -21,7 +21,6 @@ from mmrev_kit.notebook import budget, launch
 from mmrev_kit.training.loop import launched_worker
 from mmrev_kit.training.preflight import preflight, torch_build
 from mmrev_kit.training.tracking import refuse_missing
-from mmrev_kit.training.zero import refuse_mode
 
 LAPTOP, RECIPE, FACES = (f"configs/{name}.yaml" for name in ("tiny_cpu", "config_qwen3vl32_fp16", "face_config"))
 
@@ -73,7 +72,6 @@ def train(given: Namespace) -> None:
     if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return train_as_worker(config)  # of torchrun, of accelerate
     refuse_missing(config)
-    refuse_mode(config)
     print("\n".join(ensure_data(config)))
     launch.launch(config)
 

@@ -15,7 +15,6 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.training.jobs import count_processes
 from mmrev_kit.training.scheduler import warnings_for
 from mmrev_kit.training.tracking import refuse_missing
-from mmrev_kit.training.zero import refuse_mode
 
 EVALUATION = ("task", "name", "output_dir")
 TRAINING = tuple(name for name in PARAMETERS if name not in ("num_main", "num_control"))
@@ -179,7 +178,6 @@ def configure(scope: dict, names: tuple[str, ...] = TRAINING, more: tuple[str, .
     config = make_config(**{name: value for name, value in given.items() if name not in more})
     if names == TRAINING:
         refuse_missing(config)
-        refuse_mode(config)
     display(HTML(settings_html(config)))
     training, number = config.training, config.launch.num_processes or count_processes(config)
     print(
