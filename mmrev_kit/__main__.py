@@ -53,7 +53,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="32b", help="2b, 4b, 8b, 32b, embedded, or a model's config.json")
+    parser.add_argument("--model", help="2b, 4b, 8b, 32b, embedded, or a model's config.json (as configured)")
     parser.add_argument("--card", default="V100 32", help="such as 'H100 80'")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows that go through the model at once")
 

@@ -288,7 +288,9 @@ class MemoryConfig:
 @dataclass
 class LaunchConfig:
     num_processes: int | None = None  # None: one per GPU, 1 without a GPU
-    mode: str = "data"  # data: one whole model a process; auto: one 16-bit model over all GPUs, for evaluation
+    # data: one whole model a process; auto: one 16-bit model over all GPUs, for evaluation; deepspeed: as data, with a
+    # 16-bit base and the optimizer shared out among the processes (ZeRO-2)
+    mode: str = "data"
     cpu_gib: float | None = None  # mode auto: host memory it may take before it goes to disk; None: all
     output_dir: str = "outputs"
     overwrite: bool = False
@@ -297,7 +299,8 @@ class LaunchConfig:
     def __post_init__(self):
         _check_numbers("launch", self, {"num_processes": (1, 4096), "cpu_gib": (0, math.inf)})
         self.mode = "data" if self.mode == "qlora" else self.mode  # the guide's name, as in the table of modes
-        _require(self.mode in ("data", "auto"), "launch.mode", self.mode, "must be data (or qlora) or auto")
+        rule = "must be data (or qlora), auto or deepspeed"
+        _require(self.mode in ("data", "auto", "deepspeed"), "launch.mode", self.mode, rule)
         _check_words("launch", self, {"tracking": (None, "tensorboard", "trackio", "wandb")})
 
 
@@ -328,6 +331,13 @@ class Config:
         ratio = retention.retention_ratio if experiment.task in retention.tasks else 0
         rule = f"leaves nothing of an epoch to what is taught, beside retention.retention_ratio = {ratio:g}; lower one"
         _require(mitigation.identity + ratio < 1, "mitigation.identity", mitigation.identity, rule)
+        if self.launch.mode == "deepspeed":
+            rule = "launch.mode=deepspeed trains a 16-bit base; set quantization.bits=16, or launch.mode=data for NF4"
+            _require(self.quantization.bits == 16, "quantization.bits", self.quantization.bits, rule)
+            rule = "launch.mode=deepspeed cuts fp32 states into shares, and 8-bit ones come in blocks; set adamw"
+            _require(
+                OPTIMIZERS[self.training.optimizer].bits == 32, "training.optimizer", self.training.optimizer, rule
+            )
 
     @property
     def taught(self) -> dict[str, tuple[str, ...]]:

@@ -75,11 +75,8 @@ class PlainEncoder(Encoder):
         """The prompt of a row as text, and the prompt with its answer and the token that ends it.
 
         Raises:
-            ConfigError: the row shows no picture.
             PromptError: a text holds what the tokenizer would read as one of its added tokens.
         """
-        if not row.images:
-            raise ConfigError("mitigation.identity: rows without a picture are for Qwen3-VL alone. Set it to 0.")
         parts = self.parts(row)
         texts = [part for part in parts if not isinstance(part, Path)]
         for text in (*texts, row.answer):
@@ -140,7 +137,7 @@ class PlainEncoder(Encoder):
             ConfigError: it makes other tokens than `encode` did.
         """
         text = self.texts(sample.row)[len(sample.input_ids) > sample.answer_start]
-        images = [[self.picture(path) for path in sample.row.images]]
+        images = [[self.picture(path) for path in sample.row.images]] if sample.row.images else None
         found = self.processor(text=[text], images=images, text_kwargs=self.special, **self.options(sample.max_pixels))
         if tuple(found["input_ids"][0].tolist()) != sample.input_ids:
             kind = type(self.processor).__name__
@@ -151,8 +148,8 @@ class PlainEncoder(Encoder):
         """One batch, padded on the right; on the left for generating.
 
         Returns:
-            What the processor names, such as input_ids and attention_mask (samples, longest) and pixel_values, and
-            labels, as in `Encoder.collate`.
+            What the processor names, such as input_ids and attention_mask (samples, longest) and, where a row has a
+            picture, pixel_values; and labels, as in `Encoder.collate`.
         """
         import torch
 
@@ -169,7 +166,8 @@ class PlainEncoder(Encoder):
             found["labels"] = torch.where(torch.arange(ids.shape[1]) < sample.answer_start, IGNORED, ids)
             per_token = [name for name, tensor in found.items() if tensor.shape == ids.shape]
             rows.append(found | {name: padded(found[name], values.get(name, 0)) for name in per_token})
-        return {name: joined([row[name] for row in rows]) for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: joined([row[name] for row in rows if name in row]) for name in names}
 
     def image_inputs(self, images: list[tuple[Path, int]]) -> dict:
         text, rows = [self.processor.image_token], []

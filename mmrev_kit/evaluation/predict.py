@@ -162,7 +162,8 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
                     print(f"{MARK}{pace.line(before + done, f' (drop {drop})')}", flush=True)
 
             found += answer_questions(config, model, questions, drop, state, tell)
-        seconds, peak = time.perf_counter() - began, peak_memory_gib(state.device)
+        seconds, cards = time.perf_counter() - began, torch.cuda.device_count() if config.launch.mode == "auto" else 0
+        peak = max(map(peak_memory_gib, [torch.device("cuda", index) for index in range(cards)] or [state.device]))
         if state.num_processes > 1:
             from accelerate.utils import gather_object
 

@@ -192,6 +192,8 @@ def static_components(
         return found
     size = optimizer_bytes(tensors, optimizer)
     how = f"{optimizer}, {OPTIMIZERS[optimizer].states} states a number"
+    if config.launch.mode == "deepspeed":  # it takes the steps on an fp32 copy of its share of the adapter
+        size, how = (size + 4 * count) / processes, f"{how}, and a copy of it; one share in {processes}"
     found.append(Component("optimizer states", size, how, "training.optimizer=adamw_8bit"))
     if accumulates or phase == "optimizer step":
         found.append(Component("gradients", 4 * count, "4 B a trainable number", word))

@@ -71,7 +71,7 @@ def load_base(
 
     Raises:
         ConfigError: see `model_folder`; the files' tensors are not the model's, one for one; a library warns of wrong
-            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or 4-bit weights are to be spread.
+            numbers (see `strict`); a weight is not finite; bits are not 4 or 16; or such weights cannot be spread.
     """
     if bits not in (4, 16):
         raise ConfigError(f"bits = {bits}: must be 4 or 16.")
@@ -79,6 +79,8 @@ def load_base(
     dtype = torch_dtype(compute_dtype, device)
     nf4 = nf4_config(double_quant, dtype) if bits == 4 else None
     if is_random(name):
+        if spread:
+            raise ConfigError(f"launch.mode = 'auto' spreads weights that are in files; {name} has none.")
         model = random_model(read_architecture(name), dtype, device, seed, nf4)
         model.set_attn_implementation(attn_implementation)
     else:

@@ -4,11 +4,12 @@ from dataclasses import replace
 from html import escape
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
+from mmrev_kit.config.project import resolve
 from mmrev_kit.config.reporting import decimal
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.estimate import CONTEXT_GIB, Estimate, estimate, evaluation
-from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, padded_updates, plan, with_memory
-from mmrev_kit.memory.shapes import PUBLISHED, as_shapes, visual_tokens
+from mmrev_kit.memory.plan import MARGIN, MemoryPlan, candidate, configured_shapes, padded_updates, plan, with_memory
+from mmrev_kit.memory.shapes import PUBLISHED, UNKNOWN, ModelShapes, as_shapes, size_in_name, visual_tokens
 from mmrev_kit.notebook.drawing import COLORS, INK, drawn, subplots
 from mmrev_kit.notebook.knobs import panel, picture
 from mmrev_kit.notebook.parameters import is_interactive
@@ -73,6 +74,24 @@ def budget_figure(estimates: dict[str, Estimate], card: str):
     return figure
 
 
+def shown_model(config: Config, model: str | None = None) -> str | ModelShapes | None:
+    """The model that a budget is of, as `as_shapes` takes it: the named one, where None is named the configured one;
+    None, with the reason printed, for a family that the estimate does not know.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    name = model or config.model.name
+    size = size_in_name(name) or name
+    if size.lower() in PUBLISHED or (model and not resolve(model).exists()):
+        return as_shapes(size) and size
+    named = replace(config.model, name=name, revision=None if model else config.model.revision)
+    shapes = configured_shapes(replace(config, model=named))
+    if shapes is None:
+        print(f"{name}: {UNKNOWN}")
+    return shapes
+
+
 def with_configured(config: Config, given: dict) -> dict:
     """The arguments of `budget`: those given, and the configuration's where they are None or left out."""
     configured = {
@@ -84,7 +103,7 @@ def with_configured(config: Config, given: dict) -> dict:
 
 
 def budget(
-    config: Config, model: str, card: str, micro_batch: int = 8, **settings
+    config: Config, model: str | ModelShapes, card: str, micro_batch: int = 8, **settings
 ) -> tuple[dict[str, Estimate], MemoryPlan]:
     """Estimates by label, and the plan for the card: the given way, two ways that differ in one thing, the planned one.
 
@@ -135,8 +154,9 @@ def controls(config: Config, **start):
 
     ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, start["r"]})
     sides = sorted({side * side for side in (224, 256, 320, 448, 512, 640, 768)} | {start["pixels"]})
+    models = {getattr(one, "name", one): one for one in (start["model"], *PUBLISHED)}
     knobs = {
-        "model": Dropdown(options=list(dict.fromkeys([start["model"], *PUBLISHED])), value=start["model"]),
+        "model": Dropdown(options=models.items(), value=start["model"]),
         "card": Dropdown(options=list(CARDS), value=start["card"]),
         "r": SelectionSlider(options=ranks, value=start["r"]),
         "length": IntSlider(value=start["length"], min=64, max=max(2048, start["length"]), step=16),
@@ -149,7 +169,7 @@ def controls(config: Config, **start):
     return panel(draw, knobs)
 
 
-def mode_table(config: Config, card: str, model: str = "32b", spread: int = 4):
+def mode_table(config: Config, card: str, model: str | ModelShapes = "32b", spread: int = 4):
     """The three ways to use several cards, from the estimate; a pandas DataFrame.
 
     Data-parallel 4-bit training; one 16-bit model spread over `spread` cards, for evaluation; data-parallel training
@@ -159,7 +179,8 @@ def mode_table(config: Config, card: str, model: str = "32b", spread: int = 4):
 
     shapes, room, cards = as_shapes(model), card_gib(card), 8
     whole = replace(config, quantization=replace(config.quantization, bits=16))
-    four, zero = (plan(way, room, cards, shapes).chosen.estimate.device_gib for way in (config, whole))
+    shared = replace(whole, launch=replace(whole.launch, mode="deepspeed"))
+    four, zero = (plan(way, room, cards, shapes).chosen.estimate.device_gib for way in (config, shared))
     one = replace(whole, evaluation=replace(whole.evaluation, batch_size=1))
     asked = evaluation(one, shapes, config.training.max_length, 196)
     layer = max(one.gib for one in asked.components if one.name == "decoder weights") / shapes.num_hidden_layers

@@ -167,13 +167,14 @@ def generate_face_retention_pool(given: Namespace) -> None:
 def memory(given: Namespace) -> None:
     """The estimate for a card, component by component, the modes, and the guide's table."""
     config = read_flags(given, RECIPE)
-    found, plan = budget.budget(
-        config, given.model, given.card, given.micro_batch, processes=config.launch.num_processes
-    )
+    model = budget.shown_model(config, given.model)
+    if model is None:
+        return
+    found, plan = budget.budget(config, model, given.card, given.micro_batch, processes=config.launch.num_processes)
     print(*(f"{name}: {one.device_gib:.2f} GiB on the card" for name, one in found.items()), *plan.lines(), sep="\n")
     shown = {"float_format": "{:.2f}".format}
     print(f"\nas planned\n{found['as planned'].table().to_string(**shown)}")
-    print(f"\nseveral cards\n{budget.mode_table(config, given.card, given.model).to_string(**shown)}")
+    print(f"\nseveral cards\n{budget.mode_table(config, given.card, model).to_string(**shown)}")
     print(f"\nthe guide's budget of the 32B on 32 GB\n{budget.guide_table(config).to_string(**shown)}")
 
 

@@ -34,6 +34,7 @@ from mmrev_kit.training.loop import worker
 from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.tracking import refuse_missing
 from mmrev_kit.training.update import TrainingError
+from mmrev_kit.training.zero import refuse_mode
 
 
 def check_machine(config: Config) -> None:
@@ -62,6 +63,7 @@ def launch(config: Config) -> dict:
     refuse_missing(config)
     config = deepcopy(config)
     config.launch.num_processes = count_processes(config)
+    refuse_mode(config, config.launch.num_processes)
     folder = run_dir(config)
     if holder := read_holder(folder):
         return attach(config, folder, holder)

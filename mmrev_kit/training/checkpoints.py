@@ -72,11 +72,14 @@ def _unflatten(flat: dict) -> dict:
 def save_last(run) -> None:
     """Write `last/`: adapter, optimizer, scaler, schedule and progress, so that the rest of the run is the same.
 
-    The history goes first, so that it never lacks a step that `last/` has behind it.
+    The first process writes; all must call it, for each may have a share of the optimizer. The history goes first, so
+    that it never lacks a step that `last/` has behind it.
     """
+    state = run.optimizer.state_dict()
+    if not run.state.is_main_process:
+        return
     adapter = {name: p.detach().cpu().contiguous() for name, p in run.model.named_parameters() if p.requires_grad}
     tensors, plain = {}, {}
-    state = run.optimizer.state_dict()
     _flatten(state["state"], "", tensors, plain)
     record = {
         "format": STATE_FORMAT,
@@ -132,9 +135,9 @@ def _restore(run, folder: Path) -> None:
     state = _unflatten(load_file(folder / "optimizer.safetensors") | record["optimizer"])
     if len(state) not in (0, len(parameters)):  # 0: every update so far was skipped
         raise ValueError("the optimizer has other tensors")
-    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     for name, parameter in parameters.items():
         parameter.data.copy_(adapter[name])
+    run.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     run.scaler.load_state_dict(record["scaler"])
     run.schedule.load_state_dict(record["schedule"])
     run.progress = {name: record["progress"][name] for name in run.progress}

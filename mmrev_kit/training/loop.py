@@ -20,6 +20,7 @@ from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.scheduler import warnings_for
 from mmrev_kit.training.tracking import refuse_missing, start_tracker
 from mmrev_kit.training.update import TrainingError, chunks, update, validate
+from mmrev_kit.training.zero import refuse_mode
 
 
 def stop_if_interrupted(run: Run) -> None:
@@ -29,8 +30,7 @@ def stop_if_interrupted(run: Run) -> None:
         KeyboardInterrupt: the run goes on from here when it is started again.
     """
     if run.stops:
-        if run.state.is_main_process:
-            save_last(run)
+        save_last(run)
         raise KeyboardInterrupt("interrupted by the user")
 
 
@@ -56,7 +56,7 @@ def train_epoch(run: Run) -> float:
             run.history.add_step(record)
         check_finite(run, record, samples)
         check_learning(run, record)
-        if run.progress["global_step"] % run.config.training.save_steps == 0 and run.state.is_main_process:
+        if run.progress["global_step"] % run.config.training.save_steps == 0:
             save_last(run)
         stop_if_interrupted(run)
     return run.progress["loss_sum"] / run.progress["rows"] if run.progress["rows"] else math.nan
@@ -81,7 +81,7 @@ def finish_epoch(run: Run, train_loss: float, began: float) -> str | None:
         if decision.improved:
             save_adapter(run, run.folder / "best", losses)
         run.history.add_epoch(record)
-        save_last(run)
+    save_last(run)
     stop_if_interrupted(run)
     return decision.stop
 
@@ -136,5 +136,6 @@ def launched_worker(config: Config) -> None:
     """What each worker runs that `torchrun` or `accelerate launch` started: nobody has prepared the folder for it."""
     refuse_missing(config)
     with worker_state(run_dir(config)) as state, ExitStack() as stack:
+        refuse_mode(config, state.num_processes)
         if begin(config, state, stack):
             train(config, state)

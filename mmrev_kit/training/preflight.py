@@ -288,7 +288,7 @@ def check_cores(report: Preflight, config: Config) -> None:
 
 def check_memory(report: Preflight, config: Config, cards: list[Card]) -> None:
     """Whether what others hold leaves room; a card that is too small even when empty is the memory plan's to refuse."""
-    needed = memory_needed_gib(config) if config.launch.mode == "data" and not report.problems else None
+    needed = memory_needed_gib(config) if config.launch.mode != "auto" and not report.problems else None
     used = list(enumerate(cards[: config.launch.num_processes]))
     unknown = [str(index) for index, card in used if card.held_gib is None]
     if unknown and config.memory.gpu_gib is None:
@@ -324,7 +324,7 @@ def check_cards_together(report: Preflight, config: Config, cards: list[Card]) -
     if sizes and max(sizes) - min(sizes) > 0.5:
         least = min(sizes)
         report.warnings.append(f"the cards differ: the smallest, GPU {sizes[least]} with {least:.1f} GiB, decides")
-    if config.launch.mode != "data":
+    if config.launch.mode == "auto":
         return
     if processes > len(cards):
         report.problems.append(

@@ -37,6 +37,7 @@ from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.run import planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
+from mmrev_kit.training.zero import refuse_mode
 
 
 @dataclass
@@ -88,6 +89,8 @@ def rehearse(config: Config, updates: int = 3) -> Rehearsal:
     if updates < 1:
         raise ConfigError(f"updates = {updates}: must be a number from 1.")
     config = deepcopy(config)
+    refuse_mode(config)
+    config.launch.mode = "data"  # one card has nothing to share out
     ensure_data(config)
     if known_config(config) is None and size_in_name(config.model.name) is None:
         model_folder(config.model.name, config.model.revision, weights=False)  # the small files tell the architecture

@@ -52,6 +52,7 @@ from mmrev_kit.training.processes import check_agreement
 from mmrev_kit.training.scheduler import Schedule
 from mmrev_kit.training.throughput import measure_peak_flops
 from mmrev_kit.training.update import chunks
+from mmrev_kit.training.zero import ShardedOptimizer
 
 STEP_BYTES = 512  # at most, of a step in training_history.json
 EPOCH_START = {"step_in_epoch": 0, "loss_sum": 0.0, "rows": 0}
@@ -300,12 +301,15 @@ def start(config: Config, state) -> Run:
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
     model = add_adapter(base, **adapter_arguments(config))
+    optimizer = make_optimizer(config, trainable(model), state.device)
+    if config.launch.mode == "deepspeed":
+        optimizer = ShardedOptimizer(config, optimizer, trainable(model), state.device)
     run = Run(
         config=config,
         state=state,
         task=task,
         model=model,
-        optimizer=make_optimizer(config, trainable(model), state.device),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16),
         dtype=dtype,
         schedule=Schedule.from_config(config.training, steps),

@@ -13,12 +13,14 @@ from uuid import uuid4
 
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.tasks import GROUPS
+from mmrev_kit.training.zero import refuse_mode
 
 PROJECT = "mmrev_kit"
 
 
 def refuse_missing(config: Config) -> None:
-    """Raises ConfigError where the configured tracker is not installed."""
+    """Raises ConfigError where a training lacks its tracker's package, or cannot run in its mode: see `refuse_mode`."""
+    refuse_mode(config)
     name = config.launch.tracking
     if name and find_spec(name) is None:
         raise ConfigError(

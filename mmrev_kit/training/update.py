@@ -16,6 +16,7 @@ from mmrev_kit.data.prompts import Sample
 from mmrev_kit.model.batches import Batch, from_labels
 from mmrev_kit.model.scoring import answer_losses
 from mmrev_kit.training.throughput import peak_memory_gib, speed
+from mmrev_kit.training.zero import ShardedOptimizer
 
 
 def chunks(items: list, size: int) -> list[list]:
@@ -58,11 +59,17 @@ def sum_over_processes(run, values: list[float]) -> list[float]:
 
 
 def _sum_gradients(run) -> None:
-    """Add up the gradients of all processes; a process that had no row in this update adds zeros."""
+    """Add up the gradients of all processes; a process that had no row in this update adds zeros.
+
+    A `ShardedOptimizer` keeps each process's share of the sum and leaves none in the parameters.
+    """
     parameters = run.parameters
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if isinstance(run.optimizer, ShardedOptimizer):
+        run.optimizer.sum_gradients()
+        return
     if run.state.num_processes == 1:
         return
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
@@ -96,6 +103,19 @@ def accumulate(run, samples: list[Sample]) -> float:
     return loss / len(samples)
 
 
+def _step(run, loss: float) -> float:
+    """Clip and step, unless something is not finite; returns the norm of the gradient before it was clipped."""
+    if isinstance(run.optimizer, ShardedOptimizer):
+        return run.optimizer.step(run.scaler)
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.training.max_grad_norm).item()
+    if (math.isfinite(loss) and math.isfinite(norm)) or run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def update(run, samples: list[Sample]) -> dict:
     """One optimizer step on one effective batch.
 
@@ -109,13 +129,8 @@ def update(run, samples: list[Sample]) -> dict:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss = accumulate(run, samples)
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.training.max_grad_norm).item()
+    norm = _step(run, loss)
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite or run.scaler.is_enabled():
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     run.skipped, run.taken = (0, run.taken + 1) if finite else (run.skipped + 1, run.taken)
     run.progress["global_step"] += 1
     record = {"global_step": step + 1, "epoch": run.progress["epoch"] + 1, "loss": loss, "lr": rate, "grad_norm": norm}

@@ -370,6 +370,18 @@ def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkey
     assert not found.fits and forced.memory.micro_tokens == found.chosen.memory.micro_tokens
 
 
+def test_mode_deepspeed_is_refused_where_its_16_bit_base_does_not_fit(small_config, card, monkeypatch):
+    """Shared out is the adapter's: of the 32B 12 bytes of each of 19,922,944 numbers, which is nothing beside it."""
+    words = "model.name=configs/models/qwen3vl_32b.json quantization.bits=16 launch.mode=deepspeed"
+    config, state = small_config(words), SimpleNamespace(num_processes=8, process_index=1, is_main_process=False)
+    state.device = CPU
+    card(31.7)
+    with pytest.raises(ConfigError, match=r"training needs 6\d\.\d GiB and the card has 31.7. decoder weights takes"):
+        planned(config, state)
+    states = {one.name: one for one in estimate(config, "32b", processes=8).components}["optimizer states"]
+    assert states.size == 12 * 19_922_944 / 8 and "one share in 8" in states.formula
+
+
 def test_evaluation_counts_too(small_config, card):
     card(26.0)
     name = "model.name=configs/models/qwen3vl_32b.json evaluation.batch_size"

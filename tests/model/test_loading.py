@@ -426,3 +426,5 @@ def test_a_16_bit_model_is_spread_over_memory_and_disk_and_answers_the_same(smal
         assert torch.allclose(sample_losses(model, batch, CPU, torch.float32), expected, atol=1e-5)
     with pytest.raises(ConfigError, match=r"set quantization\.bits=16"):
         load_base(**base_arguments(small_config("launch.mode=auto"), CPU))
+    with pytest.raises(ConfigError, match="spreads weights that are in files"):
+        load_base("configs/models/qwen3vl_2b.json", bits=16, device=CPU, spread=True)

@@ -166,6 +166,29 @@ def test_each_rows_loss_is_the_librarys_own_on_that_row_alone(family, family_fol
 
 
 @each_family
+def test_rows_without_a_picture_are_the_librarys_alone_and_beside_others(family, family_folder, rows):
+    """Rows of the identity bridge: their tokens, and each row's loss in batches of them alone and mixed."""
+    folder, jade = family_folder(family), "the keeper of Jade Temple"
+    bridge = [
+        Row("identity", "identity", f"i:{connector}", "a", "main", (), jade, connector, (), jade)
+        for connector in ("is known as", "is portrayed by a picture that is known as")
+    ]
+    model, encoder = with_adapter(family, folder, 16).eval(), encoder_of(family, folder)
+    for row in bridge:
+        batch, expected = encoder.collate([encoder.encode(row)]), by_the_library(family, folder, row)
+        assert batch.keys() == expected.keys() and not any("pixel" in name for name in batch)
+        assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    batcher = Batcher(make_layout(load_config("configs/tiny_cpu.yaml"), model, CPU), encoder, None, CPU)
+    for mixed in (bridge, [bridge[0], rows[0], bridge[1], rows[3]], [rows[2], bridge[1]]):
+        (batch,) = batcher.batches([encoder.encode(row) for row in mixed])
+        with torch.no_grad():
+            losses = sample_losses(model, batch, CPU, torch.float32)
+            alone = [model(**by_the_library(family, folder, row)).loss for row in mixed]
+        assert torch.allclose(losses, torch.stack(alone), atol=2e-6, rtol=0)
+        assert len({round(loss, 3) for loss in losses.tolist()}) == len(mixed)
+
+
+@each_family
 def test_a_rows_loss_depends_on_its_picture(family, family_folder, rows):
     """So that the comparison above is not one of text alone."""
     folder = family_folder(family)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.reporting import decimal
@@ -100,6 +101,21 @@ def test_what_the_page_says_of_the_guides_numbers_is_computed(config):
         assert words in section, words
 
 
+def test_what_the_page_says_of_zero_is_computed(config):
+    page = " ".join((Path(__file__).parents[2] / "configs" / "README.md").read_text(encoding="utf-8").split())
+    section = page.split("## Modes")[1].split(" ## ")[0]
+    counts = {size: sum(lora_tensors(as_shapes(size), 8, config.lora.target_modules)) for size in ("2b", "8b", "32b")}
+    shared = {size: (4 * count + optimizer_bytes([count], "adamw")) / GIB for size, count in counts.items()}
+    table = budget.mode_table(config, "V100 32")
+    for words in (
+        f"{counts['32b']:,} numbers with 4 B of gradient and 8 B",
+        f"are {shared['32b']:.2f} GiB (2B: {shared['2b']:.2f}, 8B: {shared['8b']:.2f})",
+        f"a 16-bit base of {2 * 33.4e9 / GIB:.0f} GiB",
+        f"needs {table['GiB a card']['deepspeed ZeRO-2']:.0f} GiB a card",
+    ):
+        assert words in section, words
+
+
 def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, open_in_jupyterlab):
     start = {"model": "2b", "card": "RTX 4090 24", "micro_batch": 4}
     assert len(budget.controls(config, **start).axes) == 1
@@ -116,6 +132,20 @@ def test_headless_there_is_one_figure_and_in_jupyterlab_knobs(config, open_in_ju
     found, _ = budget.budget(config, **start | {"model": "32b"})
     assert f"as set {found['as set'].device_gib:.1f}, " in page.value and page.value.count("data:image/png") == 1
     assert page.value.split("base64")[1] != before.split("base64")[1]
+
+
+def test_the_budget_is_that_of_the_configured_model_unless_another_is_named(config, family_folder, capsys):
+    assert (budget.shown_model(config), budget.shown_model(config, "8b")) == ("32b", "8b")
+    tiny = load_config("configs/tiny_cpu.yaml")
+    assert as_shapes(budget.shown_model(tiny)) == as_shapes("embedded")
+    assert as_shapes(budget.shown_model(tiny, "configs/models/qwen3vl_2b.json")) == as_shapes("2b")
+    assert capsys.readouterr().out == ""
+    folder = family_folder(FAMILIES["internvl"])
+    for other, named in ((load_config("configs/tiny_cpu.yaml", f"model.name={folder}"), None), (config, str(folder))):
+        assert budget.shown_model(other, named) is None
+        assert f"{folder}: the memory estimate knows Qwen3-VL only" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="7b: no model of that name"):
+        budget.shown_model(config, "7b")
 
 
 def test_an_unknown_card_names_the_known_ones(config):

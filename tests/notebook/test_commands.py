@@ -131,7 +131,12 @@ def partial(project, mmrev, whole: Path) -> None:
         ("evaluate --device_map balanced", "invalid choice: 'balanced' (choose from 'auto')"),
         ("generate-face-retention-pool --num_entities 3", "retention.num_faces = 3: must be between 4 and"),
         ("evaluate --data_dir data/none", "data/none: there is no such folder. In data there are "),
-        ("train --config configs/tiny_cpu.yaml --mode zero", "launch.mode = 'zero': must be data (or qlora) or auto."),
+        (
+            "train --config configs/tiny_cpu.yaml --mode zero",
+            "launch.mode = 'zero': must be data (or qlora), auto or deepspeed.",
+        ),
+        ("train --mode auto --overrides quantization.bits=16", "launch.mode = 'auto' spreads one model over all GPUs"),
+        ("memory --model 7b", "7b: no model of that name"),
         ("memory --card V99", "card = 'V99': must be one of V100 32"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from families import FAMILIES
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
@@ -102,6 +103,33 @@ def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
     assert "deepspeed ZeRO-2" in page and "guide (GB)" in page and "19,922,944" in page
     wrong = papermill(*words, "-p", "crad", "V100 32", capture_output=True)
     assert wrong.returncode and "Did you mean card?" in wrong.stderr
+
+
+def test_the_memory_notebook_says_that_it_does_not_know_a_family_and_measures_it(
+    family_folder, small_overrides, tmp_path
+):
+    family, executed = FAMILIES["qwen3_5"], tmp_path / "memory.ipynb"
+    words = f"{small_overrides} model.name={family_folder(family)} {family.settings} retention.retention_ratio=0"
+    command = [
+        "notebooks/memory.ipynb",
+        str(executed),
+        "-p",
+        "config",
+        "configs/tiny_cpu.yaml",
+        "-p",
+        "overrides",
+        words,
+    ]
+    done = papermill(*command, "-p", "rehearse", "True", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text, cells = printed(executed), nbformat.read(executed, as_version=4).cells
+    assert f"{family_folder(family)}: the memory estimate knows Qwen3-VL only" in text and "CPU: built in" in text
+    unknown = [cell for cell in cells if "print(budget.UNKNOWN)" in cell.source]
+    assert len(unknown) == 4
+    for cell in unknown:
+        (output,) = cell.outputs
+        assert "knows Qwen3-VL only. mmrev_kit.training.rehearse.rehearse(cfg) measures" in output.text
+    assert "rehearse = True" in cells[0].source
 
 
 def test_the_long_form_under_a_terminal_then_html_and_history(small_overrides, tmp_path):

@@ -20,6 +20,8 @@ from mmrev_kit.files import write_text
 from mmrev_kit.training import loop
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.rehearse import rehearse
+from mmrev_kit.training.run import start
+from mmrev_kit.training.update import sample_losses, update
 
 ROOT = Path(__file__).parents[2]
 STATE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
@@ -73,6 +75,22 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     assert tests == b["epochs"][-1]["tests"]
     left, right = (load_file(run_dir(config) / "final" / "adapter_model.safetensors") for config in (whole, again))
     assert all(torch.equal(left[name], right[name]) for name in left) and len(left) == 2 * family.lora
+
+
+@each_family
+def test_identity_rows_are_learned_on_the_plain_path(family, family_folder, four_people, tmp_path):
+    """An update of rows with a picture and without: its loss is the mean over the rows alone."""
+    words = f"{four_people} model.name={family_folder(family)} {family.settings} launch.output_dir={tmp_path}"
+    run = start(load_config("configs/tiny_cpu.yaml", f"{words} mitigation.identity=0.2 lora.dropout=0"), STATE)
+    sources = run.task.train["identity"], run.task.train["forward"]
+    samples = [sample for pair in zip(*sources, strict=False) for sample in pair][:6]
+    assert {len(sample.row.images) for sample in samples} == {0, 1} and run.task.plan.counts["identity"] == 15
+    alone = [
+        sample_losses(run.model, run.task.encoder.collate([sample]), STATE.device, run.dtype).item()
+        for sample in samples
+    ]
+    record = update(run, samples)
+    assert record["loss"] == pytest.approx(sum(alone) / 6, rel=1e-5) and record["grad_norm"] > 0
 
 
 def test_a_rehearsal_measures_a_family_that_the_estimate_does_not_know(family_folder, four_people, tmp_path):
