@@ -421,6 +421,7 @@ def test_descriptions_are_text_in_rendered_notebooks(project, name):
         assert SCRIPT in page.text
 
 
+@pytest.mark.long
 def test_no_token_reaches_a_file_of_the_run(project):
     folder = project / "outputs" / "small_forward"
     files = [path for path in (project / "outputs").rglob("*") if path.is_file()]

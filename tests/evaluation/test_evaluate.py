@@ -379,6 +379,7 @@ def test_a_part_is_asked_beside_the_whole(few, capsys):
         evaluate(few(9, "evaluation.tests=[forward]"), None)
 
 
+@pytest.mark.long
 def test_an_evaluation_that_asks_with_trained_connectors_says_so(few):
     """The first version of its training rows had none of them."""
     config = few(9)

@@ -105,6 +105,7 @@ def test_the_memory_notebook_shows_the_budget_of_its_parameters(tmp_path):
     assert wrong.returncode and "Did you mean card?" in wrong.stderr
 
 
+@pytest.mark.long
 def test_the_memory_notebook_says_that_it_does_not_know_a_family_and_measures_it(
     family_folder, small_overrides, tmp_path
 ):
@@ -206,7 +207,8 @@ def test_the_data_notebook_shows_people_prompts_lengths_and_mix(small_overrides,
     executed = tmp_path / "data.ipynb"
     done = papermill("notebooks/data.ipynb", str(executed), "-p", "overrides", small_overrides, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "0 faults" in printed(executed) and "'main': 4" in printed(executed)
+    assert "0 faults" in printed(executed)
+    assert re.search("small: 4 main, 4 control; an epoch|small: 4 control, 4 main; an epoch", printed(executed))
     page = render(executed).read_text()
     for text in ("forward_train.jsonl:1", "reverse_train.jsonl:1", "mcq_i2d_test.jsonl:1", "mcq_d2i_test.jsonl:1"):
         assert text in page
