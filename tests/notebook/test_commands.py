@@ -66,6 +66,7 @@ def guides_way() -> list[str]:
     lines = [line for line in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)[0].splitlines() if line]
     assert all(line.startswith("mmrev ") for line in lines)
     changes = {"Qwen/Qwen3-VL-32B-Instruct": "embedded", "--num_processes 8": "--num_processes 1"}
+    changes["mmrev memory"] = "mmrev memory --model 32b"  # the project's recipe has the embedded one
     for old, new in changes.items():
         lines = [line.replace(old, new) for line in lines]
     return [line.removeprefix("mmrev ") for line in lines]
