@@ -24,9 +24,11 @@ INJECTED = "# Parameters"  # papermill's first line in the cell of values that i
 def is_interactive() -> bool:
     """Whether this is the kernel of a notebook that a person has open. JupyterLab and Notebook name the session in the
     kernel's environment, which every process that a kernel starts inherits."""
+    if "JPY_SESSION_NAME" not in os.environ:
+        return False  # nor is IPython needed there
     from IPython.core.getipython import get_ipython
 
-    return "JPY_SESSION_NAME" in os.environ and get_ipython() is not None
+    return get_ipython() is not None
 
 
 def _statements(source: str) -> list[ast.stmt]:

@@ -59,6 +59,7 @@ def test_an_adapter_from_elsewhere_is_refused_in_a_sentence_that_names_the_way(s
     assert not (run_dir(small_config(ONE_ORDER)).parent).exists()
 
 
+@pytest.mark.long
 def test_with_consent_it_is_asked_and_every_result_says_so(small_config, small_data, elsewhere, tmp_path, capsys):
     """On data of another name, without a run; what lies beside the adapter stays as it is."""
     data = tmp_path / "data" / "others"

@@ -421,6 +421,7 @@ def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, mon
         assert words in before["README.md"].decode()
 
 
+@pytest.mark.long
 def test_accuracies_are_counted_by_task_and_number_of_attributes(capsys):
     words = ["--measure", str(EMBEDDED_MODEL), "--eval-prompts", "8", "--workers", "0", "--num-faces", "24"]
     assert command.main([*words, "--looks", "1"]) is None

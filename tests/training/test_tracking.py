@@ -33,6 +33,7 @@ def scalars(folder) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in reader.Scalars(tag)} for tag in reader.Tags()["scalars"]}
 
 
+@pytest.mark.long
 def test_tensorboard_shows_the_history_and_a_run_that_goes_on_goes_on_there(small_config, state, monkeypatch):
     config = small_config(f"{QUICK} launch.tracking=tensorboard evaluation.by_epoch=true training.save_steps=2")
     real, calls = loop.update, []

@@ -265,6 +265,7 @@ def test_grouping_by_epoch_keeps_the_rows_and_puts_those_of_an_image_together(sm
     assert run.computed[0] < 0.8 * sum(len(sample.input_ids) for sample in forward)
 
 
+@pytest.mark.long
 def test_once_features_are_made_a_run_needs_no_vision_tower(small_config, state, monkeypatch):
     """As on a GPU, where the tower is dropped: training, validation, saving and going on do without it."""
     from peft import PeftModel
