@@ -13,12 +13,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from mmrev_kit.config.errors import Told
-from mmrev_kit.config.project import experiment_dir, run_dir
+from mmrev_kit.config.project import run_dir
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.reporting import Pace
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.evaluation.results import Evaluation, read_evaluation, read_facts
+from mmrev_kit.evaluation.results import Evaluation, evaluation_dir, read_evaluation, read_facts
 from mmrev_kit.notebook.launch import evaluate, launch
 from mmrev_kit.notebook.runs import HISTORY
 from mmrev_kit.notebook.sweeps import Point, Sweep
@@ -83,7 +83,7 @@ def deal(parallel: int | None, processes: int | None) -> list[Share]:
 def finished(config: Config) -> Path | None:
     """The evaluation of a run that is finished and was evaluated as configured; None where something is to be done."""
     folder = run_dir(config)
-    evaluated = folder / "eval" / experiment_dir(config).name
+    evaluated = evaluation_dir(config, folder)
     try:
         done = read_history(folder / HISTORY)["status"] == "finished" and read_facts(evaluated)
         asked = replace(load_config(evaluated / "config.yaml").evaluation, by_epoch=config.evaluation.by_epoch)
@@ -150,8 +150,9 @@ def borrowed(shares: SimpleQueue) -> Iterator[Share]:
 
 def read_result(config: Config, point: Point, seed: int) -> Result:
     """Of a run that is finished."""
-    evaluation = read_evaluation(run_dir(config) / "eval" / experiment_dir(config).name, run_dir(config).name)
-    return Result(point, seed, evaluation, read_history(run_dir(config) / HISTORY))
+    folder = run_dir(config)
+    evaluation = read_evaluation(evaluation_dir(config, folder), folder.name)
+    return Result(point, seed, evaluation, read_history(folder / HISTORY))
 
 
 def run_sweep(sweep: Sweep, parallel: int | None = None) -> list[Result]:

@@ -8,10 +8,10 @@ import nbformat
 
 ROOT = Path(__file__).parents[2]
 DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
-RUN = {"name": "small", "overrides": f"{DATA} experiment.taught=generation training.batch_size=32"}
+FEW = "retention.retention_ratio=0 evaluation.max_samples=8"
+RUN = {"name": "small", "overrides": f"{DATA} {FEW} experiment.taught=generation training.batch_size=32"}
 SWEEP = {
-    "sweep": "configs/sweeps/one.yaml", "num_epochs": 1,
-    "overrides": f"{DATA} training.batch_size=64 retention.retention_ratio=0",
+    "sweep": "configs/sweeps/one.yaml", "num_epochs": 1, "overrides": f"{DATA} {FEW} training.batch_size=64"
 }  # fmt: skip
 # What is typed into each notebook's cell of parameters, so that it ends within seconds.
 GIVEN = {
@@ -21,12 +21,13 @@ GIVEN = {
     "evaluate": RUN | {"drops": "none", "base": False},
     "reproduce": SWEEP,
     "sweep": SWEEP,  # finds what `reproduce` has finished
-    "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": f"experiment.name=small {DATA}"},
+    "helpers": {"num_epochs": 1, "batch_size": 32, "overrides": "data.num_main=4 data.image_size=32"},
     "pretrain_tiny": {
-        "steps": 2, "prompts": 16, "num_faces": 24, "eval_prompts": 8, "workers": 0, "orders": "one",
+        "steps": 2, "prompts": 16, "num_faces": 16, "eval_prompts": 4, "workers": 0, "orders": "one",
         "overrides": "muon=false looks=1 log_every=1",
     },
 }  # fmt: skip
+APART = "data", "helpers", "pretrain_tiny"  # in the other file, so that two processes have as much to do
 ONE = "seeds: [0]\ngrid: {experiment.taught: [cw]}\n"  # a sweep of one run
 
 SECONDS = 200  # for all cells of one notebook on a busy machine of two cores
@@ -108,11 +109,14 @@ class Tab:
         self.page.evaluate(f"() => {{ {BOOK}.content.activeCellIndex = {self.find(source)['place']}; }}")
         self.command(command)
 
-    def run_above(self, source: str) -> None:
-        """Run the cells above the one that holds this text, and wait for their end."""
-        place = self.find(source)["place"]
+    def start_above(self, source: str) -> None:
+        """Run the cells above the one that holds this text; `wait_above` waits for their end."""
         self.page.evaluate(f"() => {BOOK}.content.widgets.forEach(cell => cell.model.clearExecution?.())")
         self.run(source, "notebook:run-all-above")
+
+    def wait_above(self, source: str) -> None:
+        """Wait until the cells above the one that holds this text have run; none ends with an error."""
+        place = self.find(source)["place"]
         self.until(lambda: all(cell["count"] for cell in self.cells() if cell["place"] < place))
         self.until(lambda: self.page.evaluate(STATUS) == "idle")
         assert not self.errors(), f"{self.name}: {self.errors()[0]}"
@@ -137,6 +141,11 @@ class Tab:
             self.until(lambda: not self.has_run(), 30)
         self.until(self.has_run)
         assert not self.errors(), f"{self.name}: {self.errors()[0]}"
+
+    def run_whole(self) -> None:
+        """Run all cells; none ends with an error or writes to stderr."""
+        self.run_all()
+        assert not [o for cell in self.cells() for o in cell["outputs"] if o.get("name") == "stderr"]
 
     def show(self, source: str):
         """The cell that holds this text, scrolled into view, as a Playwright locator."""

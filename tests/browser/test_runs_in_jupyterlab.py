@@ -1,8 +1,22 @@
-"""What a user sees of a run that is stopped, goes on, is left, and found again."""
+"""What a user sees of a run that is stopped, goes on, is left, and found again, and of notebooks that need no run."""
 
-from lab import RUN, give
+import pytest
+from lab import APART, RUN, give
 
 from mmrev_kit.training.history import read_history
+
+THEMES = {"JupyterLab Dark": "false", "JupyterLab Light": "true"}
+# The contrast of an element's text with what lies behind it, as WCAG 2 defines it.
+CONTRAST = """element => {
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const light = rgb => rgb.slice(0, 3).map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    let behind = element, color;
+    do { color = parse(getComputedStyle(behind).backgroundColor); behind = behind.parentElement; }
+    while (behind && color[3] === 0);
+    const [dark, bright] = [light(parse(getComputedStyle(element).color)), light(color)].sort((a, b) => a - b);
+    return (bright + 0.05) / (dark + 0.05); }"""
 
 
 def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
@@ -13,9 +27,11 @@ def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
         give(project / "notebooks" / f"{copy}.ipynb", {"name": "longer", "num_epochs": 3, "overrides": words})
     cell, file = "launch.launch", project / "outputs" / "longer_forward" / "training_history.json"
     tab, other, history = open_tab("longer"), open_tab("second"), open_tab("history")
-    tab.run_above(cell)
-    other.run_above(cell)
-    history.run_above("runs.follow")
+    above = {tab: cell, other: cell, history: "runs.follow"}
+    for one, source in above.items():
+        one.start_above(source)
+    for one, source in above.items():
+        one.wait_above(source)
 
     tab.run(cell)
     tab.until(lambda: tab.pictures(cell))
@@ -48,3 +64,34 @@ def test_a_run_is_stopped_goes_on_is_left_and_found_again(open_tab, project):
     assert "is finished" in back.text(cell) and read_history(file)["status"] == "finished"
     back.run_all(restart=True)
     assert "is finished" in back.text(cell) and len(back.pictures("plots.history_figure")) == 1
+
+
+def check_data(tab) -> None:
+    cell = tab.show("knobs.browse")
+    page = cell.locator(".widget-html").last
+    assert page.inner_text().startswith("row 1 of ")
+    first = page.inner_text()
+    cell.locator(".noUi-handle").focus()
+    tab.page.keyboard.press("ArrowRight")
+    tab.until(lambda: page.inner_text().startswith("row 2 of "), 30)
+    second = page.inner_text()
+    assert second != first and ".jsonl:2," in second
+    cell.locator("button.jupyter-button").first.click()
+    tab.until(lambda: page.inner_text() == first, 30)
+    assert cell.locator(".widget-slider").bounding_box()["width"] > 500
+    cell.locator("select").select_option(index=1)
+    tab.until(lambda: page.inner_text().startswith("row 1 of ") and page.inner_text() != first, 30)
+    for theme, light in THEMES.items():
+        tab.page.evaluate(f"() => {{ jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}}); }}")
+        tab.until(lambda light=light: tab.page.evaluate("() => document.body.dataset.jpThemeLight") == light, 30)
+        tab.page.wait_for_timeout(500)
+        for part in ("span[style*=background]", "b"):
+            assert page.locator(part).first.evaluate(CONTRAST) >= 4.5, (theme, part)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_notebook_runs_whole(open_tab, name):
+    tab = open_tab(name)
+    tab.run_whole()
+    if name == "data":
+        check_data(tab)

@@ -17,7 +17,7 @@ from mmrev_kit.config.reading import to_yaml
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.evaluation.results import pool, read_evaluation
 from mmrev_kit.notebook import sweep_results, sweep_runs
-from mmrev_kit.notebook.sweeps import read_sweep
+from mmrev_kit.notebook.sweeps import Point, read_sweep
 
 SHIPPED = sorted(project_root().glob("configs/sweeps/*.yaml"))
 PEOPLE = "data.num_main=4 data.num_control=4 data.image_size=32 retention.retention_ratio=0"
@@ -197,6 +197,11 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(small_config, 
     assert sweep_runs.finished(config) == evaluated
     config.evaluation.max_new_tokens += 1
     assert sweep_runs.finished(config) is None
+    config.evaluation = replace(config.evaluation, max_samples=9)  # some questions only have a folder of their own
+    part = evaluated.rename(f"{evaluated},max_samples=9")
+    (part / "config.yaml").write_text(to_yaml(config))
+    assert sweep_runs.finished(config) == part
+    assert sweep_runs.read_result(config, Point({}, {}), 0).evaluation.folder == part
 
 
 def test_people_of_every_seed_are_people_of_their_own(small_config):
