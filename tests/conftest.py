@@ -68,12 +68,12 @@ FIRST = "test_notebooks.py", "test_train.py", "test_evaluate.py", "test_plain_ru
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first. Tests that take most of a minute are left out unless they are asked for."""
+    """The longest files first. Tests marked `long`, of half a minute or more, are left out unless asked for."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if "MMREV_LONG" not in os.environ:
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes about a minute: run with make test-long"))
+                item.add_marker(pytest.mark.skip(reason="takes long: run with make test-long"))
 
 
 @pytest.fixture

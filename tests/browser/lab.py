@@ -7,12 +7,9 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).parents[2]
-DATA = "data.num_main=4 data.num_control=4 data.image_size=32 retention.num_faces=40 retention.face_pool=data/pool"
-FEW = "retention.retention_ratio=0 evaluation.max_samples=8"
-RUN = {"name": "small", "overrides": f"{DATA} {FEW} experiment.taught=generation training.batch_size=32"}
-SWEEP = {
-    "sweep": "configs/sweeps/one.yaml", "num_epochs": 1, "overrides": f"{DATA} {FEW} training.batch_size=64"
-}  # fmt: skip
+FEW = "data.num_main=4 data.num_control=4 data.image_size=32 retention.retention_ratio=0 evaluation.max_samples=8"
+RUN = {"name": "small", "overrides": f"{FEW} experiment.taught=generation training.batch_size=32"}
+SWEEP = {"sweep": "configs/sweeps/one.yaml", "num_epochs": 1, "overrides": f"{FEW} training.batch_size=64"}
 # What is typed into each notebook's cell of parameters, so that it ends within seconds.
 GIVEN = {
     "data": RUN,

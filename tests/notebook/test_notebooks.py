@@ -16,7 +16,7 @@ from families import FAMILIES
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.files import write_json
-from mmrev_kit.notebook.parameters import check_names, make_config, read_parameters, settings_html
+from mmrev_kit.notebook.parameters import check_names, is_interactive, make_config, read_parameters, settings_html
 from mmrev_kit.notebook.render import clean, render
 from mmrev_kit.notebook.sweeps import read_sweep
 from mmrev_kit.notebook.tables import find_histories, summary
@@ -314,6 +314,15 @@ def test_a_given_value_that_would_not_count_ends_the_notebook(change, message, t
     words = ["-p", "num_epochs", "2", "-p", "output_dir", str(tmp_path / "outputs")]
     done = papermill(edited(tmp_path, change), str(tmp_path / "o.ipynb"), *words, capture_output=True)
     assert done.returncode != 0 and message in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def test_a_headless_machine_needs_no_ipython(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    monkeypatch.setitem(sys.modules, "IPython.core.getipython", None)  # importing it is an error
+    assert not is_interactive()
+    monkeypatch.setenv("JPY_SESSION_NAME", "one.ipynb")
+    with pytest.raises(ImportError):
+        is_interactive()
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
