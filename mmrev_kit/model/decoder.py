@@ -1,0 +1,349 @@
+"""A decoder layer of Qwen3-VL as one operation, its backward pass by hand: for 16-bit training on GPUs.
+
+The modules' own operations are some hundred and ninety starts a layer and update, each from Python; with few tokens an
+update the GPU waits for them. Here they are about sixty: q, k and v are one product, as are gate and up; an adapter is
+part of its layer's product, as columns that stand behind the weight and the input; dropout's masks come from a seed
+and are drawn again instead of being kept; 4-bit weights take one kernel each.
+
+A layer that is *recomputed* saves its input alone. One that is *kept* saves what costs products to make: what
+projections and attention put out, in 16 bit, and the residual stream before the MLP. In the backward pass a weight is
+turned to 16 bit once, for what is computed again and for the gradient.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+from mmrev_kit.model import layer_lines
+from mmrev_kit.model.kernels import can_compile
+
+ALIGNED = 64  # columns behind a weight are filled up to a multiple of this
+
+
+@cache
+def operations(device):
+    """The operations of `layer_lines`, as kernels where the device can have them."""
+    found = vars(layer_lines)
+    if can_compile(device):
+        from mmrev_kit.model import layer_attention, layer_kernels
+
+        found = found | vars(layer_kernels) | vars(layer_attention)
+    return SimpleNamespace(**found)
+
+
+class Group:
+    """Projections that read the same input, with their adapters.
+
+    Attributes:
+        bases, adapters: the frozen linear layers; PEFT's layers around them, or None.
+        inputs, outputs, starts: numbers of the input, of all outputs, and where each projection's outputs begin.
+        rank, extra: of the adapters (0: there are none), and the columns behind the weights.
+        whole: whether the weights are one matrix in 16 bit, made for each use.
+    """
+
+    def __init__(self, modules: list):
+        self.adapters = [module if hasattr(module, "lora_A") else None for module in modules]
+        self.bases = [module.base_layer if hasattr(module, "lora_A") else module for module in modules]
+        self.inputs, sizes = self.bases[0].in_features, [base.out_features for base in self.bases]
+        self.starts, self.outputs = [sum(sizes[:number]) for number in range(len(sizes))], sum(sizes)
+        self.adapted = [module for module in self.adapters if module is not None]
+        self.names = self.adapted[0].active_adapters if self.adapted else []
+        self.known = {
+            (len(module.lora_A[name].weight), module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0))
+            for module in self.adapted for name in self.names
+        }  # fmt: skip
+        self.rank, self.scaling, self.p = next(iter(self.known), (0, 0.0, 0.0))
+        self.extra = -(-self.rank * len(modules) // ALIGNED) * ALIGNED
+        self.whole = bool(self.rank) or hasattr(self.bases[0].weight, "quant_state")
+
+    def possible(self) -> bool:
+        def plain(base) -> bool:
+            state = getattr(base.weight, "quant_state", None)
+            if state is not None and (state.quant_type, state.blocksize, base.weight.dtype) != ("nf4", 64, torch.uint8):
+                return False
+            nested = state is not None and state.nested
+            return base.bias is None and not base.weight.requires_grad and not (nested and state.state2.blocksize != 256)
+
+        def own(module) -> bool:
+            name, trained = self.names[0], [*module.lora_A.parameters(), *module.lora_B.parameters()]
+            plain = not module.lora_variant and module.lora_B[name].bias is None
+            return plain and all(parameter.dtype == torch.float32 for parameter in trained)
+
+        alike = len(self.known) < 2 and len(self.names) < 2 and all(start % 32 == 0 for start in self.starts)
+        return alike and all(map(plain, self.bases)) and all(map(own, self.adapted))
+
+    def usable(self, dtype) -> bool:
+        for base in self.bases:
+            state = getattr(base.weight, "quant_state", None)
+            if (base.weight.dtype if state is None else state.dtype) != dtype:
+                return False
+        return not any(m.disable_adapters or m.merged or m.active_adapters != self.names for m in self.adapted)
+
+    def matrices(self) -> list:
+        """A and B of each adapter, in order."""
+        return [kind[self.names[0]].weight for module in self.adapted for kind in (module.lora_A, module.lora_B)]
+
+
+class Layer:
+    """What the operation knows of a decoder layer: its sizes, its norms and its projections by what they read."""
+
+    def __init__(self, module):
+        own, mlp = module.self_attn, module.mlp
+        self.module, self.scaling = module, own.scaling
+        self.parts = list(module.modules())
+        self.heads, self.key_heads = own.config.num_attention_heads, own.config.num_key_value_heads
+        self.groups = {
+            "qkv": Group([own.q_proj, own.k_proj, own.v_proj]),
+            "o": Group([own.o_proj]),
+            "up": Group([mlp.gate_proj, mlp.up_proj]),
+            "down": Group([mlp.down_proj]),
+        }
+
+    def norm(self, name: str) -> tuple:
+        module = getattr(self.module, name)
+        return module.weight, module.variance_epsilon
+
+    def matrices(self) -> list:
+        """The trained matrices of all groups, in order."""
+        return [matrix for group in self.groups.values() for matrix in group.matrices()]
+
+    def possible(self) -> bool:
+        """Whether the operation computes what these modules do: frozen layers without bias, in 16 bit or NF4 in blocks
+        of 64, and adapters in fp32 of PEFT's plain kind, alike among those that read the same."""
+        return all(group.possible() for group in self.groups.values())
+
+    def usable(self, dtype) -> bool:
+        """Whether it does so now, in this compute dtype: no module has a hook, and no adapter is off or merged."""
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+        return not watched and all(group.usable(dtype) for group in self.groups.values())
+
+    def seeds(self) -> list[int] | None:
+        """A seed for the dropout of each group, from torch's random numbers; None where nothing is dropped."""
+        if not self.module.training or not any(group.p for group in self.groups.values()):
+            return None
+        return torch.randint(2**31 - 1, (len(self.groups),)).tolist()
+
+
+@dataclass
+class Given:
+    """What a layer is used with, besides its input: the compute dtype, seeds of its dropout, cosine and sine of the
+    positions (n, d), what attention sees, and whether what it computes is kept for the backward pass."""
+
+    layer: Layer
+    dtype: torch.dtype
+    seeds: list[int] | None
+    angles: tuple
+    mask: object
+    keep: bool
+
+
+class Pass:
+    """One pass through a layer, forward or backward.
+
+    Attributes:
+        held: weights in 16 bit that are used once more; None: none is kept for that.
+    """
+
+    def __init__(self, given: Given, matrices, held: dict | None = None):
+        self.given, self.layer, self.dtype, self.held = given, given.layer, given.dtype, held
+        self.device = given.angles[0].device
+        self.run = operations(self.device)
+        rest, self.ups, self.downs = iter(matrices), {}, {}
+        for name, group in self.layer.groups.items():
+            pairs = [(None, None) if module is None else (next(rest), next(rest)) for module in group.adapters]
+            self.ups[name] = [up for _, up in pairs]
+            self.downs[name] = self.stacked(group, [down for down, _ in pairs]) if group.rank else None
+
+    def empty(self, rows: int, width: int):
+        return torch.empty(rows, width, dtype=self.dtype, device=self.device)
+
+    def stacked(self, group: Group, parts: list):
+        """Every A of a group below the other in 16 bit, zeros where a projection has none."""
+        make = torch.zeros if None in parts else torch.empty
+        found = make(len(parts), group.rank, group.inputs, dtype=self.dtype, device=self.device)
+        there = [(place, part) for place, part in zip(found, parts, strict=True) if part is not None]
+        torch._foreach_copy_(*map(list, zip(*there, strict=True)))
+        return found.flatten(0, 1)
+
+    def dropped(self, name: str, rows: int):
+        """A group's dropout masks for so many tokens, or None, and the factor of what is kept."""
+        group, seeds = self.layer.groups[name], self.given.seeds
+        if seeds is None or not group.p:
+            return None, 1.0
+        seed = seeds[list(self.layer.groups).index(name)]
+        mask = self.run.draw(seed, rows, group.inputs, len(group.starts), group.p, self.device)
+        return mask, layer_lines.STEPS / (layer_lines.STEPS - layer_lines.threshold(group.p))
+
+    def weights(self, name: str) -> list:
+        """(first output, matrix) of a group's weights in 16 bit: one extended matrix, or each as it is."""
+        group = self.layer.groups[name]
+        found = [(start, base.weight) for start, base in zip(group.starts, group.bases, strict=True)]
+        if group.whole:
+            whole = self.empty(group.outputs, group.inputs + group.extra)
+            parts = whole.split([base.out_features for base in group.bases])
+            for number, (base, part, up) in enumerate(zip(group.bases, parts, self.ups[name], strict=True)):
+                quantized = hasattr(base.weight, "quant_state") and group.inputs % ALIGNED == 0
+                run = self.run if quantized else layer_lines
+                run.dequantize(base, part, up, group.scaling, number * group.rank)
+            found = [(0, whole)]
+        return found
+
+    def project(self, name: str, rows):
+        """A group's input, extended where there are adapters, to (n, outputs)."""
+        (_, matrix), *rest = weights = self.weights(name)
+        if self.held is not None:
+            self.held[name] = weights
+        if not rest:
+            return rows @ matrix.t()
+        out = self.empty(len(rows), self.layer.groups[name].outputs)
+        for start, matrix in weights:
+            torch.mm(rows, matrix.t(), out=out[:, start : start + len(matrix)])
+        return out
+
+    def project_back(self, name: str, gradient):
+        """The other way, to the gradient of the input, extended where there are adapters."""
+        (_, matrix), *rest = (self.held or {}).pop(name, None) or self.weights(name)
+        found = gradient[:, : len(matrix)] @ matrix
+        for start, matrix in rest:
+            found.addmm_(gradient[:, start : start + len(matrix)], matrix)
+        return found
+
+    def extended(self, name: str, rows, out=None):
+        """A group's input (n, inputs) with its adapters' part behind it, and that alone; without adapters the input
+        and None. `out` is a matrix that begins with the input and has room behind it."""
+        group = self.layer.groups[name]
+        if not group.rank:
+            return rows, None
+        out = self.empty(len(rows), group.inputs + group.extra) if out is None else out
+        mask, factor = self.dropped(name, len(rows))
+        return out, self.run.lora_down(group, rows, mask, self.downs[name], factor, out)
+
+    def of_input(self, name: str, gradient, rows, of_out, low, found: dict):
+        """The gradient of a group's input (n, inputs) from the extended one; those of its adapters go to `found`."""
+        group = self.layer.groups[name]
+        if not group.rank:
+            return gradient
+        mask, factor = self.dropped(name, len(rows))
+        found[name] = self.run.lora_gradients(group, gradient, rows, mask, factor, of_out, low)
+        return self.run.lora_up(group, gradient, mask, self.downs[name], factor)
+
+    def normed(self, norm: str, name: str, stream, added=None):
+        """The stream (n, h), or its sum with `added`; and that normalised, first in a matrix with room behind it."""
+        group = self.layer.groups[name]
+        out = self.empty(len(stream), group.inputs + group.extra)
+        return self.run.norm(stream, added, *self.layer.norm(norm), out), out
+
+    def rotation(self) -> tuple:
+        own = self.layer.module.self_attn
+        weights = own.q_norm.weight, own.k_norm.weight, own.q_norm.variance_epsilon
+        return self.layer.heads, self.layer.key_heads, *weights, *self.given.angles
+
+    def rotated(self, joined):
+        value = layer_lines.split(joined, self.layer.heads, self.layer.key_heads)[2]
+        return *self.run.rotate(joined, *self.rotation()), value
+
+    def attention(self, stream):
+        """The stream (n, h) with attention added, and the MLP's input. And what the backward pass wants: q, k and v as
+        they are projected, attention's output with its sums, and the adapters' parts of q, k, v and of o."""
+        _, rows = self.normed("input_layernorm", "qkv", stream)
+        rows, low = self.extended("qkv", rows[:, : stream.shape[1]], rows)
+        joined = self.project("qkv", rows)
+        del rows
+        out, sums = self.run.attend(*self.rotated(joined), self.given.mask, self.layer.scaling)
+        rows, low_out = self.extended("o", out.flatten(1))
+        added = self.project("o", rows)
+        middle, rows = self.normed("post_attention_layernorm", "up", stream, added)
+        return middle, rows, (joined, out, sums, low, low_out)
+
+    def gates(self, rows, width: int):
+        """Gate and up of the MLP's input, and its adapters' part."""
+        rows, low = self.extended("up", rows[:, :width], rows)
+        return self.project("up", rows), low
+
+    def gated(self, joined):
+        """down_proj's input, and its adapter's part."""
+        group = self.layer.groups["down"]
+        out = self.empty(len(joined), group.inputs + group.extra)
+        self.run.gate(joined, out)
+        return self.extended("down", out[:, : group.inputs], out)
+
+    def mlp_backward(self, gradient, middle, joined, low, low_down, found: dict):
+        """From the gradient of the layer's output to that of `middle`: in fp32 and in 16 bit. `joined` is used up."""
+        half, groups, width = gradient.to(self.dtype), self.layer.groups, gradient.shape[1]
+        of_rows = self.project_back("down", half)
+        rows = self.gated(joined)[0][:, : groups["down"].inputs] if groups["down"].rank else None
+        of_rows = self.of_input("down", of_rows, rows, half, low_down, found)
+        del rows
+        self.run.gate_backward(of_rows, joined)
+        of_rows = self.project_back("up", joined)
+        norm = "post_attention_layernorm"
+        rows = self.normed(norm, "up", middle)[1][:, :width] if groups["up"].rank else None
+        of_rows = self.of_input("up", of_rows, rows, joined, low, found)
+        return self.run.norm_backward(of_rows, middle, *self.layer.norm(norm), gradient, self.dtype)
+
+    def attention_backward(self, gradient, half, stream, saved: tuple, found: dict):
+        """From the gradient of `middle` to that of the layer's input, (n, h) fp32."""
+        joined, out, sums, low, low_out = saved
+        of_out = self.of_input("o", self.project_back("o", half), out.flatten(1), half, low_out, found)
+        of_joined = torch.empty_like(joined)
+        self.run.attend_backward(
+            of_out, *self.rotated(joined), out, sums, self.given.mask, self.layer.scaling, of_joined
+        )
+        self.run.rotate_backward(of_joined, joined, *self.rotation())
+        of_rows = self.project_back("qkv", of_joined)
+        rows = self.normed("input_layernorm", "qkv", stream)[1] if self.layer.groups["qkv"].rank else stream
+        of_rows = self.of_input("qkv", of_rows, rows[:, : stream.shape[1]], of_joined, low, found)
+        return self.run.norm_backward(of_rows, stream, *self.layer.norm("input_layernorm"), gradient, self.dtype)[0]
+
+
+class DecoderLayer(torch.autograd.Function):
+    """A layer's output from its input, (sequences, length, h) in fp32; `matrices` are those of `Layer.matrices`."""
+
+    @staticmethod
+    def forward(ctx, hidden, given: Given, *matrices):
+        own, stream = Pass(given, matrices), hidden.flatten(0, 1)
+        middle, rows, saved = own.attention(stream)
+        joined, low = own.gates(rows, stream.shape[1])
+        del rows
+        rows, low_down = own.gated(joined)
+        kept = (*saved, middle, joined, low, low_down) if given.keep else ()
+        del saved, joined
+        out = middle + own.project("down", rows)
+        ctx.given, ctx.kept = given, len(kept)
+        ctx.save_for_backward(hidden, *kept, *matrices)
+        return out.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, *rest = ctx.saved_tensors
+        given, kept, matrices = ctx.given, rest[: ctx.kept], rest[ctx.kept :]
+        stream, found, groups = hidden.flatten(0, 1), {}, given.layer.groups
+        del rest
+        own = Pass(given, matrices, None if kept else {})
+        if kept:
+            *saved, middle, joined, low, low_down = kept
+        else:
+            middle, rows, saved = own.attention(stream)
+            joined, low = own.gates(rows, stream.shape[1])
+            low_down = own.gated(joined)[1] if groups["down"].rank else None
+            del rows
+        gradient = gradient.flatten(0, 1).contiguous()
+        gradient, half = own.mlp_backward(gradient, middle, joined, low, low_down, found)
+        del middle, joined, kept
+        of_hidden = own.attention_backward(gradient, half, stream, saved, found).view(hidden.shape)
+        return of_hidden if ctx.needs_input_grad[0] else None, None, *parted(groups, found)
+
+
+def parted(groups: dict[str, Group], found: dict) -> list:
+    """The gradients of all trained matrices, in order, from those of each group."""
+    parts = []
+    for name, (of_down, of_up) in ((name, found[name]) for name in groups if name in found):
+        group = groups[name]
+        ends = [*group.starts[1:], group.outputs]
+        for number, module in enumerate(group.adapters):
+            if module is not None:
+                parts += [of_down[number * group.rank : (number + 1) * group.rank]]
+                parts += [of_up[group.starts[number] : ends[number]]]
+    return parts

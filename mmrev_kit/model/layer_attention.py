@@ -1,0 +1,237 @@
+"""Attention of `layer_lines` as Triton kernels: rotary positions with their norms, and causal attention with a mask.
+
+Attention is FlashAttention-2 (Dao, 2023): scores are made block by block and again in the backward pass; query heads
+that share a key head read it once, and nothing is computed for keys behind a block's last query.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton import next_power_of_2
+
+LOG2E = math.log2(math.e)
+HEADS = 16  # of a token, that one program rotates
+
+
+@triton.jit
+def rotate_kernel(
+    joined, query, key, of_query, of_key, cosine, sine, heads, key_heads, angle_stride, eps,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head, place = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    is_query, here = head < heads, head < heads + key_heads
+    begin = joined + (row * (heads + 2 * key_heads) + head) * (2 * HALF) + place
+    left = tl.load(begin, here, 0.0).to(tl.float32)
+    right = tl.load(begin + HALF, here, 0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)[:, None]
+    left *= scale * tl.where(is_query, tl.load(of_query + place), tl.load(of_key + place)).to(tl.float32)
+    right *= scale * tl.where(is_query, tl.load(of_query + HALF + place), tl.load(of_key + HALF + place)).to(tl.float32)
+    turn, lift = tl.load(cosine + row * angle_stride + place), tl.load(sine + row * angle_stride + place)
+    new_left = (left * turn - right * lift).to(query.dtype.element_ty)
+    new_right = (right * turn + left * lift).to(query.dtype.element_ty)
+    own = query + (row * heads + head) * (2 * HALF) + place
+    tl.store(own, new_left, is_query)
+    tl.store(own + HALF, new_right, is_query)
+    own = key + (row * key_heads + head - heads) * (2 * HALF) + place
+    tl.store(own, new_left, here & (head >= heads))
+    tl.store(own + HALF, new_right, here & (head >= heads))
+
+
+def rotate(joined, heads: int, key_heads: int, of_query, of_key, eps: float, cosine, sine):
+    count, half = len(joined), cosine.shape[-1] // 2
+    query = torch.empty(count, heads, 2 * half, dtype=joined.dtype, device=joined.device)
+    key = torch.empty(count, key_heads, 2 * half, dtype=joined.dtype, device=joined.device)
+    rotate_kernel[(count, triton.cdiv(heads + key_heads, HEADS))](
+        joined, query, key, of_query, of_key, cosine, sine, heads, key_heads, cosine.stride(0), eps, HALF=half,
+        HEADS=HEADS,
+    )  # fmt: skip
+    return query, key
+
+
+@triton.jit
+def rotate_backward_kernel(
+    gradient, joined, of_query, of_key, cosine, sine, heads, key_heads, angle_stride, eps,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head, place = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    is_query, here = head < heads, head < heads + key_heads
+    begin = (row * (heads + 2 * key_heads) + head) * (2 * HALF) + place
+    left = tl.load(joined + begin, here, 0.0).to(tl.float32)
+    right = tl.load(joined + begin + HALF, here, 0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)[:, None]
+    left, right = left * scale, right * scale
+    turn, lift = tl.load(cosine + row * angle_stride + place), tl.load(sine + row * angle_stride + place)
+    of_left = tl.load(gradient + begin, here, 0.0).to(tl.float32)
+    of_right = tl.load(gradient + begin + HALF, here, 0.0).to(tl.float32)
+    back_left, back_right = of_left * turn + of_right * lift, of_right * turn - of_left * lift
+    back_left *= tl.where(is_query, tl.load(of_query + place), tl.load(of_key + place)).to(tl.float32)
+    weight = tl.where(is_query, tl.load(of_query + HALF + place), tl.load(of_key + HALF + place)).to(tl.float32)
+    back_right *= weight
+    mean = ((tl.sum(back_left * left, 1) + tl.sum(back_right * right, 1)) / (2 * HALF))[:, None]
+    tl.store(gradient + begin, (scale * (back_left - left * mean)).to(gradient.dtype.element_ty), here)
+    tl.store(gradient + begin + HALF, (scale * (back_right - right * mean)).to(gradient.dtype.element_ty), here)
+
+
+def rotate_backward(gradient, joined, heads: int, key_heads: int, of_query, of_key, eps: float, cosine, sine) -> None:
+    rotate_backward_kernel[(len(joined), triton.cdiv(heads + key_heads, HEADS))](
+        gradient, joined, of_query, of_key, cosine, sine, heads, key_heads, cosine.stride(0), eps,
+        HALF=cosine.shape[-1] // 2, HEADS=HEADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def seen(mask, sequence, length, row, column, MASKED: tl.constexpr):
+    """Which queries `row` see which keys `column`, two vectors along two axes."""
+    found = (row < length) & (column <= row)
+    if MASKED:
+        found &= tl.load(mask + (sequence * length + row) * length + column, found, 0) != 0
+    return found
+
+
+@triton.jit
+def attend_kernel(
+    query, key, value, mask, out, sums, length, value_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    begin, head = tl.program_id(0) * ROWS, tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    row, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
+    first = sequence * length
+    own = ((first + row) * HEADS + head)[:, None] * D + place[None, :]
+    queries = tl.load(query + own, (row < length)[:, None], 0.0)
+    highest = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, D), tl.float32)
+    key += (first * (HEADS // GROUP) + head // GROUP) * D
+    value += first * value_stride + (head // GROUP) * D
+    for start in range(0, tl.minimum(begin + ROWS, length), STEP):
+        column = start + tl.arange(0, STEP)
+        keys = tl.load(key + place[:, None] + column[None, :] * (HEADS // GROUP * D), (column < length)[None, :], 0.0)
+        scores = tl.dot(queries, keys) * scale
+        scores = tl.where(seen(mask, sequence, length, row[:, None], column[None, :], MASKED), scores, -1e30)
+        new = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.where(scores > -1e29, tl.exp2(scores - new[:, None]), 0.0)
+        shrink = tl.exp2(highest - new)
+        total = total * shrink + tl.sum(weights, 1)
+        values = tl.load(value + column[:, None] * value_stride + place[None, :], (column < length)[:, None], 0.0)
+        result = tl.dot(weights.to(values.dtype), values, result * shrink[:, None])
+        highest = new
+    total = tl.where(total > 0, total, 1.0)  # a token that sees nothing
+    tl.store(out + own, (result / total[:, None]).to(out.dtype.element_ty), (row < length)[:, None])
+    tl.store(sums + (sequence * HEADS + head) * length + row, highest + tl.log2(total), row < length)
+
+
+def sizes(query, mask) -> tuple[int, int, int]:
+    """Sequences, their length, and how many blocks of 64 tokens that is."""
+    sequences = mask if isinstance(mask, int) else len(mask)
+    length = len(query) // sequences
+    return sequences, length, triton.cdiv(length, 64)
+
+
+def options(query, key, mask) -> dict:
+    """What the kernels are compiled for."""
+    _, heads, d = query.shape
+    return {"HEADS": heads, "GROUP": heads // key.shape[1], "D": d, "MASKED": not isinstance(mask, int)}
+
+
+def as_bytes(query, mask):
+    return query if isinstance(mask, int) else mask.contiguous().view(torch.uint8)
+
+
+def attend(query, key, value, mask, scaling: float):
+    (sequences, length, blocks), heads = sizes(query, mask), query.shape[1]
+    out = torch.empty_like(query)
+    sums = torch.empty(sequences, heads, length, device=query.device)
+    attend_kernel[(blocks, heads, sequences)](
+        query, key, value, as_bytes(query, mask), out, sums, length, value.stride(0), scaling * LOG2E,
+        **options(query, key, mask), ROWS=64, STEP=64, num_stages=3,
+    )  # fmt: skip
+    return out, sums
+
+
+@triton.jit
+def product_kernel(gradient, out, found, count, length, HEADS: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr):
+    """The sum over d of a gradient times its output, for each head: (sequences, H, length)."""
+    number = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+    place, here = number[:, None] * D + tl.arange(0, D)[None, :], (number < count)[:, None]
+    product = tl.load(gradient + place, here, 0.0).to(tl.float32) * tl.load(out + place, here, 0.0).to(tl.float32)
+    row, head = number // HEADS, number % HEADS
+    place = ((row // length) * HEADS + head) * length + row % length
+    tl.store(found + place, tl.sum(product, 1), number < count)
+
+
+@triton.jit
+def of_queries_kernel(
+    gradient, query, key, value, mask, sums, products, into, length, value_stride, stride, scale, scaling,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    begin, head = tl.program_id(0) * ROWS, tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    row, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
+    first = sequence * length
+    own, here = ((first + row) * HEADS + head)[:, None] * D + place[None, :], (row < length)[:, None]
+    queries, given = tl.load(query + own, here, 0.0), tl.load(gradient + own, here, 0.0)
+    number = (sequence * HEADS + head) * length + row
+    highest, product = tl.load(sums + number, row < length, 0.0), tl.load(products + number, row < length, 0.0)
+    key += (first * (HEADS // GROUP) + head // GROUP) * D
+    value += first * value_stride + (head // GROUP) * D
+    total = tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, tl.minimum(begin + ROWS, length), STEP):
+        column = start + tl.arange(0, STEP)
+        inside = (column < length)[None, :]
+        keys = tl.load(key + place[:, None] + column[None, :] * (HEADS // GROUP * D), inside, 0.0)
+        values = tl.load(value + place[:, None] + column[None, :] * value_stride, inside, 0.0)
+        weights = tl.exp2(tl.dot(queries, keys) * scale - highest[:, None])
+        weights = tl.where(seen(mask, sequence, length, row[:, None], column[None, :], MASKED), weights, 0.0)
+        of_scores = weights * (tl.dot(given, values) - product[:, None])
+        total = tl.dot(of_scores.to(keys.dtype), tl.trans(keys), total)
+    place = (first + row)[:, None] * stride + head * D + place[None, :]
+    tl.store(into + place, (total * scaling).to(into.dtype.element_ty), here)
+
+
+@triton.jit
+def of_keys_kernel(
+    gradient, query, key, value, mask, sums, products, into, length, value_stride, stride, scale, scaling,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    begin, key_head = tl.program_id(0) * ROWS, tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    column, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
+    first, here = sequence * length, (column < length)[:, None]
+    keys = tl.load(key + ((first + column) * (HEADS // GROUP) + key_head)[:, None] * D + place[None, :], here, 0.0)
+    values = tl.load(value + (first + column)[:, None] * value_stride + key_head * D + place[None, :], here, 0.0)
+    of_key, of_value = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    steps = tl.cdiv(length - begin, STEP)
+    for turn in range(0, GROUP * steps):
+        head = key_head * GROUP + turn // steps
+        row = begin + (turn % steps) * STEP + tl.arange(0, STEP)
+        inside = row < length
+        own = ((first + row) * HEADS + head)[:, None] * D + place[None, :]
+        queries, given = tl.load(query + own, inside[:, None], 0.0), tl.load(gradient + own, inside[:, None], 0.0)
+        number = (sequence * HEADS + head) * length + row
+        highest, product = tl.load(sums + number, inside, 0.0), tl.load(products + number, inside, 0.0)
+        weights = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - highest[None, :])
+        weights = tl.where(seen(mask, sequence, length, row[None, :], column[:, None], MASKED), weights, 0.0)
+        of_value = tl.dot(weights.to(given.dtype), given, of_value)
+        of_scores = weights * (tl.dot(values, tl.trans(given)) - product[None, :])
+        of_key = tl.dot(of_scores.to(queries.dtype), queries, of_key)
+    place = (first + column)[:, None] * stride + (HEADS + key_head) * D + place[None, :]
+    tl.store(into + place, (of_key * scaling).to(into.dtype.element_ty), here)
+    tl.store(into + place + HEADS // GROUP * D, of_value.to(into.dtype.element_ty), here)
+
+
+def attend_backward(gradient, query, key, value, out, sums, mask, scaling: float, into) -> None:
+    (sequences, length, blocks), (count, heads, d) = sizes(query, mask), query.shape
+    products = torch.empty_like(sums)
+    product_kernel[(triton.cdiv(count * heads, 64),)](gradient, out, products, count * heads, length, heads, d, SIZE=64)
+    for kernel, number in ((of_keys_kernel, key.shape[1]), (of_queries_kernel, heads)):
+        kernel[(blocks, number, sequences)](
+            gradient, query, key, value, as_bytes(query, mask), sums, products, into, length, value.stride(0),
+            into.stride(0), scaling * LOG2E, scaling, **options(query, key, mask), ROWS=64, STEP=64, num_stages=2,
+        )  # fmt: skip
