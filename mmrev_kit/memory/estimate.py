@@ -217,6 +217,10 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     inputs = tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
     again = config.memory.recomputed_layers(layers)
     kept = layers - again
+    last, alone = found.backward, found.again or found.backward
+    rounding = kept * sum(map(unsplit, found.tensors))
+    if phase != "loss" and again and found.once + sum(alone[1:]) > kept * found.saved + rounding + sum(last[1:]):
+        kept, rounding, last = 0, 0.0, alone  # what was kept is gone by then
     setting = "memory.kept_layers" if config.memory.gradient_checkpointing else "memory.gradient_checkpointing=true"
     states = "" if cached else ", and the last states of the tower"
     components = [
@@ -227,7 +231,7 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
             f"4 B x hidden x {again} layers x {tokens:,} tokens", word),
         Component("saved activations", found.saved * kept,
             f"{found.saved / tokens:,.0f} B a token and layer x {tokens:,} x {kept}", setting),
-        Component("rounding of blocks", kept * sum(map(unsplit, found.tensors)),
+        Component("rounding of blocks", rounding,
             "a block's rest below 1 MiB is not split off", word),
     ]  # fmt: skip
     if phase == "loss":
@@ -235,8 +239,8 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     if not kept:
         how = f"{found.once / tokens:,.0f} B a token x {tokens:,}, of one layer at a time"
         components.append(Component("recomputed layer", found.once, how, word))
-    name, size, weight = found.backward
-    components.append(Component("gradients of activations", size, f"in {name} of the last layer", word))
+    name, size, weight = last
+    components.append(Component("gradients of activations", size, f"in {name}", word))
     components.append(weight_in_16_bit(weight))
     return components
 

@@ -64,7 +64,9 @@ class Group:
             if state is not None and (state.quant_type, state.blocksize, base.weight.dtype) != ("nf4", 64, torch.uint8):
                 return False
             nested = state is not None and state.nested
-            return base.bias is None and not base.weight.requires_grad and not (nested and state.state2.blocksize != 256)
+            return (
+                base.bias is None and not base.weight.requires_grad and not (nested and state.state2.blocksize != 256)
+            )
 
         def own(module) -> bool:
             name, trained = self.names[0], [*module.lora_A.parameters(), *module.lora_B.parameters()]
@@ -119,11 +121,11 @@ class Layer:
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
         return not watched and all(group.usable(dtype) for group in self.groups.values())
 
-    def seeds(self) -> list[int] | None:
+    def seeds(self) -> dict[str, int] | None:
         """A seed for the dropout of each group, from torch's random numbers; None where nothing is dropped."""
         if not self.module.training or not any(group.p for group in self.groups.values()):
             return None
-        return torch.randint(2**31 - 1, (len(self.groups),)).tolist()
+        return dict(zip(self.groups, torch.randint(2**31 - 1, (len(self.groups),)).tolist(), strict=True))
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Given:
 
     layer: Layer
     dtype: torch.dtype
-    seeds: list[int] | None
+    seeds: dict[str, int] | None
     angles: tuple
     mask: object
     keep: bool
@@ -146,11 +148,12 @@ class Pass:
         held: weights in 16 bit that are used once more; None: none is kept for that.
     """
 
-    def __init__(self, given: Given, matrices, held: dict | None = None):
-        self.given, self.layer, self.dtype, self.held = given, given.layer, given.dtype, held
-        self.device = given.angles[0].device
+    def __init__(self, given: Given, matrices):
+        self.given, self.layer, self.dtype, self.held = given, given.layer, given.dtype, None
+        self.device, tokens = given.angles[0].device, len(given.angles[0])
         self.run = operations(self.device)
-        rest, self.ups, self.downs = iter(matrices), {}, {}
+        self.seen = self.run.seen_by(given.mask, tokens, self.device)
+        rest, self.ups, self.downs, self.masks = iter(matrices), {}, {}, {}
         for name, group in self.layer.groups.items():
             pairs = [(None, None) if module is None else (next(rest), next(rest)) for module in group.adapters]
             self.ups[name] = [up for _, up in pairs]
@@ -172,9 +175,10 @@ class Pass:
         group, seeds = self.layer.groups[name], self.given.seeds
         if seeds is None or not group.p:
             return None, 1.0
-        seed = seeds[list(self.layer.groups).index(name)]
-        mask = self.run.draw(seed, rows, group.inputs, len(group.starts), group.p, self.device)
-        return mask, layer_lines.STEPS / (layer_lines.STEPS - layer_lines.threshold(group.p))
+        if name not in self.masks:
+            sizes = rows, group.inputs, len(group.starts)
+            self.masks[name] = self.run.draw(seeds[name], *sizes, group.p, self.device)
+        return self.masks[name], layer_lines.STEPS / (layer_lines.STEPS - layer_lines.threshold(group.p))
 
     def weights(self, name: str) -> list:
         """(first output, matrix) of a group's weights in 16 bit: one extended matrix, or each as it is."""
@@ -251,7 +255,7 @@ class Pass:
         rows, low = self.extended("qkv", rows[:, : stream.shape[1]], rows)
         joined = self.project("qkv", rows)
         del rows
-        out, sums = self.run.attend(*self.rotated(joined), self.given.mask, self.layer.scaling)
+        out, sums = self.run.attend(*self.rotated(joined), self.seen, self.layer.scaling)
         rows, low_out = self.extended("o", out.flatten(1))
         added = self.project("o", rows)
         middle, rows = self.normed("post_attention_layernorm", "up", stream, added)
@@ -269,16 +273,16 @@ class Pass:
         self.run.gate(joined, out)
         return self.extended("down", out[:, : group.inputs], out)
 
-    def mlp_backward(self, gradient, middle, joined, low, low_down, found: dict):
-        """From the gradient of the layer's output to that of `middle`: in fp32 and in 16 bit. `joined` is used up."""
-        half, groups, width = gradient.to(self.dtype), self.layer.groups, gradient.shape[1]
-        of_rows = self.project_back("down", half)
+    def mlp_backward(self, of_rows, gradient, half, middle, joined, low, low_down, found: dict):
+        """From the gradients of down_proj's input, extended, and of the layer's output, in fp32 and in 16 bit, to that
+        of `middle`, in both, too. `joined`, gate and up, is used up."""
+        groups, width, norm = self.layer.groups, gradient.shape[1], "post_attention_layernorm"
         rows = self.gated(joined)[0][:, : groups["down"].inputs] if groups["down"].rank else None
         of_rows = self.of_input("down", of_rows, rows, half, low_down, found)
-        del rows
         self.run.gate_backward(of_rows, joined)
+        torch.autograd.graph.increment_version(joined)  # so that a second backward pass is refused
+        del rows
         of_rows = self.project_back("up", joined)
-        norm = "post_attention_layernorm"
         rows = self.normed(norm, "up", middle)[1][:, :width] if groups["up"].rank else None
         of_rows = self.of_input("up", of_rows, rows, joined, low, found)
         return self.run.norm_backward(of_rows, middle, *self.layer.norm(norm), gradient, self.dtype)
@@ -288,9 +292,9 @@ class Pass:
         joined, out, sums, low, low_out = saved
         of_out = self.of_input("o", self.project_back("o", half), out.flatten(1), half, low_out, found)
         of_joined = torch.empty_like(joined)
-        self.run.attend_backward(
-            of_out, *self.rotated(joined), out, sums, self.given.mask, self.layer.scaling, of_joined
-        )
+        attended = *self.rotated(joined), out, sums, self.seen, self.layer.scaling
+        self.run.attend_backward(of_out, *attended, of_joined)
+        del of_out, attended
         self.run.rotate_backward(of_joined, joined, *self.rotation())
         of_rows = self.project_back("qkv", of_joined)
         rows = self.normed("input_layernorm", "qkv", stream)[1] if self.layer.groups["qkv"].rank else stream
@@ -321,17 +325,20 @@ class DecoderLayer(torch.autograd.Function):
         given, kept, matrices = ctx.given, rest[: ctx.kept], rest[ctx.kept :]
         stream, found, groups = hidden.flatten(0, 1), {}, given.layer.groups
         del rest
-        own = Pass(given, matrices, None if kept else {})
+        own = Pass(given, matrices)
+        gradient = gradient.flatten(0, 1).contiguous()
+        half = gradient.to(given.dtype)
+        of_rows = own.project_back("down", half)  # first: its weight is gone before others come
         if kept:
             *saved, middle, joined, low, low_down = kept
         else:
+            own.held = {}
             middle, rows, saved = own.attention(stream)
             joined, low = own.gates(rows, stream.shape[1])
             low_down = own.gated(joined)[1] if groups["down"].rank else None
             del rows
-        gradient = gradient.flatten(0, 1).contiguous()
-        gradient, half = own.mlp_backward(gradient, middle, joined, low, low_down, found)
-        del middle, joined, kept
+        gradient, half = own.mlp_backward(of_rows, gradient, half, middle, joined, low, low_down, found)
+        del middle, joined, kept, of_rows
         of_hidden = own.attention_backward(gradient, half, stream, saved, found).view(hidden.shape)
         return of_hidden if ctx.needs_input_grad[0] else None, None, *parted(groups, found)
 
@@ -344,6 +351,6 @@ def parted(groups: dict[str, Group], found: dict) -> list:
         ends = [*group.starts[1:], group.outputs]
         for number, module in enumerate(group.adapters):
             if module is not None:
-                parts += [of_down[number * group.rank : (number + 1) * group.rank]]
-                parts += [of_up[group.starts[number] : ends[number]]]
+                down = of_down[number * group.rank : (number + 1) * group.rank]
+                parts += [down, of_up[group.starts[number] : ends[number]]]
     return parts

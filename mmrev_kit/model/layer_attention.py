@@ -1,17 +1,20 @@
 """Attention of `layer_lines` as Triton kernels: rotary positions with their norms, and causal attention with a mask.
 
-Attention is FlashAttention-2 (Dao, 2023): scores are made block by block and again in the backward pass; query heads
-that share a key head read it once, and nothing is computed for keys behind a block's last query.
+Attention is FlashAttention-2 (Dao, 2023): scores are made block by block and again in the backward pass. A mask is
+read as bits, and blocks of 64 x 64 that it leaves empty are not computed: of packed sequences most.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from triton import next_power_of_2
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LOG2E = math.log2(math.e)
+BLOCK = 64  # tokens: a row of a block of a mask is a word
 HEADS = 16  # of a token, that one program rotates
 
 
@@ -83,36 +86,78 @@ def rotate_backward(gradient, joined, heads: int, key_heads: int, of_query, of_k
     )  # fmt: skip
 
 
+@dataclass
+class Seen:
+    """A mask by blocks of queries and of keys: (sequences, length, blocks) words of 64 bits, key by key; and for each
+    block of queries how many blocks of keys it sees and which, in the first of `blocks` places; and the other way."""
+
+    words: torch.Tensor
+    of_query: tuple[torch.Tensor, torch.Tensor]
+    of_key: tuple[torch.Tensor, torch.Tensor]
+
+
 @triton.jit
-def seen(mask, sequence, length, row, column, MASKED: tl.constexpr):
-    """Which queries `row` see which keys `column`, two vectors along two axes."""
-    found = (row < length) & (column <= row)
-    if MASKED:
-        found &= tl.load(mask + (sequence * length + row) * length + column, found, 0) != 0
-    return found
+def words_kernel(mask, words, length, blocks, BLOCK: tl.constexpr):
+    row, bit = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + bit
+    seen = tl.load(mask + row * length + column, column < length, 0).to(tl.int64)
+    tl.store(words + row * blocks + tl.program_id(1), tl.sum(seen << bit))
+
+
+def by_blocks(mask) -> Seen:
+    """Of booleans (sequences, 1, length, length)."""
+    sequences, _, length, _ = mask.shape
+    blocks = triton.cdiv(length, BLOCK)
+    words = torch.empty(sequences, length, blocks, dtype=torch.int64, device=mask.device)
+    words_kernel[(sequences * length, blocks)](mask.contiguous().view(torch.uint8), words, length, blocks, BLOCK=BLOCK)
+    padded = torch.nn.functional.pad(words != 0, (0, 0, 0, blocks * BLOCK - length))
+    there = padded.view(sequences, blocks, BLOCK, blocks).any(2)
+
+    def places(there) -> tuple:
+        order = there.to(torch.uint8).argsort(-1, descending=True, stable=True)
+        return there.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+    return Seen(words, places(there), places(there.mT.contiguous()))
+
+
+@cache
+def causal(sequences: int, length: int, device) -> Seen:
+    return by_blocks(torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(sequences, 1, -1, -1))
+
+
+masks = WeakTensorKeyDictionary()  # all layers of a pass are given the same
+
+
+def seen_by(mask, tokens: int, device) -> Seen:
+    if isinstance(mask, int):
+        return causal(mask, tokens // mask, device)
+    if mask not in masks:
+        masks[mask] = by_blocks(mask)
+    return masks[mask]
 
 
 @triton.jit
 def attend_kernel(
-    query, key, value, mask, out, sums, length, value_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    query, key, value, words, counts, order, out, sums, length, blocks, value_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, head = tl.program_id(0) * ROWS, tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
-    row, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
-    first = sequence * length
+    own_block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    step, place = tl.arange(0, BLOCK), tl.arange(0, D)
+    row, first = own_block * BLOCK + step, sequence * length
     own = ((first + row) * HEADS + head)[:, None] * D + place[None, :]
     queries = tl.load(query + own, (row < length)[:, None], 0.0)
-    highest = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, D), tl.float32)
+    highest = tl.full((BLOCK,), -1e30, tl.float32)
+    total, result = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     key += (first * (HEADS // GROUP) + head // GROUP) * D
     value += first * value_stride + (head // GROUP) * D
-    for start in range(0, tl.minimum(begin + ROWS, length), STEP):
-        column = start + tl.arange(0, STEP)
+    list_of_blocks = sequence * blocks + own_block
+    for turn in range(0, tl.load(counts + list_of_blocks)):
+        block = tl.load(order + list_of_blocks * blocks + turn)
+        column = block * BLOCK + step
         keys = tl.load(key + place[:, None] + column[None, :] * (HEADS // GROUP * D), (column < length)[None, :], 0.0)
         scores = tl.dot(queries, keys) * scale
-        scores = tl.where(seen(mask, sequence, length, row[:, None], column[None, :], MASKED), scores, -1e30)
+        word = tl.load(words + (first + row) * blocks + block, row < length, 0)
+        scores = tl.where(((word[:, None] >> step[None, :]) & 1) != 0, scores, -1e30)
         new = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.where(scores > -1e29, tl.exp2(scores - new[:, None]), 0.0)
         shrink = tl.exp2(highest - new)
@@ -125,30 +170,19 @@ def attend_kernel(
     tl.store(sums + (sequence * HEADS + head) * length + row, highest + tl.log2(total), row < length)
 
 
-def sizes(query, mask) -> tuple[int, int, int]:
-    """Sequences, their length, and how many blocks of 64 tokens that is."""
-    sequences = mask if isinstance(mask, int) else len(mask)
-    length = len(query) // sequences
-    return sequences, length, triton.cdiv(length, 64)
-
-
-def options(query, key, mask) -> dict:
+def options(query, key) -> dict:
     """What the kernels are compiled for."""
     _, heads, d = query.shape
-    return {"HEADS": heads, "GROUP": heads // key.shape[1], "D": d, "MASKED": not isinstance(mask, int)}
+    return {"HEADS": heads, "GROUP": heads // key.shape[1], "D": d, "BLOCK": BLOCK}
 
 
-def as_bytes(query, mask):
-    return query if isinstance(mask, int) else mask.contiguous().view(torch.uint8)
-
-
-def attend(query, key, value, mask, scaling: float):
-    (sequences, length, blocks), heads = sizes(query, mask), query.shape[1]
+def attend(query, key, value, seen: Seen, scaling: float):
+    (sequences, length, blocks), heads = seen.words.shape, query.shape[1]
     out = torch.empty_like(query)
     sums = torch.empty(sequences, heads, length, device=query.device)
     attend_kernel[(blocks, heads, sequences)](
-        query, key, value, as_bytes(query, mask), out, sums, length, value.stride(0), scaling * LOG2E,
-        **options(query, key, mask), ROWS=64, STEP=64, num_stages=3,
+        query, key, value, seen.words, *seen.of_query, out, sums, length, blocks, value.stride(0), scaling * LOG2E,
+        **options(query, key), num_stages=3,
     )  # fmt: skip
     return out, sums
 
@@ -166,58 +200,60 @@ def product_kernel(gradient, out, found, count, length, HEADS: tl.constexpr, D: 
 
 @triton.jit
 def of_queries_kernel(
-    gradient, query, key, value, mask, sums, products, into, length, value_stride, stride, scale, scaling,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr,
+    gradient, query, key, value, words, counts, order, sums, products, into, length, blocks, value_stride, stride,
+    scale, scaling, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, head = tl.program_id(0) * ROWS, tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
-    row, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
-    first = sequence * length
+    own_block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    step, place = tl.arange(0, BLOCK), tl.arange(0, D)
+    row, first = own_block * BLOCK + step, sequence * length
     own, here = ((first + row) * HEADS + head)[:, None] * D + place[None, :], (row < length)[:, None]
     queries, given = tl.load(query + own, here, 0.0), tl.load(gradient + own, here, 0.0)
     number = (sequence * HEADS + head) * length + row
     highest, product = tl.load(sums + number, row < length, 0.0), tl.load(products + number, row < length, 0.0)
     key += (first * (HEADS // GROUP) + head // GROUP) * D
     value += first * value_stride + (head // GROUP) * D
-    total = tl.zeros((ROWS, D), tl.float32)
-    for start in range(0, tl.minimum(begin + ROWS, length), STEP):
-        column = start + tl.arange(0, STEP)
-        inside = (column < length)[None, :]
-        keys = tl.load(key + place[:, None] + column[None, :] * (HEADS // GROUP * D), inside, 0.0)
-        values = tl.load(value + place[:, None] + column[None, :] * value_stride, inside, 0.0)
-        weights = tl.exp2(tl.dot(queries, keys) * scale - highest[:, None])
-        weights = tl.where(seen(mask, sequence, length, row[:, None], column[None, :], MASKED), weights, 0.0)
-        of_scores = weights * (tl.dot(given, values) - product[:, None])
-        total = tl.dot(of_scores.to(keys.dtype), tl.trans(keys), total)
+    total = tl.zeros((BLOCK, D), tl.float32)
+    list_of_blocks = sequence * blocks + own_block
+    for turn in range(0, tl.load(counts + list_of_blocks)):
+        block = tl.load(order + list_of_blocks * blocks + turn)
+        column = block * BLOCK + step
+        inside = (column < length)[:, None]
+        keys = tl.load(key + column[:, None] * (HEADS // GROUP * D) + place[None, :], inside, 0.0)
+        values = tl.load(value + column[:, None] * value_stride + place[None, :], inside, 0.0)
+        word = tl.load(words + (first + row) * blocks + block, row < length, 0)
+        weights = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - highest[:, None])
+        weights = tl.where(((word[:, None] >> step[None, :]) & 1) != 0, weights, 0.0)
+        of_scores = weights * (tl.dot(given, tl.trans(values)) - product[:, None])
+        total = tl.dot(of_scores.to(keys.dtype), keys, total)
     place = (first + row)[:, None] * stride + head * D + place[None, :]
     tl.store(into + place, (total * scaling).to(into.dtype.element_ty), here)
 
 
 @triton.jit
 def of_keys_kernel(
-    gradient, query, key, value, mask, sums, products, into, length, value_stride, stride, scale, scaling,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr,
+    gradient, query, key, value, words, counts, order, sums, products, into, length, blocks, value_stride, stride,
+    scale, scaling, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, key_head = tl.program_id(0) * ROWS, tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
-    column, place = begin + tl.arange(0, ROWS), tl.arange(0, D)
-    first, here = sequence * length, (column < length)[:, None]
+    own_block, key_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    step, place = tl.arange(0, BLOCK), tl.arange(0, D)
+    column, first = own_block * BLOCK + step, sequence * length
+    here = (column < length)[:, None]
     keys = tl.load(key + ((first + column) * (HEADS // GROUP) + key_head)[:, None] * D + place[None, :], here, 0.0)
     values = tl.load(value + (first + column)[:, None] * value_stride + key_head * D + place[None, :], here, 0.0)
-    of_key, of_value = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
-    steps = tl.cdiv(length - begin, STEP)
-    for turn in range(0, GROUP * steps):
-        head = key_head * GROUP + turn // steps
-        row = begin + (turn % steps) * STEP + tl.arange(0, STEP)
+    of_key, of_value = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    list_of_blocks = sequence * blocks + own_block
+    count = tl.load(counts + list_of_blocks)
+    for turn in range(0, GROUP * count):
+        head = key_head * GROUP + turn // count
+        row = tl.load(order + list_of_blocks * blocks + turn % count) * BLOCK + step
         inside = row < length
         own = ((first + row) * HEADS + head)[:, None] * D + place[None, :]
         queries, given = tl.load(query + own, inside[:, None], 0.0), tl.load(gradient + own, inside[:, None], 0.0)
         number = (sequence * HEADS + head) * length + row
         highest, product = tl.load(sums + number, inside, 0.0), tl.load(products + number, inside, 0.0)
+        word = tl.load(words + (first + row) * blocks + own_block, inside, 0)
         weights = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - highest[None, :])
-        weights = tl.where(seen(mask, sequence, length, row[None, :], column[:, None], MASKED), weights, 0.0)
+        weights = tl.where(((word[None, :] >> step[:, None]) & 1) != 0, weights, 0.0)
         of_value = tl.dot(weights.to(given.dtype), given, of_value)
         of_scores = weights * (tl.dot(values, tl.trans(given)) - product[None, :])
         of_key = tl.dot(of_scores.to(queries.dtype), queries, of_key)
@@ -226,12 +262,13 @@ def of_keys_kernel(
     tl.store(into + place + HEADS // GROUP * D, of_value.to(into.dtype.element_ty), here)
 
 
-def attend_backward(gradient, query, key, value, out, sums, mask, scaling: float, into) -> None:
-    (sequences, length, blocks), (count, heads, d) = sizes(query, mask), query.shape
+def attend_backward(gradient, query, key, value, out, sums, seen: Seen, scaling: float, into) -> None:
+    (sequences, length, blocks), (count, heads, d) = seen.words.shape, query.shape
     products = torch.empty_like(sums)
     product_kernel[(triton.cdiv(count * heads, 64),)](gradient, out, products, count * heads, length, heads, d, SIZE=64)
-    for kernel, number in ((of_keys_kernel, key.shape[1]), (of_queries_kernel, heads)):
+    kernels = (of_keys_kernel, key.shape[1], seen.of_key), (of_queries_kernel, heads, seen.of_query)
+    for kernel, number, own in kernels:
         kernel[(blocks, number, sequences)](
-            gradient, query, key, value, as_bytes(query, mask), sums, products, into, length, value.stride(0),
-            into.stride(0), scaling * LOG2E, scaling, **options(query, key, mask), ROWS=64, STEP=64, num_stages=2,
+            gradient, query, key, value, seen.words, *own, sums, products, into, length, blocks, value.stride(0),
+            into.stride(0), scaling * LOG2E, scaling, **options(query, key), num_stages=2,
         )  # fmt: skip

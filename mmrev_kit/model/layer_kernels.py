@@ -64,16 +64,16 @@ def dequantize_kernel(
         pair = tl.load(codes + place, here[:, None], 0).to(tl.int32)
         high = (tl.load(table + (pair >> 4)) * scale[:, None]).to(out.dtype.element_ty)
         low = (tl.load(table + (pair & 15)) * scale[:, None]).to(out.dtype.element_ty)
-        row = block // blocks_a_row
-        begin = row.to(tl.int64) * stride + (block - row * blocks_a_row) * BLOCK
+        line = block // blocks_a_row
+        begin = line.to(tl.int64) * stride + (block - line * blocks_a_row) * BLOCK
         tl.store(out + begin[:, None] + tl.arange(0, BLOCK)[None, :], tl.interleave(high, low), here[:, None])
     else:
-        row = ((program - of_weights) * ROWS + tl.arange(0, ROWS))[:, None]
+        row = ((program - of_weights) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         behind = tl.arange(0, EXTRA)[None, :]
         own = (row < rows) & (behind >= column) & (behind < column + RANK)
         value = scaling * tl.load(up + row * RANK + behind - column, own, 0.0)
-        begin = row.to(tl.int64) * stride + blocks_a_row * BLOCK
-        tl.store(out + begin + behind, value.to(out.dtype.element_ty), (row < rows) & (behind < extra))
+        inside = (row < rows) & (behind < extra)
+        tl.store(out + row * stride + blocks_a_row * BLOCK + behind, value.to(out.dtype.element_ty), inside)
 
 
 def dequantize(layer, out, up, scaling: float, column: int) -> None:
@@ -121,7 +121,9 @@ def lora_down_kernel(
     if j == J - 1:
         behind = tl.arange(0, EXTRA)[None, :]
         zero = tl.zeros((ROWS, EXTRA), out.dtype.element_ty)
-        tl.store(out + row * out_stride + inputs + behind, zero, (row < count) & (behind >= J * rank) & (behind < extra))
+        tl.store(
+            out + row * out_stride + inputs + behind, zero, (row < count) & (behind >= J * rank) & (behind < extra)
+        )
 
 
 def lora_down(group, rows, mask, down, factor: float, out):

@@ -60,7 +60,7 @@ def as_operation(layer, hidden, angles, mask, keep, seeds=None, dtype=torch.floa
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize(("bits", "masked", "keep"), product((4, 16), (True, False), (True, False)))
+@pytest.mark.parametrize(("bits", "masked", "keep"), list(product((4, 16), (True, False), (True, False))))
 def test_the_operation_is_the_layer(small_config, targets, bits, masked, keep):
     more = f"lora.dropout=0 lora.target_modules=[{targets}] quantization.bits={bits}"
     layer, text = adapted_layer(small_config, more)
@@ -72,3 +72,101 @@ def test_the_operation_is_the_layer(small_config, targets, bits, masked, keep):
     for own, other in zip(found, expected, strict=True):
         assert other.abs().max() > 0
         assert (own - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_dropout_is_that_of_the_modules_with_the_same_masks(small_config, monkeypatch, targets, keep):
+    layer, text = adapted_layer(small_config, f"lora.dropout=0.25 lora.target_modules=[{targets}]")
+    hidden, angles, mask = given_inputs(text)
+    gradient, operation = torch.randn_like(hidden), fused.make_operation(layer)
+    seeds, masks = operation.seeds(), []
+    for name, group in operation.groups.items():
+        bits = layer_lines.draw(
+            seeds[name], hidden.shape[0] * hidden.shape[1], group.inputs, len(group.bases), 0.25, CPU
+        )
+        masks += [(bits >> j) & 1 for j, module in enumerate(group.adapters) if module is not None]
+    left = iter(masks)
+    monkeypatch.setattr(kernels, "kept", lambda shape, p, dtype: (next(left).to(dtype), 1 / (1 - p)))
+    expected = answer(layer, lambda x: layer(x, position_embeddings=angles, attention_mask=mask), hidden, gradient)
+    assert next(left, None) is None
+    found = answer(layer, lambda x: as_operation(layer, x, angles, mask, keep, seeds), hidden, gradient)
+    for own, other in zip(found, expected, strict=True):
+        assert (own - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_masks_come_from_their_seed_at_their_rate(p):
+    found, again, other = (layer_lines.draw(seed, 300, 200, 3, p, CPU) for seed in (1, 1, 2))
+    assert torch.equal(found, again) and not torch.equal(found, other)
+    for number in range(3):
+        rate = float(((found >> number) & 1).float().mean())
+        assert rate == pytest.approx(1 - p, abs=4 * (p * (1 - p) / found.numel()) ** 0.5)
+
+
+def whole_model(small_config, more: str):
+    config = small_config(f"quantization.compute_dtype=bf16 {more}")
+    torch.manual_seed(0)
+    model = add_adapter(load_base(**base_arguments(config, CPU)), **adapter_arguments(config)).train()
+    for parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    task = prepare(config)
+    return model, task.encoder.collate([sample for rows in task.train.values() for sample in rows[:3]])
+
+
+def learned(model, batch, dtype=torch.bfloat16):
+    torch.manual_seed(7)  # of dropout
+    losses = sample_losses(model, batch, CPU, dtype)
+    losses.sum().backward()
+    found = losses.detach(), torch.cat([parameter.grad.flatten() for parameter in trainable(model)])
+    model.zero_grad()
+    return found
+
+
+def test_a_model_of_operations_learns_as_one_of_modules_does(small_config, monkeypatch):
+    model, batch = whole_model(small_config, "lora.dropout=0")
+    exact = learned(deepcopy(model).float(), batch, torch.float32)
+    modules = learned(model, batch)
+    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    calls, apply = [], fused.DecoderLayer.apply
+    monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *own: calls.append(1) or apply(*own))
+    own = learned(model, batch)
+    assert len(calls) == model.config.text_config.num_hidden_layers
+    for found, other, expected in zip(own, modules, exact, strict=True):
+        error, others = ((part - expected).norm() / expected.norm() for part in (found, other))
+        assert error < 1.2 * others < 0.2
+
+
+def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, monkeypatch):
+    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    found = []
+    for more in (
+        "gradient_checkpointing=false",
+        *(f"gradient_checkpointing=true memory.kept_layers={k}" for k in (0, 2)),
+    ):
+        found.append(learned(*whole_model(small_config, f"lora.dropout=0.1 memory.{more}")))
+    for losses, gradient in found[1:]:
+        assert torch.equal(losses, found[0][0]) and torch.equal(gradient, found[0][1])
+
+
+def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_config, monkeypatch):
+    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    model, _ = whole_model(small_config, "")
+    layer, hidden = model.get_base_model().model.language_model.layers[0], torch.randn(1, 4, 256)
+    more = {"position_embeddings": None, "attention_mask": None, "position_ids": None, "cache": None}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.as_one(layer, hidden, more)
+        assert not fused.as_one(layer, hidden.bfloat16(), more)
+        assert not fused.as_one(layer, hidden, more | {"cache": object()})
+        assert not fused.as_one(layer, hidden, more | {"attention_mask": torch.zeros(1, 1, 4, 4)})
+        with model.disable_adapter():
+            assert not fused.as_one(layer, hidden, more)
+        hook = layer.mlp.register_forward_hook(lambda *_: None)
+        assert not fused.as_one(layer, hidden, more)
+        hook.remove()
+        assert fused.as_one(layer, hidden, more)
+    with torch.autocast("cpu", torch.float16):
+        assert not fused.as_one(layer, hidden, more)  # the weights are in bf16
+    assert not fused.as_one(layer, hidden, more)  # fp32
+    fused.unfuse(model.get_base_model())
+    assert type(layer).__module__ != fused.__name__
