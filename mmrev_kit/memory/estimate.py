@@ -16,6 +16,7 @@ from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.layers import (
     activations,
     largest_linear,
+    largest_product,
     logits_bytes,
     prefill_bytes,
     tower_width,
@@ -216,11 +217,7 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     pixels = 0 if cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
     inputs = tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
     again = config.memory.recomputed_layers(layers)
-    kept = layers - again
-    last, alone = found.backward, found.again or found.backward
-    rounding = kept * sum(map(unsplit, found.tensors))
-    if phase != "loss" and again and found.once + sum(alone[1:]) > kept * found.saved + rounding + sum(last[1:]):
-        kept, rounding, last = 0, 0.0, alone  # what was kept is gone by then
+    kept, (name, size, weight) = found.peak(layers - again, again, phase == "loss")
     setting = "memory.kept_layers" if config.memory.gradient_checkpointing else "memory.gradient_checkpointing=true"
     states = "" if cached else ", and the last states of the tower"
     components = [
@@ -231,7 +228,7 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
             f"4 B x hidden x {again} layers x {tokens:,} tokens", word),
         Component("saved activations", found.saved * kept,
             f"{found.saved / tokens:,.0f} B a token and layer x {tokens:,} x {kept}", setting),
-        Component("rounding of blocks", rounding,
+        Component("rounding of blocks", kept * sum(map(unsplit, found.tensors)),
             "a block's rest below 1 MiB is not split off", word),
     ]  # fmt: skip
     if phase == "loss":
@@ -239,14 +236,13 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     if not kept:
         how = f"{found.once / tokens:,.0f} B a token x {tokens:,}, of one layer at a time"
         components.append(Component("recomputed layer", found.once, how, word))
-    name, size, weight = last
     components.append(Component("gradients of activations", size, f"in {name}", word))
     components.append(weight_in_16_bit(weight))
     return components
 
 
 def weight_in_16_bit(size: float) -> Component:
-    return Component("16-bit weight", size, "one weight at a time is turned to 16 bit for its product", "")
+    return Component("16-bit weight", size, "weights are turned to 16 bit for their products", "")
 
 
 def unsplit(size: float) -> float:
@@ -343,7 +339,7 @@ def questions(config: Config, model_config, micro_batches: list[MicroBatch], pro
     static = static_components(shapes, config, processes, False, "loss")
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
     cache, found = 2 * width(config) * shapes.key * shapes.num_hidden_layers, []
-    weight = weight_in_16_bit(largest_linear(shapes, config))
+    weight = weight_in_16_bit(largest_product(shapes, config))
     for one in dict.fromkeys(micro_batches):
         kept = Component("keys and values", cache * one.tokens, f"{cache:,} B x {one.tokens:,} tokens", word)
         moving = {

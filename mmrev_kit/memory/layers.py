@@ -45,6 +45,13 @@ class Activations:
     def saved(self) -> float:
         return sum(self.tensors)
 
+    def peak(self, kept: int, recomputed: int, loss: bool) -> tuple[int, tuple[str, float, float]]:
+        """How many layers' tensors are there when most is, and in which operation: of the last layer, or, when what was
+        kept is gone, of one that is recomputed; in the loss all and none."""
+        again = self.again or self.backward
+        alone = self.once + sum(again[1:]) > kept * self.saved + sum(self.backward[1:])
+        return (0, again) if recomputed and not loss and (alone or not kept) else (kept, self.backward)
+
 
 def lora_saved(inputs: int, names: list[str], config: Config, shared: bool = False) -> list[float]:
     """Per token, for LoRA layers that read the same `inputs` numbers.
@@ -181,6 +188,13 @@ def largest_linear(shapes: ModelShapes, config: Config) -> float:
     """The MLP's weight in 16 bit, with its constants in fp32; 0 where weights are not quantized."""
     weights = shapes.hidden_size * shapes.intermediate_size
     return width(config) * weights + 4 * weights / 64 if config.quantization.bits == 4 else 0
+
+
+def largest_product(shapes: ModelShapes, config: Config) -> float:
+    """The weights of the largest product of a pass without gradients, as above."""
+    if as_operation(config):
+        return max(part.weights for part in projections(shapes, config).values())
+    return largest_linear(shapes, config)
 
 
 def logits_bytes(shapes: ModelShapes, one: MicroBatch) -> tuple[float, str]:

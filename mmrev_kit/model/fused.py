@@ -12,9 +12,10 @@ from functools import cache
 
 import torch
 
-from mmrev_kit.model.decoder import DecoderLayer, Given, Layer
+from mmrev_kit.model.decoder import DecoderLayer, Given
 from mmrev_kit.model.kernels import FusedHead, Gated, Lora, Norm, Rotated
 from mmrev_kit.model.plain import language_model, takes_fast_path
+from mmrev_kit.model.projections import Layer
 
 
 @cache

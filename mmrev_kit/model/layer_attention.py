@@ -96,7 +96,7 @@ class Seen:
     of_key: tuple[torch.Tensor, torch.Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def words_kernel(mask, words, length, blocks, BLOCK: tl.constexpr):
     row, bit = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     column = tl.program_id(1) * BLOCK + bit
@@ -114,7 +114,7 @@ def by_blocks(mask) -> Seen:
     there = padded.view(sequences, blocks, BLOCK, blocks).any(2)
 
     def places(there) -> tuple:
-        order = there.to(torch.uint8).argsort(-1, descending=True, stable=True)
+        order = there.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return there.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
     return Seen(words, places(there), places(there.mT.contiguous()))
@@ -136,7 +136,7 @@ def seen_by(mask, tokens: int, device) -> Seen:
     return masks[mask]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def attend_kernel(
     query, key, value, words, counts, order, out, sums, length, blocks, value_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -187,7 +187,7 @@ def attend(query, key, value, seen: Seen, scaling: float):
     return out, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length"])
 def product_kernel(gradient, out, found, count, length, HEADS: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr):
     """The sum over d of a gradient times its output, for each head: (sequences, H, length)."""
     number = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
@@ -198,7 +198,7 @@ def product_kernel(gradient, out, found, count, length, HEADS: tl.constexpr, D: 
     tl.store(found + place, tl.sum(product, 1), number < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def of_queries_kernel(
     gradient, query, key, value, words, counts, order, sums, products, into, length, blocks, value_stride, stride,
     scale, scaling, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -229,7 +229,7 @@ def of_queries_kernel(
     tl.store(into + place, (total * scaling).to(into.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def of_keys_kernel(
     gradient, query, key, value, words, counts, order, sums, products, into, length, blocks, value_stride, stride,
     scale, scaling, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,

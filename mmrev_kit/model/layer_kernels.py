@@ -15,7 +15,7 @@ BLOCK = 64  # weights per constant of NF4
 CONSTANTS = 256  # constants per constant of the double quantization
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "words"])
 def draw_kernel(out, seed, words, threshold, BITS: tl.constexpr, SIZE: tl.constexpr):
     """A draw of 128 bits decides eight masks of a number each: 8 / BITS bytes of `out`, one word of it."""
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -44,7 +44,7 @@ def draw(seed: int, rows: int, width: int, count: int, p: float, device):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "rows", "column"])
 def dequantize_kernel(
     codes, table, constants, outer_table, outer, offset, up, out, blocks, blocks_a_row, stride, rows, scaling, column,
     extra, NESTED: tl.constexpr, RANK: tl.constexpr, EXTRA: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,7 +91,7 @@ def dequantize(layer, out, up, scaling: float, column: int) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def lora_down_kernel(
     rows, mask, down, out, low, count, inputs, rows_stride, out_stride, rank, extra, factor,
     MASKED: tl.constexpr, COPY: tl.constexpr, J: tl.constexpr, RANK: tl.constexpr, EXTRA: tl.constexpr,
@@ -137,7 +137,7 @@ def lora_down(group, rows, mask, down, factor: float, out):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def lora_up_kernel(
     gradient, mask, down, out, count, inputs, stride, rank, factor,
     MASKED: tl.constexpr, J: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
@@ -169,7 +169,7 @@ def lora_up(group, gradient, mask, down, factor: float):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first", "second"])
 def thin_kernel(
     thin, wide, mask, out, count, width, thin_stride, wide_stride, row_stride, column_stride, rank, first, second,
     factor, MASKED: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,

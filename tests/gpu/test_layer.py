@@ -16,7 +16,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def model_of(small_config, more: str):
-    """The embedded model with random adapters; quantized on the CPU, as a GPU rounds some of NF4's constants otherwise."""
+    """The embedded model with random adapters, quantized on the CPU: a GPU rounds some of NF4's constants otherwise."""
     config = small_config(more)
     torch.manual_seed(0)
     model = add_adapter(load_base(**base_arguments(config, CPU)).to(GPU), **adapter_arguments(config)).train()
