@@ -139,7 +139,7 @@ def one_operation(layer, hidden, angles, mask):
     dtype = torch.get_autocast_dtype(hidden.device.type)
     given = Given(layer.operation, dtype, layer.operation.seeds(), angles, sequences if mask is None else mask, keep)
     with torch.autocast(hidden.device.type, enabled=False):
-        return DecoderLayer.apply(hidden, given, *layer.operation.matrices())
+        return DecoderLayer.apply(hidden.contiguous(), given, *layer.operation.matrices())
 
 
 def fused_class(module):

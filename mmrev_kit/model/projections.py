@@ -40,7 +40,7 @@ class Group:
                 outer = state.state2.blocksize if state.nested else 256
                 if (state.quant_type, state.blocksize, outer, base.weight.dtype) != ("nf4", 64, 256, torch.uint8):
                     return False
-            return base.bias is None and not base.weight.requires_grad
+            return base.bias is None and not base.weight.requires_grad and "forward" not in vars(base)
 
         def own(module) -> bool:
             trained = [*module.lora_A.parameters(), *module.lora_B.parameters()]
