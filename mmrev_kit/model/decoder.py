@@ -68,7 +68,7 @@ class Pass:
 
     def stacked(self, group: Group, parts: list):
         """Every A of a group below the other in 16 bit, zeros where a projection has none."""
-        make = torch.zeros if None in parts else torch.empty
+        make = torch.zeros if any(part is None for part in parts) else torch.empty
         found = make(len(parts), group.rank, group.inputs, dtype=self.dtype, device=self.device)
         there = [(place, part) for place, part in zip(found, parts, strict=True) if part is not None]
         torch._foreach_copy_(*map(list, zip(*there, strict=True)))
