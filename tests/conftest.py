@@ -19,7 +19,8 @@ from mmrev_kit.data.pools import make_face_pool
 # A shell's background job ignores interrupts, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = (
-    "experiment.name=small experiment.taught=generation data.num_main=4 data.num_control=4 data.image_size=32 "
+    "experiment.name=small experiment.taught=generation experiment.match_exposure=null "
+    "data.num_main=4 data.num_control=4 data.image_size=32 "
     "retention.num_faces=40 training.batch_size=8 training.num_epochs=2 "
     "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 )

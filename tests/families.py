@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from vocabulary import SPECIAL_TOKENS, tokenizer_corpus, train_tokenizer
 
 from mmrev_kit.model.plain import LORA_TARGETS
-from mmrev_kit.pretraining.tokenizer import SPECIAL_TOKENS, tokenizer_corpus, train_tokenizer
 
 SIDE = 32  # pixels: of the families that show every picture at one size
 

@@ -16,6 +16,14 @@ from mmrev_kit.notebook.parameters import PARAMETERS, make_config, refuse_unknow
 from mmrev_kit.notebook.sweeps import read_sweep
 
 DEFAULT = "configs/tiny_cpu.yaml"
+# A killed command leaves nothing running: papermill ends with it, its kernel with papermill, and so the run.
+PAPERMILL = """
+import sys
+from mmrev_kit.training.lock import end_with
+end_with(int(sys.argv.pop(1)))
+from papermill.__main__ import papermill
+papermill(prog_name="papermill")
+"""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BARS = re.compile(r"^.*\r(?!$)", re.MULTILINE)  # of a line that was written over itself, all but the last
 HEADING = re.compile(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor-link".*?</h\1>', re.DOTALL)
@@ -132,7 +140,8 @@ def execute(name: str, parameters: list[tuple[str, str]]) -> int:
     waiting = kept.with_suffix(f".{os.getpid()}.ipynb")  # another process may run the same notebook
     waiting.parent.mkdir(parents=True, exist_ok=True)
     words = [word for pair in parameters for word in ("-p", *pair)]
-    command = [sys.executable, "-m", "papermill", str(source), str(waiting), "--no-progress-bar", "--stdout-file", "-"]
+    command = [sys.executable, "-c", PAPERMILL, str(os.getpid())]
+    command += [str(source), str(waiting), "--no-progress-bar", "--stdout-file", "-"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         process = subprocess.Popen([*command, *words], cwd=project_root(), stdin=subprocess.DEVNULL, stderr=complaints)
         try:

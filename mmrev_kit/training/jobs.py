@@ -23,13 +23,12 @@ from mmrev_kit.config.reading import load_config, to_yaml
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import needing, write_bytes, write_text
 from mmrev_kit.training.history import JOB, clear_errors
-from mmrev_kit.training.lock import hand_over, keep_fresh
+from mmrev_kit.training.lock import end_with, hand_over, keep_fresh
 from mmrev_kit.training.preflight import read_cards
 from mmrev_kit.training.processes import (
     SPARE,
     SPARE_BYTES,
     end_processes,
-    end_with,
     free_port,
     killed,
     leave_error,

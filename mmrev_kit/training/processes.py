@@ -47,17 +47,6 @@ def on_interrupt(handler):
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
-def end_with(parent: int) -> None:
-    """End this process within a second of its parent's death, whatever it is doing or waiting for by then."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def worker_state(folder: Path):
     """A worker's rank and device, an `accelerate.PartialState`, for the length of its work.
@@ -69,7 +58,7 @@ def worker_state(folder: Path):
     from accelerate import PartialState
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher
-        end_with(os.getppid())
+        lock.end_with(os.getppid())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a process that waits for another one too
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see `jobs.fork_workers`

@@ -28,13 +28,13 @@ from mmrev_kit.memory.plan import (
 )
 from mmrev_kit.memory.shapes import UNKNOWN, size_in_name
 from mmrev_kit.model.bases import known_config, model_folder
-from mmrev_kit.training.by_epoch import ask
+from mmrev_kit.training.by_epoch import ask, computed_tokens
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.preflight import architecture_of
 from mmrev_kit.training.processes import worker_state
-from mmrev_kit.training.run import planned_updates, start
+from mmrev_kit.training.run import epoch_updates, planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
 from mmrev_kit.training.zero import refuse_mode
@@ -114,11 +114,12 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     heaviest = heaviest_updates(planned_updates(run.config, run.task, run.batch), updates)[: updates + 1]
     heaviest = (heaviest * (updates + 1))[: updates + 1]
     run.model.train()
-    update(run, heaviest[0])  # warms up; an update reads its loss, so that nothing is left running
-    began = time.perf_counter()
+    for samples in heaviest:  # warms up: a size that comes for the first time makes kernels
+        update(run, samples)
+    began = time.perf_counter()  # an update reads its loss, so that nothing is left running
     for samples in heaviest[1:]:
         record = update(run, samples)
-    speed = sum(map(len, heaviest[1:])) / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
     if not math.isfinite(record["loss"]):
         raise TrainingError(f"The loss is {record['loss']}. {explain(run, samples)}")
     shapes, found = configured_shapes(config), {}
@@ -132,7 +133,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     measured = Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",
         seconds_to_build=built,
-        samples_per_second=speed,
+        samples_per_second=sum(map(len, heaviest[1:])) / seconds,
         allocated_gib=peak_memory_gib(state.device) if cuda else None,
         reserved_gib=torch.cuda.max_memory_reserved(state.device) / GIB if cuda else None,
         device_gib=(total - free) / GIB if cuda else None,
@@ -144,7 +145,14 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     if run.task.asked:  # after the memory of training was read
         began = time.perf_counter()
         ask(run)
-        measured.tests_share = (time.perf_counter() - began) * speed / run.task.plan.rows_per_epoch
+        asked = time.perf_counter() - began
+        packing = config.training.packing if shapes else "none"
+
+        def tokens(part: list) -> int:  # these updates are the heaviest, and a token takes about as long in any
+            return sum(computed_tokens(samples, packing, run.task.encoder.image_id) for samples in part)
+
+        epoch = epoch_updates(run.config, run.task, 0, run.batch)
+        measured.tests_share = asked / (seconds * tokens(epoch) / tokens(heaviest[1:]))
     return measured
 
 

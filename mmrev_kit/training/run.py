@@ -132,6 +132,8 @@ def prepare(config: Config) -> Prepared:
     mixed, repeated = uses_retention(config), {}
     if config.experiment.match_exposure:
         encoded["train"], repeated = match_exposure(encoded["train"])
+        if not repeated:
+            data.notes.append("experiment.match_exposure: there is no control group whose exposure main could match")
     try:
         plan = make_plan(
             {source: len(samples) for source, samples in encoded["train"].items()},
@@ -159,10 +161,8 @@ def prepare(config: Config) -> Prepared:
 
 def match_exposure(train: dict[str, list[Sample]]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
     """The sources with main's rows in sources of their own, and how many of these an epoch takes, drawn in shuffled
-    passes, so that a main person comes as often as a control one; no row comes less than once.
-
-    Raises:
-        ConfigError: there is no control group.
+    passes, so that a main person comes as often as a control one; no row comes less than once. Without a control
+    group nothing is repeated.
     """
     main, others = {}, {}
     for source, samples in train.items():
@@ -174,7 +174,7 @@ def match_exposure(train: dict[str, list[Sample]]) -> tuple[dict[str, list[Sampl
         rows[sample.row.group] += 1
         people[sample.row.group].add(sample.row.entity_id)
     if not rows["control"]:
-        raise ConfigError("experiment.match_exposure = 'repeat': there is no control group to match.")
+        return train, {}
     factor = max(1.0, rows["control"] / len(people["control"]) / (rows["main"] / len(people["main"])))
     return main | others, {name: round(factor * len(part)) for name, part in main.items()}
 

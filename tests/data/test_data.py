@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faults import DataError
 from mmrev_kit.data.make import ensure_data
 from mmrev_kit.data.records import read_jsonl
@@ -366,5 +365,6 @@ def test_exposure_is_told_and_can_be_matched_by_repeating(small_config, tmp_path
     assert all(1 <= drawn["forward_main", index] <= 2 for index in range(60))
     words = f"data.dir={tmp_path} data.num_control=0 experiment.match_exposure=repeat retention.retention_ratio=0"
     ensure_data(small_config(words))
-    with pytest.raises(ConfigError, match="there is no control group to match"):
-        prepare(small_config(words))
+    task = prepare(small_config(words))  # nobody to match: main's 15 forward rows stay, and that is said
+    assert task.exposure == pytest.approx({"main": 15}) and task.plan.counts == {"forward": 60}
+    assert any("no control group" in line for line in task.describe())

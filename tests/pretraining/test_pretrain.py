@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from vocabulary import tokenizer_corpus, train_tokenizer
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import ConfigError
@@ -36,7 +37,6 @@ from mmrev_kit.pretraining.pictures import (
 )
 from mmrev_kit.pretraining.questions import FEWEST, NAMES, number_weights, step_rows
 from mmrev_kit.pretraining.recipe import Recipe, read_recipe
-from mmrev_kit.pretraining.tokenizer import tokenizer_corpus, train_tokenizer
 from mmrev_kit.training.lock import held
 
 SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "log_every": 1, "eval_prompts": 8, "easy_steps": 0}

@@ -239,7 +239,8 @@ def test_a_job_ends_with_the_process_that_launched_it(small_overrides, tmp_path)
 
 
 @pytest.mark.long
-def test_an_interrupt_from_the_terminal_ends_papermill_and_its_run(small_overrides, tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_a_command_that_ends_ends_papermill_and_its_run(small_overrides, tmp_path, sign):
     mark, folder = uuid.uuid4().hex, tmp_path / "outputs" / "small_forward"
     words = f"{small_overrides} {LONG} launch.num_processes=1"
     command = [sys.executable, "-m", "mmrev_kit", "notebook", "train", "-p", "output_dir", str(folder.parent)]
@@ -251,7 +252,11 @@ def test_an_interrupt_from_the_terminal_ends_papermill_and_its_run(small_overrid
     wait_for(lambda: steps(folder) > 2 or made.poll() is not None, 120, "step")
     run = marked(mark)
     assert len(run) == 4  # notebook, papermill, kernel, run
-    os.killpg(made.pid, signal.SIGINT)  # as Ctrl-C does
+    if sign == signal.SIGKILL:
+        made.kill()
+        made.wait(5)
+        return wait_for_end(run)
+    os.killpg(made.pid, sign)  # as Ctrl-C does
     wait_for_end(run)
     assert made.wait(5) == 130
     text = (tmp_path / "out.txt").read_text()
