@@ -82,20 +82,20 @@ def attention_saved(shapes: ModelShapes, config: Config, one: MicroBatch) -> lis
     return [w * q, w * q, w * q, w * q, 4 * heads * rows, w * 8 * math.ceil(one.length / 8)]
 
 
-def as_operation(config: Config) -> bool:
-    """Whether a decoder layer is one operation on a GPU (`mmrev_kit/model/decoder.py`), or its modules."""
-    return config.quantization.compute_dtype != "fp32" and config.model.attn_implementation == "sdpa"
+def as_operation(config: Config, old: bool) -> bool:
+    """Whether a GPU, `old` or not, runs a decoder layer as one operation (`model/decoder.py`), or its modules."""
+    return not old and config.quantization.compute_dtype != "fp32" and config.model.attn_implementation == "sdpa"
 
 
-def activations(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activations:
-    """What a micro-batch saves and moves; see `Activations`."""
-    return (of_operation if as_operation(config) else of_modules)(shapes, config, one)
+def activations(shapes: ModelShapes, config: Config, one: MicroBatch, old: bool = False) -> Activations:
+    """What a micro-batch saves and moves; see `Activations`, and `estimate` for `old`."""
+    return (of_operation if as_operation(config, old) else of_modules)(shapes, config, one)
 
 
 @dataclass(frozen=True)
 class Projections:
     """Projections that read the same: bytes a token of the input with the columns of adapters behind it, of the outputs
-    in 16 bit, of the adapters' part and the dropout masks; and bytes of the weights in 16 bit."""
+    in 16 bit, of the adapters' part and the dropout masks; and bytes of a product's weights in 16 bit."""
 
     inputs: float
     outputs: float
@@ -118,8 +118,9 @@ def projections(shapes: ModelShapes, config: Config) -> dict[str, Projections]:
         rank = len(parts) * lora.r if set(parts) & set(lora.target_modules) else 0
         wide = inputs + 64 * math.ceil(rank / 64)
         made = config.quantization.bits == 4 or rank
+        product = outputs if word == "qkv" else linears[parts[0]][1]
         masks = inputs if rank and lora.dropout > 0 else 0
-        found[word] = Projections(w * wide, w * outputs, w * rank, masks, w * wide * outputs if made else 0.0)
+        found[word] = Projections(w * wide, w * outputs, w * rank, masks, w * wide * product if made else 0.0)
     return found
 
 
@@ -130,7 +131,7 @@ def of_operation(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activa
     saved = [4 * h, w * (q + 2 * k), w * q, 4 * heads, 4 * h, 2 * w * f, *(part.low for part in parts.values())]
     masks = parts["qkv"].masks + parts["o"].masks
     outer = 4 * h + w * h + 2 * 4 * shapes.head_dim  # of the output, in fp32 and in 16 bit; cosine and sine, once
-    up, down, kept_weights = parts["up"], parts["down"], parts["qkv"].weights + parts["o"].weights
+    up, down = parts["up"], parts["down"]
     attended = 4 * h + outer + masks
     steps = [
         ("down_proj", outer + down.inputs, down.weights),
@@ -138,10 +139,7 @@ def of_operation(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activa
         ("attention", attended + w * (3 * q + 3 * k) + 4 * heads, 0.0),
         ("q, k and v", attended + w * (q + 2 * k) + parts["qkv"].inputs, parts["qkv"].weights),
     ]
-    again = [
-        ("gate_proj and up_proj", steps[1][1] + masks, up.weights + kept_weights),
-        ("attention", steps[2][1] - 2 * w * f, kept_weights),
-    ]
+    again = [(steps[1][0], steps[1][1] + masks, up.weights), ("attention", steps[2][1] - 2 * w * f, 0.0)]
 
     def heaviest(steps: list) -> tuple[str, float, float]:
         return max(((name, size * tokens, made) for name, size, made in steps), key=lambda step: step[1] + step[2])
@@ -190,9 +188,9 @@ def largest_linear(shapes: ModelShapes, config: Config) -> float:
     return width(config) * weights + 4 * weights / 64 if config.quantization.bits == 4 else 0
 
 
-def largest_product(shapes: ModelShapes, config: Config) -> float:
+def largest_product(shapes: ModelShapes, config: Config, old: bool) -> float:
     """The weights of the largest product of a pass without gradients, as above."""
-    if as_operation(config):
+    if as_operation(config, old):
         return max(part.weights for part in projections(shapes, config).values())
     return largest_linear(shapes, config)
 

@@ -1,13 +1,13 @@
 """A decoder layer of Qwen3-VL as one operation, its backward pass by hand: for 16-bit training on GPUs.
 
-The modules' own operations are some hundred and ninety starts a layer and update, each from Python; with few tokens an
-update the GPU waits for them. Here they are about sixty: q, k and v are one product, as are gate and up; an adapter is
-part of its layer's product, as columns that stand behind the weight and the input; dropout's masks come from a seed
-and are drawn again instead of being kept; 4-bit weights take one kernel each.
+The modules' own operations are some two hundred and forty starts a layer and update, each from Python; with few tokens
+an update the GPU waits for them. Here they are about eighty: q, k and v are one product; an adapter is part of its
+layer's product, as columns that stand behind the weight and the input; dropout's masks come from a seed and are drawn
+again instead of being kept; 4-bit weights take one kernel each.
 
 A layer that is *recomputed* saves its input alone. One that is *kept* saves what costs products to make: what
-projections and attention put out, in 16 bit, and the residual stream before the MLP. In the backward pass a weight is
-turned to 16 bit once, for what is computed again and for the gradient.
+projections and attention put out, in 16 bit, and the residual stream before the MLP. Of the weights, the largest thing
+in a pass over few tokens, one is there in 16 bit at a time (q, k and v count as one).
 """
 
 from dataclasses import dataclass
@@ -49,11 +49,11 @@ class Pass:
     """One pass through a layer, forward or backward.
 
     Attributes:
-        held: weights in 16 bit that are used once more; None: none is kept for that.
+        held: by group, the weight in 16 bit of its last product, where that is used next again.
     """
 
     def __init__(self, given: Given, matrices):
-        self.given, self.layer, self.dtype, self.held = given, given.layer, given.dtype, None
+        self.given, self.layer, self.dtype, self.held = given, given.layer, given.dtype, {}
         self.device, tokens = given.angles[0].device, len(given.angles[0])
         self.run = operations(self.device)
         self.seen = self.run.seen_by(given.mask, tokens, self.device)
@@ -84,38 +84,41 @@ class Pass:
             self.masks[name] = self.run.draw(seeds[name], *sizes, group.p, self.device)
         return self.masks[name], layer_lines.STEPS / (layer_lines.STEPS - layer_lines.threshold(group.p))
 
-    def weights(self, name: str) -> list:
-        """(first output, matrix) of a group's weights in 16 bit: one extended matrix, or each as it is."""
+    def weight(self, name: str, numbers: list):
+        """The first output and the matrix in 16 bit of a product: several extended weights, or one as it is."""
         group = self.layer.groups[name]
-        found = [(start, base.weight) for start, base in zip(group.starts, group.bases, strict=True)]
-        if group.whole:
-            whole = self.empty(group.outputs, group.inputs + group.extra)
-            parts = whole.split([base.out_features for base in group.bases])
-            for number, (base, part, up) in enumerate(zip(group.bases, parts, self.ups[name], strict=True)):
-                quantized = hasattr(base.weight, "quant_state") and group.inputs % ALIGNED == 0
-                run = self.run if quantized else layer_lines
-                run.dequantize(base, part, up, group.scaling, number * group.rank)
-            found = [(0, whole)]
-        return found
+        start, bases = group.starts[numbers[0]], [group.bases[number] for number in numbers]
+        if not group.made:
+            return start, bases[0].weight
+        sizes = [base.out_features for base in bases]
+        whole = self.empty(sum(sizes), group.inputs + group.extra)
+        for number, base, part in zip(numbers, bases, whole.split(sizes), strict=True):
+            quantized = hasattr(base.weight, "quant_state") and group.inputs % ALIGNED == 0
+            run = self.run if quantized else layer_lines
+            run.dequantize(base, part, self.ups[name][number], group.scaling, number * group.rank)
+        return start, whole
 
-    def project(self, name: str, rows):
-        """A group's input, extended where there are adapters, to (n, outputs)."""
-        (_, matrix), *rest = weights = self.weights(name)
-        if self.held is not None:
-            self.held[name] = weights
-        if not rest:
-            return rows @ matrix.t()
-        out = self.empty(len(rows), self.layer.groups[name].outputs)
-        for start, matrix in weights:
+    def project(self, name: str, rows, hold: bool = False):
+        """A group's input, extended where there are adapters, to (n, outputs); see `held`."""
+        group = self.layer.groups[name]
+        out = self.empty(len(rows), group.outputs)
+        for numbers in group.products:
+            matrix = None  # gone before the next is made
+            start, matrix = self.weight(name, numbers)
             torch.mm(rows, matrix.t(), out=out[:, start : start + len(matrix)])
+        if hold:
+            self.held[name] = start, matrix
         return out
 
     def project_back(self, name: str, gradient):
         """The other way, to the gradient of the input, extended where there are adapters."""
-        (_, matrix), *rest = (self.held or {}).pop(name, None) or self.weights(name)
-        found = gradient[:, : len(matrix)] @ matrix
-        for start, matrix in rest:
-            found.addmm_(gradient[:, start : start + len(matrix)], matrix)
+        group = self.layer.groups[name]
+        found = self.empty(len(gradient), group.inputs + group.extra)
+        for count, numbers in enumerate(reversed(group.products)):
+            matrix = None
+            start, matrix = self.held.pop(name, None) or self.weight(name, numbers)
+            part = gradient[:, start : start + len(matrix)]
+            torch.addmm(found, part, matrix, beta=min(count, 1), out=found)  # with 0 what was there does not count
         return found
 
     def extended(self, name: str, rows, out=None):
@@ -165,10 +168,10 @@ class Pass:
         middle, rows = self.normed("post_attention_layernorm", "up", stream, added)
         return middle, rows, (joined, out, sums, low, low_out)
 
-    def gates(self, rows, width: int):
+    def gates(self, rows, width: int, hold: bool = False):
         """Gate and up of the MLP's input, and its adapters' part."""
         rows, low = self.extended("up", rows[:, :width], rows)
-        return self.project("up", rows), low
+        return self.project("up", rows, hold), low
 
     def gated(self, joined):
         """down_proj's input, and its adapter's part."""
@@ -236,9 +239,8 @@ class DecoderLayer(torch.autograd.Function):
         if kept:
             *saved, middle, joined, low, low_down = kept
         else:
-            own.held = {}
             middle, rows, saved = own.attention(stream)
-            joined, low = own.gates(rows, stream.shape[1])
+            joined, low = own.gates(rows, stream.shape[1], hold=True)
             low_down = own.gated(joined)[1] if groups["down"].rank else None
             del rows
         gradient, half = own.mlp_backward(of_rows, gradient, half, middle, joined, low, low_down, found)

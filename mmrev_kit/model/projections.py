@@ -13,10 +13,11 @@ class Group:
         bases, adapters: the frozen linear layers; PEFT's layers around them, or None.
         inputs, outputs, starts: numbers of the input, of all outputs, and where each projection's outputs begin.
         rank, extra: of the adapters (0: there are none), and the columns behind the weights.
-        whole: whether the weights are one matrix in 16 bit, made for each use.
+        made: whether weights in 16 bit are made for each use, of 4-bit ones or with adapters' columns behind them.
+        products: numbers of the projections that are one product.
     """
 
-    def __init__(self, modules: list):
+    def __init__(self, modules: list, joined: bool = False):
         self.adapters = [module if hasattr(module, "lora_A") else None for module in modules]
         self.bases = [module.base_layer if hasattr(module, "lora_A") else module for module in modules]
         self.inputs, sizes = self.bases[0].in_features, [base.out_features for base in self.bases]
@@ -29,7 +30,9 @@ class Group:
         }  # fmt: skip
         self.rank, self.scaling, self.p = next(iter(self.known), (0, 0.0, 0.0))
         self.extra = -(-self.rank * len(modules) // ALIGNED) * ALIGNED
-        self.whole = bool(self.rank) or hasattr(self.bases[0].weight, "quant_state")
+        self.made = bool(self.rank) or hasattr(self.bases[0].weight, "quant_state")
+        numbers = list(range(len(modules)))
+        self.products = [numbers] if joined and self.made else [[number] for number in numbers]
 
     def possible(self) -> bool:
         """See `Layer.possible`."""
@@ -70,7 +73,7 @@ class Layer:
         self.parts = list(module.modules())
         self.heads, self.key_heads = own.config.num_attention_heads, own.config.num_key_value_heads
         self.groups = {
-            "qkv": Group([own.q_proj, own.k_proj, own.v_proj]),
+            "qkv": Group([own.q_proj, own.k_proj, own.v_proj], joined=True),
             "o": Group([own.o_proj]),
             "up": Group([mlp.gate_proj, mlp.up_proj]),
             "down": Group([mlp.down_proj]),

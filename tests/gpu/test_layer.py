@@ -67,12 +67,14 @@ def test_the_operation_is_as_near_to_fp32_as_the_modules(small_config, monkeypat
     monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *own: calls.append(1) or apply(*own))
     own = answer(model, given, DTYPES[dtype])
     assert calls == [1]
-    monkeypatch.setattr(fused, "OPERATION_DEVICES", ())
+    monkeypatch.setattr(fused, "can_compile", lambda device: False)
     modules = answer(model, given, DTYPES[dtype])
     assert calls == [1]
+    # 0.4 % of the weights, rounded to bf16 before they are quantized, take another of NF4's values than in fp32
+    bound = {"fp16": 0.004, "bf16": 0.03 if bits == 16 else 0.08}[dtype]
     for found, other, exact in zip(own, modules, expected, strict=True):
         error, others = ((part - exact).norm() / exact.norm() for part in (found, other))
-        assert error < max(1.2 * others, 1e-4) and error < (0.004 if dtype == "fp16" else 0.03)
+        assert error < max(1.2 * others, 1e-4) and error < bound
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

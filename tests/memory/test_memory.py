@@ -64,7 +64,7 @@ def measured_cells() -> list[list[str]]:
     """The rows of the table in configs/README.md."""
     lines = (ROOT / "configs" / "README.md").read_text().splitlines()
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return [cells for cells in found if cells[0].endswith("B")]
+    return [cells for cells in found if cells[0].endswith("B") and len(cells) == 13]
 
 
 def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_reserved():
@@ -77,7 +77,7 @@ def test_the_kit_is_within_5_percent_of_what_was_measured_and_8_of_what_was_rese
         one = MicroBatch(images, length, answers if logits == "answers" else images * length, 196 * images, packed)
         way = with_memory(config, gradient_checkpointing=checkpointing == "on", cache_features=cached)
         phases = tuple(phase for phase in PHASES if not (cached and phase == "vision tower"))
-        found = estimate(way, size.lower(), [one], accumulates=False, phases=phases)
+        found = estimate(way, size.lower(), [one], accumulates=False, phases=phases, old=True)
         if allocated == "out of memory":
             assert found.reserved_gib > 79.2  # the card's
             assert found.allocated_gib + CONTEXT_GIB > 79.18  # in no order does it fit
@@ -129,7 +129,7 @@ KEPT = [
 @pytest.mark.parametrize(("one", "accumulates", "kept", "allocated", "reserved"), KEPT)
 def test_layers_kept_from_checkpointing_take_what_was_measured(one, accumulates, kept, allocated, reserved):
     config = load_config(LARGE, f"launch.num_processes=1 memory.kept_layers={kept}")
-    found = estimate(config, "32b", [one], accumulates=accumulates)
+    found = estimate(config, "32b", [one], accumulates=accumulates, old=True)
     assert found.allocated_gib == pytest.approx(allocated, rel=0.01)
     assert found.reserved_gib == pytest.approx(reserved, rel=0.03)
 
@@ -192,7 +192,7 @@ def saved_bytes(config, monkeypatch, masked: bool, sequences: int = 3, length: i
     ):
         patch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # PEFT asks for the GPU's
         patch.setattr(kernels, "drop", drop_on_a_gpu)
-        patch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+        patch.setattr(fused, "can_compile", lambda device: True)
         language(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
     return sum(found.values())
 
@@ -272,8 +272,9 @@ def test_the_optimizer_states_are_as_large_as_the_optimizers_own(small_config, n
 def test_the_adapter_of_the_32b_is_20_million_numbers(small_config):
     config = load_config(LARGE)
     assert sum(lora_tensors(as_shapes("32b"), 8, config.lora.target_modules)) == 19_922_944
-    model = add_adapter(load_base(**base_arguments(small_config(), CPU)), **adapter_arguments(small_config()))
-    counts = lora_tensors(as_shapes("embedded"), 8, small_config().lora.target_modules)
+    small = small_config("lora.r=8")
+    model = add_adapter(load_base(**base_arguments(small, CPU)), **adapter_arguments(small))
+    counts = lora_tensors(as_shapes("embedded"), 8, small.lora.target_modules)
     assert sorted(counts) == sorted(parameter.numel() for parameter in trainable(model))
 
 
@@ -319,16 +320,18 @@ def test_a_plan_is_the_fastest_that_fits_and_keeps_the_effective_batch():
     assert plan(config, 31.7, 8, "32b").chosen.memory.gradient_checkpointing
 
 
-@pytest.mark.parametrize("gib", [24, 31.7, 48, 79])
-def test_a_plan_keeps_as_many_layers_from_checkpointing_as_fit(gib):
+@pytest.mark.parametrize(
+    ("gib", "old"), [(24, False), (24, True), (31.7, False), (31.7, True), (60, False), (79, True)]
+)
+def test_a_plan_keeps_as_many_layers_from_checkpointing_as_fit(gib, old):
     config, split = load_config(LARGE), padded_updates(rows(64), 64)
-    found = plan(config, gib, 1, "32b", split)
+    found = plan(config, gib, 1, "32b", split, old)
     chosen, shapes, kept = found.chosen, as_shapes("32b"), found.chosen.memory.kept_layers
     assert chosen.memory.gradient_checkpointing and 0 < kept < shapes.num_hidden_layers
     assert found.apply(config).memory.kept_layers == found.record()["kept_layers"] == kept
     assert f"but for the last {kept} layers" in str(chosen)
     more, none = (
-        candidate(with_memory(found.apply(config), kept_layers=count), shapes, split, 1) for count in (kept + 1, 0)
+        candidate(with_memory(found.apply(config), kept_layers=count), shapes, split, 1, old) for count in (kept + 1, 0)
     )
     assert more.estimate.device_gib > gib * (1 - MARGIN) >= chosen.estimate.device_gib > none.estimate.device_gib
     assert none.cost - chosen.cost == pytest.approx(kept / shapes.num_hidden_layers * 64 * 241)
@@ -349,7 +352,7 @@ def test_a_16_bit_32b_does_not_fit_32_gib():
 @pytest.fixture
 def card(monkeypatch):
     """A function that gives the machine a card of so many GiB."""
-    return lambda gib: monkeypatch.setattr("mmrev_kit.memory.plan.card_memory", lambda config, device: gib)
+    return lambda gib: monkeypatch.setattr("mmrev_kit.memory.plan.card_memory", lambda config, device: (gib, False))
 
 
 def planned(config, state=None):
@@ -380,7 +383,7 @@ def test_a_run_is_refused_before_its_weights_are_read(small_config, card, monkey
 
 def test_mode_deepspeed_is_refused_where_its_16_bit_base_does_not_fit(small_config, card, monkeypatch):
     """Shared out is the adapter's: of the 32B 12 bytes of each of 19,922,944 numbers, which is nothing beside it."""
-    words = "model.name=configs/models/qwen3vl_32b.json quantization.bits=16 launch.mode=deepspeed"
+    words = "model.name=configs/models/qwen3vl_32b.json lora.r=8 quantization.bits=16 launch.mode=deepspeed"
     config, state = small_config(words), SimpleNamespace(num_processes=8, process_index=1, is_main_process=False)
     state.device = CPU
     card(31.7)

@@ -1,6 +1,5 @@
 """A decoder layer as one operation against its modules, on a CPU, where its operations run line by line."""
 
-from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -125,9 +124,9 @@ def learned(model, batch, dtype=torch.bfloat16):
 
 def test_a_model_of_operations_learns_as_one_of_modules_does(small_config, monkeypatch):
     model, batch = whole_model(small_config, "lora.dropout=0")
-    exact = learned(deepcopy(model).float(), batch, torch.float32)
+    exact = learned(*whole_model(small_config, "lora.dropout=0 quantization.compute_dtype=fp32"), torch.float32)
     modules = learned(model, batch)
-    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "can_compile", lambda device: True)
     calls, apply = [], fused.DecoderLayer.apply
     monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *own: calls.append(1) or apply(*own))
     own = learned(model, batch)
@@ -138,7 +137,7 @@ def test_a_model_of_operations_learns_as_one_of_modules_does(small_config, monke
 
 
 def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, monkeypatch):
-    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "can_compile", lambda device: True)
     found = []
     for more in (
         "gradient_checkpointing=false",
@@ -150,7 +149,7 @@ def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, monkeypatch):
 
 
 def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_config, monkeypatch):
-    monkeypatch.setattr(fused, "OPERATION_DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "can_compile", lambda device: True)
     model, _ = whole_model(small_config, "")
     layer, hidden = model.get_base_model().model.language_model.layers[0], torch.randn(1, 4, 256)
     more = {"position_embeddings": None, "attention_mask": None, "position_ids": None, "cache": None}
