@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from mmrev_kit.model import decoder, fused, kernels, layer_lines
+from mmrev_kit.model import decoder, fused, kernels, layer_lines, scoring
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
 from mmrev_kit.model.packing import attention_mask
 from mmrev_kit.training.run import prepare
@@ -122,30 +122,38 @@ def learned(model, batch, dtype=torch.bfloat16):
     return found
 
 
-def test_a_model_of_operations_learns_as_one_of_modules_does(small_config, monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """A function from whose call on layers run as on a GPU; it returns a list that grows with each operation."""
+    found, apply = [], fused.DecoderLayer.apply
+
+    def start():
+        monkeypatch.setattr(fused, "can_compile", lambda device: True)
+        monkeypatch.setattr(scoring, "takes_wanted", lambda model: False)
+        monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *own: found.append(1) or apply(*own))
+        return found
+
+    return start
+
+
+def test_a_model_of_operations_learns_as_one_of_modules_does(small_config, calls):
     model, batch = whole_model(small_config, "lora.dropout=0")
     exact = learned(*whole_model(small_config, "lora.dropout=0 quantization.compute_dtype=fp32"), torch.float32)
-    modules = learned(model, batch)
-    monkeypatch.setattr(fused, "can_compile", lambda device: True)
-    calls, apply = [], fused.DecoderLayer.apply
-    monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *own: calls.append(1) or apply(*own))
+    modules, found = learned(model, batch), calls()
     own = learned(model, batch)
-    assert len(calls) == model.config.text_config.num_hidden_layers
-    for found, other, expected in zip(own, modules, exact, strict=True):
-        error, others = ((part - expected).norm() / expected.norm() for part in (found, other))
+    assert len(found) == model.config.text_config.num_hidden_layers
+    for part, other, expected in zip(own, modules, exact, strict=True):
+        error, others = ((one - expected).norm() / expected.norm() for one in (part, other))
         assert error < 1.2 * others < 0.2
 
 
-def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, monkeypatch):
-    monkeypatch.setattr(fused, "can_compile", lambda device: True)
-    found = []
-    for more in (
-        "gradient_checkpointing=false",
-        *(f"gradient_checkpointing=true memory.kept_layers={k}" for k in (0, 2)),
-    ):
-        found.append(learned(*whole_model(small_config, f"lora.dropout=0.1 memory.{more}")))
-    for losses, gradient in found[1:]:
-        assert torch.equal(losses, found[0][0]) and torch.equal(gradient, found[0][1])
+def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, calls):
+    count, results = calls(), []
+    for more in ("false", "true memory.kept_layers=0", "true memory.kept_layers=2"):
+        results.append(learned(*whole_model(small_config, f"lora.dropout=0.1 memory.gradient_checkpointing={more}")))
+    assert len(count) == 3 * 6
+    for losses, gradient in results[1:]:
+        assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
 def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_config, monkeypatch):
