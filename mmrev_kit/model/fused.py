@@ -5,7 +5,7 @@ the libraries' modules, each of which reads and writes every activation and is s
 `autograd.Function` that saves less: a norm its input as it came, in 16 bit where it is that; the gated product gate
 and up but not gate's SiLU; LoRA its input, which q, k and v share, and the mask of its dropout. On GPUs for which
 torch.compile can make kernels the elementwise ones become one kernel each; elsewhere the same lines run operation by
-operation.
+operation. Where such kernels can be made, training runs whole decoder layers as one operation instead (`decoder`).
 """
 
 from functools import cache

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmrev_kit.model.layer_kernels import cdiv
+
 LOG2E = math.log2(math.e)
 BLOCK = 64  # tokens: a row of a block of a mask is a word
 HEADS = 16  # of a token, that one program rotates
@@ -47,7 +49,7 @@ def rotate(joined, heads: int, key_heads: int, of_query, of_key, eps: float, cos
     count, half = len(joined), cosine.shape[-1] // 2
     query = torch.empty(count, heads, 2 * half, dtype=joined.dtype, device=joined.device)
     key = torch.empty(count, key_heads, 2 * half, dtype=joined.dtype, device=joined.device)
-    rotate_kernel[(count, triton.cdiv(heads + key_heads, HEADS))](
+    rotate_kernel[(count, cdiv(heads + key_heads, HEADS))](
         joined, query, key, of_query, of_key, cosine, sine, heads, key_heads, cosine.stride(0), eps, HALF=half,
         HEADS=HEADS,
     )  # fmt: skip
@@ -80,7 +82,7 @@ def rotate_backward_kernel(
 
 
 def rotate_backward(gradient, joined, heads: int, key_heads: int, of_query, of_key, eps: float, cosine, sine) -> None:
-    rotate_backward_kernel[(len(joined), triton.cdiv(heads + key_heads, HEADS))](
+    rotate_backward_kernel[(len(joined), cdiv(heads + key_heads, HEADS))](
         gradient, joined, of_query, of_key, cosine, sine, heads, key_heads, cosine.stride(0), eps,
         HALF=cosine.shape[-1] // 2, HEADS=HEADS,
     )  # fmt: skip
@@ -107,7 +109,7 @@ def words_kernel(mask, words, length, blocks, BLOCK: tl.constexpr):
 def by_blocks(mask) -> Seen:
     """Of booleans (sequences, 1, length, length)."""
     sequences, _, length, _ = mask.shape
-    blocks = triton.cdiv(length, BLOCK)
+    blocks = cdiv(length, BLOCK)
     words = torch.empty(sequences, length, blocks, dtype=torch.int64, device=mask.device)
     words_kernel[(sequences * length, blocks)](mask.contiguous().view(torch.uint8), words, length, blocks, BLOCK=BLOCK)
     padded = torch.nn.functional.pad(words != 0, (0, 0, 0, blocks * BLOCK - length))
@@ -265,7 +267,7 @@ def of_keys_kernel(
 def attend_backward(gradient, query, key, value, out, sums, seen: Seen, scaling: float, into) -> None:
     (sequences, length, blocks), (count, heads, d) = seen.words.shape, query.shape
     products = torch.empty_like(sums)
-    product_kernel[(triton.cdiv(count * heads, 64),)](gradient, out, products, count * heads, length, heads, d, SIZE=64)
+    product_kernel[(cdiv(count * heads, 64),)](gradient, out, products, count * heads, length, heads, d, SIZE=64)
     kernels = (of_keys_kernel, key.shape[1], seen.of_key), (of_queries_kernel, heads, seen.of_query)
     for kernel, number, own in kernels:
         kernel[(blocks, number, sequences)](

@@ -6,13 +6,21 @@ Imported only where kernels can be made. A kernel's pointers come first, then it
 import torch
 import triton
 import triton.language as tl
-from triton import next_power_of_2
 
 from mmrev_kit.model.layer_lines import draw as draw_by_line
 from mmrev_kit.model.layer_lines import threshold
 
 BLOCK = 64  # weights per constant of NF4
 CONSTANTS = 256  # constants per constant of the double quantization
+
+
+def cdiv(count: int, size: int) -> int:
+    """Rounded up; this and the next are Triton's own, whose calls take ten times as long."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 @triton.jit(do_not_specialize=["seed", "words"])
@@ -40,7 +48,7 @@ def draw(seed: int, rows: int, width: int, count: int, p: float, device):
         return draw_by_line(seed, rows, width, count, p, device)
     found = torch.empty(rows, width, dtype=torch.uint8, device=device)
     words = found.view(-1).view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits])
-    draw_kernel[(triton.cdiv(len(words), 1024),)](words, seed, len(words), threshold(p), BITS=bits, SIZE=1024)
+    draw_kernel[(cdiv(len(words), 1024),)](words, seed, len(words), threshold(p), BITS=bits, SIZE=1024)
     return found
 
 
@@ -80,10 +88,10 @@ def dequantize(layer, out, up, scaling: float, column: int) -> None:
     weight = layer.weight
     state, (rows, width), inputs = weight.quant_state, out.shape, layer.in_features
     extra, nested = width - inputs, state.nested
-    blocks, a_row = triton.cdiv(rows * inputs, BLOCK), inputs // BLOCK
+    blocks, a_row = cdiv(rows * inputs, BLOCK), inputs // BLOCK
     outer = (state.state2.code, state.state2.absmax, state.offset) if nested else (state.code,) * 3
-    ends = triton.cdiv(rows, 64) if extra else 0
-    dequantize_kernel[(triton.cdiv(blocks, 64) + ends,)](
+    ends = cdiv(rows, 64) if extra else 0
+    dequantize_kernel[(cdiv(blocks, 64) + ends,)](
         weight, state.code, state.absmax, *outer, state.code if up is None else up, out, blocks, a_row, out.stride(0),
         rows, scaling, column, extra, NESTED=nested, RANK=0 if up is None else up.shape[1],
         EXTRA=next_power_of_2(max(extra, 1)), BLOCKS=64, BLOCK=BLOCK, CONSTANTS=CONSTANTS, ROWS=64,
@@ -129,7 +137,7 @@ def lora_down_kernel(
 def lora_down(group, rows, mask, down, factor: float, out):
     count, extra, j = len(rows), out.shape[1] - group.inputs, len(group.starts)
     low = torch.empty(count, len(down), dtype=out.dtype, device=out.device)
-    lora_down_kernel[(triton.cdiv(count, 32), j)](
+    lora_down_kernel[(cdiv(count, 32), j)](
         rows, down if mask is None else mask, down, out, low, count, group.inputs, rows.stride(0), out.stride(0),
         group.rank, extra, factor, MASKED=mask is not None, COPY=rows.data_ptr() != out.data_ptr(), J=j,
         RANK=max(16, next_power_of_2(group.rank)), EXTRA=next_power_of_2(extra), ROWS=32, STEP=128, num_stages=4,
@@ -161,7 +169,7 @@ def lora_up_kernel(
 
 def lora_up(group, gradient, mask, down, factor: float):
     out = torch.empty(len(gradient), group.inputs, dtype=gradient.dtype, device=gradient.device)
-    lora_up_kernel[(triton.cdiv(len(out), 64), triton.cdiv(group.inputs, 64))](
+    lora_up_kernel[(cdiv(len(out), 64), cdiv(group.inputs, 64))](
         gradient, down if mask is None else mask, down, out, len(out), group.inputs, gradient.stride(0), group.rank,
         factor, MASKED=mask is not None, J=len(group.starts), RANK=max(16, next_power_of_2(group.rank)), ROWS=64,
         SIZE=64,
@@ -203,12 +211,12 @@ def lora_gradients(group, gradient, rows, mask, factor: float, of_out, low):
     of_up = torch.empty(outputs, rank, device=rows.device)
     ends = [*group.starts[1:], outputs, outputs]
     own = {"RANK": max(16, next_power_of_2(rank)), "SIZE": 32, "STEP": 64, "num_stages": 4}
-    thin_kernel[(triton.cdiv(group.inputs, 32), j)](
+    thin_kernel[(cdiv(group.inputs, 32), j)](
         gradient[:, group.inputs :], rows, rows if mask is None else mask, of_down, len(rows), group.inputs,
         gradient.stride(0), rows.stride(0), group.inputs, 1, rank, 0, 0, factor, MASKED=mask is not None, EACH=True,
         **own,
     )  # fmt: skip
-    thin_kernel[(triton.cdiv(outputs, 32), 1)](
+    thin_kernel[(cdiv(outputs, 32), 1)](
         low, of_out, of_out, of_up, len(rows), outputs, low.stride(0), of_out.stride(0), 1, rank, rank, ends[0],
         ends[1], group.scaling, MASKED=False, EACH=False, **own,
     )  # fmt: skip
@@ -277,7 +285,7 @@ def gate_kernel(joined, out, half, stride, SIZE: tl.constexpr):
 
 def gate(joined, out) -> None:
     count, half = len(joined), joined.shape[1] // 2
-    gate_kernel[(count, triton.cdiv(half, 2048))](joined, out, half, out.stride(0), SIZE=2048)
+    gate_kernel[(count, cdiv(half, 2048))](joined, out, half, out.stride(0), SIZE=2048)
 
 
 @triton.jit
@@ -295,4 +303,4 @@ def gate_backward_kernel(gradient, joined, half, stride, SIZE: tl.constexpr):
 
 def gate_backward(gradient, joined) -> None:
     count, half = len(joined), joined.shape[1] // 2
-    gate_backward_kernel[(count, triton.cdiv(half, 2048))](gradient, joined, half, gradient.stride(0), SIZE=2048)
+    gate_backward_kernel[(count, cdiv(half, 2048))](gradient, joined, half, gradient.stride(0), SIZE=2048)
