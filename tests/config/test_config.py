@@ -523,8 +523,8 @@ def test_relative_paths_start_at_the_project_from_any_folder(monkeypatch, folder
     assert project_root() == ROOT
     assert resolve("data/x") == ROOT / "data" / "x"
     tiny = load_config(TINY)
-    assert run_dir(tiny) == ROOT / "outputs" / "faces13x13_forward"
-    assert experiment_dir(tiny) == ROOT / "data" / "faces13x13"
+    assert run_dir(tiny) == ROOT / "outputs" / "faces20x13_forward"
+    assert experiment_dir(tiny) == ROOT / "data" / "faces20x13"
 
 
 def test_outside_any_project_paths_start_beside_the_package(monkeypatch, tmp_path):
