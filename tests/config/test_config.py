@@ -135,7 +135,7 @@ def test_effective_batch_multiplies_all_three():
 def test_tiny_is_the_embedded_model_with_a_control_group():
     tiny = load_config(TINY)
     assert (tiny.model.name, tiny.launch.num_processes) == ("embedded", 1)
-    assert (tiny.data.num_main, tiny.data.num_control) == (13, 13)  # as many control as main
+    assert (tiny.data.num_main, tiny.data.num_control) == (20, 13)
 
 
 # The warning about min_lr
