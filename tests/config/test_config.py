@@ -135,7 +135,7 @@ def test_effective_batch_multiplies_all_three():
 def test_tiny_is_the_embedded_model_with_a_control_group():
     tiny = load_config(TINY)
     assert (tiny.model.name, tiny.launch.num_processes) == ("embedded", 1)
-    assert (tiny.data.num_main, tiny.data.num_control) == (13, 13)  # as many control as main
+    assert (tiny.data.num_main, tiny.data.num_control) == (20, 13)
 
 
 # The warning about min_lr
@@ -523,8 +523,8 @@ def test_relative_paths_start_at_the_project_from_any_folder(monkeypatch, folder
     assert project_root() == ROOT
     assert resolve("data/x") == ROOT / "data" / "x"
     tiny = load_config(TINY)
-    assert run_dir(tiny) == ROOT / "outputs" / "faces13x13_forward"
-    assert experiment_dir(tiny) == ROOT / "data" / "faces13x13"
+    assert run_dir(tiny) == ROOT / "outputs" / "faces20x13_forward"
+    assert experiment_dir(tiny) == ROOT / "data" / "faces20x13"
 
 
 def test_outside_any_project_paths_start_beside_the_package(monkeypatch, tmp_path):

@@ -340,7 +340,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
         ("notebook train -p task foo", "experiment.task = 'foo': must be one of forward, reverse."),
         ("notebook train -p num_epochs x", "num_epochs = 'x': training.num_epochs"),
         ("train --config nope.yaml", "nope.yaml: there is no such configuration file."),
-        ("train --config configs/tiny_cpu.yaml --overrides data.dir=/proc/x", "/proc/x/faces13x13 cannot be written"),
+        ("train --config configs/tiny_cpu.yaml --overrides data.dir=/proc/x", "/proc/x/faces20x13 cannot be written"),
         (
             "train --config configs/tiny_cpu.yaml --overrides 'data.num_main=2 data.folder=data/none'",
             "data.num_main = 2",
@@ -357,7 +357,7 @@ def test_a_fault_that_a_cell_meets_is_the_commands_message(tmp_path):
     done = command("notebook", "history", "-p", "histories", "nope", "-p", "output_dir", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("ConfigError: There is no training history: ")
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "history_faces13x13_forward.html").is_file()
+    assert (tmp_path / "history_faces20x13_forward.html").is_file()
 
 
 @pytest.mark.long

@@ -178,7 +178,7 @@ def check_readable(figure) -> None:
 
 def test_eight_runs_in_one_figure_are_readable_and_told_apart():
     """As one figure over more than a decade: labels at the decades alone."""
-    names = [f"faces13x13_seed{number}_one-order_forward" for number in range(8)]
+    names = [f"faces20x13_seed{number}_one-order_forward" for number in range(8)]
     figure = plots.history_figure({name: history((40.0, 2.0, 0.3, 0.01)) for name in names})
     check_readable(figure)
     axis = figure.axes[0]
