@@ -15,7 +15,7 @@ from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.memory.layers import (
     activations,
-    largest_linear,
+    largest_product,
     logits_bytes,
     prefill_bytes,
     tower_width,
@@ -203,20 +203,20 @@ def static_components(
     return found
 
 
-def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phase: str) -> list[Component]:
+def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phase: str, old: bool) -> list[Component]:
     """What comes and goes with a micro-batch, in one phase of it."""
     if phase == "optimizer step":
         return []
     if phase == "vision tower":
         return [Component("vision activations", *vision_bytes(shapes, config, one), "model.max_pixels")]
-    found, word, cached = activations(shapes, config, one), "memory.micro_tokens", config.memory.cache_features
+    found, word, cached = activations(shapes, config, one, old), "memory.micro_tokens", config.memory.cache_features
     out, tokens, layers = tower_width(config), one.tokens, shapes.num_hidden_layers
     visual = (1 + shapes.v_deepstack) * shapes.hidden_size * (width(config) if cached else out)
     visual += 0 if cached else out * shapes.v_merge * shapes.v_hidden
     pixels = 0 if cached else one.visual * shapes.v_merge * 4 * shapes.v_patch_values
     inputs = tokens * (8 * 6 + (one.length if one.masked else 0)) + pixels
     again = config.memory.recomputed_layers(layers)
-    kept = layers - again
+    kept, (name, size, weight) = found.peak(layers - again, again, phase == "loss")
     setting = "memory.kept_layers" if config.memory.gradient_checkpointing else "memory.gradient_checkpointing=true"
     states = "" if cached else ", and the last states of the tower"
     components = [
@@ -235,10 +235,7 @@ def moving_components(shapes: ModelShapes, config: Config, one: MicroBatch, phas
     if not kept:
         how = f"{found.once / tokens:,.0f} B a token x {tokens:,}, of one layer at a time"
         components.append(Component("recomputed layer", found.once, how, word))
-    name, size, weight = found.backward
-    components.append(Component("gradients of activations", size, f"in {name} of the last layer", word))
-    components.append(weight_in_16_bit(weight))
-    return components
+    return [*components, Component("gradients of activations", size, f"in {name}", word), weight_in_16_bit(weight)]
 
 
 def weight_in_16_bit(size: float) -> Component:
@@ -258,7 +255,7 @@ def unsplit(size: float) -> float:
 
 def estimate(
     config: Config, model_config=None, micro_batches: list[MicroBatch] | None = None, processes: int = 1,
-    accumulates: bool = True, phases: tuple[str, ...] = PHASES,
+    accumulates: bool = True, phases: tuple[str, ...] = PHASES, old: bool = False,
 ) -> Estimate:  # fmt: skip
     """Memory of a training run on one card, by component.
 
@@ -268,6 +265,7 @@ def estimate(
         processes: one a card.
         accumulates: whether gradients of an earlier micro-batch of the same update are there.
         phases: those that count, of `PHASES`.
+        old: whether the card is older than the kernels of a decoder layer (`kernels.can_compile`), whose modules run.
 
     Raises:
         ConfigError: see `read_shapes`; sizes that are not positive; an optimizer that is not known.
@@ -281,7 +279,7 @@ def estimate(
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
     static = {phase: static_components(shapes, config, processes, accumulates, phase) for phase in phases}
     found = [
-        at_peak(static, {phase: moving_components(shapes, config, one, phase) for phase in phases}, context, one)
+        at_peak(static, {phase: moving_components(shapes, config, one, phase, old) for phase in phases}, context, one)
         for one in dict.fromkeys(micro_batches)
     ]
     return max(found, key=lambda estimate: estimate.allocated_gib)
@@ -323,7 +321,7 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
         "vision tower": [Component("vision activations", *vision_bytes(shapes, config, one), word)],
         "prompts": [
             Component("keys, values and states", *prefill_bytes(shapes, config, one), word),
-            weight_in_16_bit(largest_linear(shapes, config)),
+            weight_in_16_bit(largest_product(shapes, config, True)),
         ],
         "options": [
             Component("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
@@ -333,13 +331,15 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
     return at_peak(dict.fromkeys(moving, static), moving, CONTEXT_GIB, one)
 
 
-def questions(config: Config, model_config, micro_batches: list[MicroBatch], processes: int = 1) -> Estimate:
+def questions(
+    config: Config, model_config, micro_batches: list[MicroBatch], processes: int = 1, old: bool = False
+) -> Estimate:
     """Memory of the tests after an epoch: a pass without gradients beside what training keeps; the costliest counts."""
     shapes, word = as_shapes(model_config), "evaluation.by_epoch=false, or memory.micro_tokens"
     static = static_components(shapes, config, processes, False, "loss")
     context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
     cache, found = 2 * width(config) * shapes.key * shapes.num_hidden_layers, []
-    weight = weight_in_16_bit(largest_linear(shapes, config))
+    weight = weight_in_16_bit(largest_product(shapes, config, old))
     for one in dict.fromkeys(micro_batches):
         kept = Component("keys and values", cache * one.tokens, f"{cache:,} B x {one.tokens:,} tokens", word)
         moving = {

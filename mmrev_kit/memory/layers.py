@@ -30,18 +30,27 @@ class Activations:
         tensors: what autograd saves for backward in one layer, tensor by tensor.
         inputs: what checkpointing keeps: the input of every layer.
         once: what the recomputed layer adds to that.
-        backward: (operation, bytes of gradients on their way, bytes of a weight that is turned to 16 bit) at the
+        backward: (operation, bytes of gradients on their way, bytes of weights that are turned to 16 bit) at the
             heaviest operation of the last layer's backward pass.
+        again: the same of a layer that is recomputed; None: as `backward`.
     """
 
     tensors: tuple[float, ...]
     inputs: float
     once: float
     backward: tuple[str, float, float]
+    again: tuple[str, float, float] | None = None
 
     @property
     def saved(self) -> float:
         return sum(self.tensors)
+
+    def peak(self, kept: int, recomputed: int, loss: bool) -> tuple[int, tuple[str, float, float]]:
+        """How many layers' tensors are there when most is, and in which operation: of the last layer, or, when what was
+        kept is gone, of one that is recomputed; in the loss all and none."""
+        again = self.again or self.backward
+        alone = self.once + sum(again[1:]) > kept * self.saved + sum(self.backward[1:])
+        return (0, again) if recomputed and not loss and (alone or not kept) else (kept, self.backward)
 
 
 def lora_saved(inputs: int, names: list[str], config: Config, shared: bool = False) -> list[float]:
@@ -73,8 +82,79 @@ def attention_saved(shapes: ModelShapes, config: Config, one: MicroBatch) -> lis
     return [w * q, w * q, w * q, w * q, 4 * heads * rows, w * 8 * math.ceil(one.length / 8)]
 
 
-def activations(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activations:
-    """What a micro-batch saves and moves; see `Activations`."""
+def as_operation(config: Config, old: bool) -> bool:
+    """Whether a GPU, `old` or not, runs a decoder layer as one operation (`model/decoder.py`), or its modules."""
+    return not old and config.quantization.compute_dtype != "fp32" and config.model.attn_implementation == "sdpa"
+
+
+def activations(shapes: ModelShapes, config: Config, one: MicroBatch, old: bool = False) -> Activations:
+    """What a micro-batch saves and moves; see `Activations`, and `estimate` for `old`."""
+    return (of_operation if as_operation(config, old) else of_modules)(shapes, config, one)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projections that read the same: bytes a token of the input with the columns of adapters behind it, of the outputs
+    in 16 bit, of the adapters' part and the dropout masks; and bytes of a product's weights in 16 bit."""
+
+    inputs: float
+    outputs: float
+    low: float
+    masks: float
+    weights: float
+
+
+def projections(shapes: ModelShapes, config: Config) -> dict[str, Projections]:
+    """By what they read, as `decoder.Layer` has them."""
+    names = {
+        "qkv": ["q_proj", "k_proj", "v_proj"],
+        "o": ["o_proj"],
+        "up": ["gate_proj", "up_proj"],
+        "down": ["down_proj"],
+    }
+    w, lora, linears, found = width(config), config.lora, shapes.linears(), {}
+    for word, parts in names.items():
+        inputs, outputs = linears[parts[0]][0], sum(linears[part][1] for part in parts)
+        rank = len(parts) * lora.r if set(parts) & set(lora.target_modules) else 0
+        wide = inputs + 64 * math.ceil(rank / 64)
+        made = config.quantization.bits == 4 or rank
+        product = outputs if word == "qkv" else linears[parts[0]][1]
+        masks = inputs if rank and lora.dropout > 0 else 0
+        found[word] = Projections(w * wide, w * outputs, w * rank, masks, w * wide * product if made else 0.0)
+    return found
+
+
+def of_operation(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activations:
+    """Of a layer as one operation: the steps at which its backward pass holds most."""
+    h, f, q, k, w = shapes.hidden_size, shapes.intermediate_size, shapes.query, shapes.key, width(config)
+    parts, heads, tokens = projections(shapes, config), shapes.num_attention_heads, one.tokens
+    saved = [4 * h, w * (q + 2 * k), w * q, 4 * heads, 4 * h, 2 * w * f, *(part.low for part in parts.values())]
+    masks = parts["qkv"].masks + parts["o"].masks
+    outer = 4 * h + w * h + 2 * 4 * shapes.head_dim  # of the output, in fp32 and in 16 bit; cosine and sine, once
+    up, down = parts["up"], parts["down"]
+    attended = 4 * h + outer + masks
+    steps = [
+        ("down_proj", outer + down.inputs, down.weights),
+        ("gate_proj and up_proj", outer + down.inputs + up.inputs, up.weights),
+        ("attention", attended + w * (3 * q + 3 * k) + 4 * heads, 0.0),
+        ("q, k and v", attended + w * (q + 2 * k) + parts["qkv"].inputs, parts["qkv"].weights),
+    ]
+    again = [(steps[1][0], steps[1][1] + masks, up.weights), ("attention", steps[2][1] - 2 * w * f, 0.0)]
+
+    def heaviest(steps: list) -> tuple[str, float, float]:
+        return max(((name, size * tokens, made) for name, size, made in steps), key=lambda step: step[1] + step[2])
+
+    return Activations(
+        tensors=tuple(size * tokens for size in saved if size),
+        inputs=shapes.num_hidden_layers * 4 * h * tokens,
+        once=(sum(saved) - 4 * h) * tokens,
+        backward=heaviest(steps),
+        again=heaviest(again),
+    )
+
+
+def of_modules(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activations:
+    """Of a layer's modules."""
     h, f, q, k, w = shapes.hidden_size, shapes.intermediate_size, shapes.query, shapes.key, width(config)
     eager, heads = config.model.attn_implementation == "eager", shapes.num_attention_heads
     norms = [4 * h, 4, 4 * h, 4, w * q, 4 * heads, w * k, 4 * shapes.num_key_value_heads]  # inputs, 1/rms
@@ -106,6 +186,13 @@ def largest_linear(shapes: ModelShapes, config: Config) -> float:
     """The MLP's weight in 16 bit, with its constants in fp32; 0 where weights are not quantized."""
     weights = shapes.hidden_size * shapes.intermediate_size
     return width(config) * weights + 4 * weights / 64 if config.quantization.bits == 4 else 0
+
+
+def largest_product(shapes: ModelShapes, config: Config, old: bool) -> float:
+    """The weights of the largest product of a pass without gradients, as above."""
+    if as_operation(config, old):
+        return max(part.weights for part in projections(shapes, config).values())
+    return largest_linear(shapes, config)
 
 
 def logits_bytes(shapes: ModelShapes, one: MicroBatch) -> tuple[float, str]:

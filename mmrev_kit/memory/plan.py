@@ -142,13 +142,13 @@ class MemoryPlan:
         return record | {"margin": MARGIN, "estimated_gib": self.chosen.estimate.sizes()}
 
 
-def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: int) -> Candidate:
+def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: int, old: bool = False) -> Candidate:
     """The configured way with its estimate; `memory.micro_tokens` must be configured.
 
     Its time is that of each token's forward and backward pass, and once more forward in layers that are recomputed,
     and `FIXED` a micro-batch; a smaller layer is done sooner with the same launches, so that these are more. Of 43
-    rates of the 32B on three hosts, measured as `benchmarks/speed_32b.py` does, this is 3 % off (root mean square), and
-    9 % at most.
+    rates of the 32B on three hosts, measured as `benchmarks/speed_32b.py` does with layers as modules, this is 3 % off
+    (root mean square), and 9 % at most.
     """
     updates, layers = split(config.memory.micro_tokens), shapes.num_hidden_layers
     micro_batches = [one for update in updates for one in update]
@@ -156,12 +156,13 @@ def candidate(config: Config, shapes: ModelShapes, split: Splitter, processes: i
     each = 2 + config.memory.recomputed_layers(layers) / layers
     cost = sum(each * one.tokens + fixed for one in micro_batches)
     accumulates = len(micro_batches) > len(updates)
-    return Candidate(config.memory, cost, estimate(config, shapes, micro_batches, processes, accumulates))
+    return Candidate(config.memory, cost, estimate(config, shapes, micro_batches, processes, accumulates, old=old))
 
 
 def plan(
-    config: Config, gpu_gib: float, num_processes: int = 1, model_config=None, split: Splitter | None = None
-) -> MemoryPlan:
+    config: Config, gpu_gib: float, num_processes: int = 1, model_config=None, split: Splitter | None = None,
+    old: bool = False,
+) -> MemoryPlan:  # fmt: skip
     """The fastest micro-batches that fit.
 
     `memory.micro_tokens` is kept where it is configured, and so is `memory.cache_features`. Chosen is whether there is
@@ -171,6 +172,7 @@ def plan(
         gpu_gib: memory of the smallest card.
         model_config: as in `memory.estimate`.
         split: how the run's updates are split; None: updates of rows of `training.max_length`.
+        old: as in `memory.estimate`.
 
     Raises:
         ConfigError: a card or a number of processes that cannot be.
@@ -186,7 +188,7 @@ def plan(
 
     def way(size: int, checkpointing: bool, kept: int = 0) -> Candidate:
         settings = {"micro_tokens": size, "gradient_checkpointing": checkpointing, "kept_layers": kept}
-        return candidate(with_memory(config, **settings), shapes, split, num_processes)
+        return candidate(with_memory(config, **settings), shapes, split, num_processes, old)
 
     def with_most_kept(size: int) -> Candidate:
         fewer = range(1, shapes.num_hidden_layers)
@@ -221,23 +223,27 @@ def refusal(found: Estimate, card_gib: float, name: str, what: str = "training")
     )
 
 
-def card_memory(config: Config, device) -> float | None:
-    """GiB of the run's smallest GPU, so that all processes make one plan; None for a CPU: nothing is planned there.
+def card_memory(config: Config, device) -> tuple[float, bool] | None:
+    """GiB of the run's smallest GPU, and whether one of them is `old` (see `estimate`), so that all processes make one
+    plan; None for a CPU: nothing is planned there.
 
     With `memory.gpu_gib` this process takes no more than that from now on.
     """
     import torch
 
+    from mmrev_kit.model.kernels import can_compile
+
     if device.type != "cuda":
         return None
-    total = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+    total = torch.cuda.get_device_properties(device).total_memory
     if config.memory.gpu_gib is not None:
-        cap = min(1.0, config.memory.gpu_gib * GIB / total.item())
+        cap = min(1.0, config.memory.gpu_gib * GIB / total)
         torch.cuda.set_per_process_memory_fraction(cap)  # of the current device, which is this process's
         total *= cap
+    least = torch.tensor([total, can_compile(device)], dtype=torch.float64, device=device)
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MIN)
-    return total.item() / GIB
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return least[0].item() / GIB, not least[1]
 
 
 def configured_shapes(config: Config) -> ModelShapes | None:
@@ -266,9 +272,10 @@ def plan_or_refuse(
     Raises:
         ConfigError: the run or its evaluation does not fit, and `memory.force` is not set.
     """
-    card, processes = card_memory(config, state.device), state.num_processes
-    if card is None:
+    on_card, processes = card_memory(config, state.device), state.num_processes
+    if on_card is None:
         return config, None
+    card, old = on_card
     shapes, heavy, found = configured_shapes(config), heaviest_updates(updates), None
     if shapes is None:
         if state.is_main_process:
@@ -283,18 +290,18 @@ def plan_or_refuse(
         return split_updates(heavy, config, shapes, image_id, processes, limit)
 
     if config.memory.plan == "auto":
-        found = replace(plan(config, card, processes, shapes, split), evaluation=tested)
+        found = replace(plan(config, card, processes, shapes, split, old), evaluation=tested)
         config = split_so = found.apply(config)
         needed = found.chosen.estimate
         if state.is_main_process:
             print("\n".join(found.lines()), flush=True)
     else:
         split_so = with_memory(config, micro_tokens=micro_tokens(config, state.device))
-        needed = candidate(split_so, shapes, split, processes).estimate
+        needed = candidate(split_so, shapes, split, processes, old).estimate
     refusals = [refusal(needed, card, shapes.name), refusal(tested, card, shapes.name, "evaluation")]
     if asked:
         micro_batches = split_questions(asked, split_so, shapes, image_id, processes)
-        by_epoch = questions(config, shapes, micro_batches, processes)
+        by_epoch = questions(config, shapes, micro_batches, processes, old)
         if state.is_main_process:
             print(f"memory: the tests after an epoch {by_epoch.device_gib:.1f} GiB on the card", flush=True)
         refusals.append(refusal(by_epoch, card, shapes.name, "asking the tests after an epoch"))

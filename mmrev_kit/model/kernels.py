@@ -66,8 +66,9 @@ def gated_backward(gradient, gate, up):
     return of_gate, silu(gate).mul_(gradient)
 
 
+@cache
 def can_compile(device) -> bool:
-    """Whether torch.compile makes kernels for this GPU: compute capability 8.0 or later, Triton, a C compiler."""
+    """Whether kernels can be made for this GPU: compute capability 8.0 or later, Triton, a C compiler."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))

@@ -19,6 +19,7 @@ CARDS = {
     "V100 32": 31.7, "V100 16": 15.8, "RTX 4090 24": 23.5, "L40S 48": 44.4, "A100 40": 39.4, "A100 80": 79.2,
     "H100 80": 79.2, "H200 141": 139.8,
 }  # fmt: skip
+OLD = ("V100 32", "V100 16")  # see `estimate`
 GROUPS = {
     "weights": ("decoder weights", "embedding, head, norms", "vision tower"),
     "LoRA, gradients, optimizer": ("LoRA adapter", "optimizer states", "gradients", "step", "16-bit weight"),
@@ -114,6 +115,7 @@ def budget(
     if micro_batch < 1:
         raise ConfigError(f"micro_batch = {micro_batch}: must be a number from 1.")
     settings, shapes, room = with_configured(config, settings), as_shapes(model), card_gib(card)
+    old = card in OLD
     length, pixels, checkpointing = settings["length"], settings["pixels"], settings["checkpointing"]
     config = replace(
         config,
@@ -132,8 +134,8 @@ def budget(
     }  # fmt: skip
     found, split = {}, padded_updates([row] * micro_batch, micro_batch)
     for name, memory in ways.items():
-        found[name] = candidate(with_memory(config, **memory), shapes, split, settings["processes"]).estimate
-    best = plan(config, room, settings["processes"], shapes, padded_updates([row] * update, update))
+        found[name] = candidate(with_memory(config, **memory), shapes, split, settings["processes"], old).estimate
+    best = plan(config, room, settings["processes"], shapes, padded_updates([row] * update, update), old)
     return found | {"as planned": best.chosen.estimate}, best
 
 
@@ -180,7 +182,8 @@ def mode_table(config: Config, card: str, model: str | ModelShapes = "32b", spre
     shapes, room, cards = as_shapes(model), card_gib(card), 8
     whole = replace(config, quantization=replace(config.quantization, bits=16))
     shared = replace(whole, launch=replace(whole.launch, mode="deepspeed"))
-    four, zero = (plan(way, room, cards, shapes).chosen.estimate.device_gib for way in (config, shared))
+    plans = [plan(way, room, cards, shapes, old=card in OLD) for way in (config, shared)]
+    four, zero = (one.chosen.estimate.device_gib for one in plans)
     one = replace(whole, evaluation=replace(whole.evaluation, batch_size=1))
     asked = evaluation(one, shapes, config.training.max_length, 196)
     layer = max(one.gib for one in asked.components if one.name == "decoder weights") / shapes.num_hidden_layers
@@ -201,7 +204,8 @@ def guide_table(config: Config):
     configuration allows, with the vision tower on the card as in the guide. A pandas DataFrame."""
     import pandas
 
-    parts = {part.name: part for part in estimate(with_memory(config, cache_features=False), "32b").components}
+    found = estimate(with_memory(config, cache_features=False), "32b", old=True)  # on a V100
+    parts = {part.name: part for part in found.components}
     ours = {"base in NF4": [parts.pop(name) for name in GROUPS["weights"]], "LoRA": [parts.pop("LoRA adapter")]}
     ours |= {"optimizer": [parts.pop("optimizer states")], "activations": list(parts.values())}
     sizes = {name: sum(part.size for part in own) / 1e9 for name, own in ours.items()}

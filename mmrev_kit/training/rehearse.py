@@ -28,6 +28,7 @@ from mmrev_kit.memory.plan import (
 )
 from mmrev_kit.memory.shapes import UNKNOWN, size_in_name
 from mmrev_kit.model.bases import known_config, model_folder
+from mmrev_kit.model.kernels import can_compile
 from mmrev_kit.training.by_epoch import ask, computed_tokens
 from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
@@ -128,7 +129,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     elif shapes:
         configured = with_memory(run.config, micro_tokens=run.batcher.layout.micro_tokens)
         split = partial(split_updates, heaviest, config, shapes, run.task.encoder.image_id, 1)
-        found = candidate(configured, shapes, split, 1).estimate.sizes()
+        found = candidate(configured, shapes, split, 1, not can_compile(state.device)).estimate.sizes()
     free, total = torch.cuda.mem_get_info(state.device) if cuda else (0, 0)
     measured = Rehearsal(
         device=torch.cuda.get_device_name(state.device) if cuda else "CPU",

@@ -23,7 +23,7 @@ def activations(upcast: bool, residual: int):
         residual: bytes of a number of the residual stream: 2 in a 16-bit model as it is loaded.
     """
 
-    def found(shapes, config, one) -> layers.Activations:
+    def found(shapes, config, one, old) -> layers.Activations:
         h, f, q, k = shapes.hidden_size, shapes.intermediate_size, shapes.query, shapes.key
         eager, heads = config.model.attn_implementation == "eager", shapes.num_attention_heads
         out, wide, tokens = 4 if upcast else 2, residual == 4 or upcast, one.tokens

@@ -276,3 +276,11 @@ def test_only_frozen_modules_of_the_librarys_own_forward_are_fused(small_config)
 
 def test_a_cpu_runs_the_lines_as_they_are():
     assert not can_compile(CPU)
+
+
+@pytest.mark.parametrize(("capability", "can"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_kernels_are_made_for_cards_from_compute_capability_8_on(monkeypatch, capability, can):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert can_compile.__wrapped__(torch.device("cuda")) is can

@@ -76,7 +76,7 @@ assert rooms == {"config", "files", "model"}, rooms
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_only_the_language_models_projections_are_trained(small_config, bits):
-    model = build(small_config(f"quantization.bits={bits}"))
+    model = build(small_config(f"quantization.bits={bits} lora.r=8"))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all(".language_model.layers." in name and "lora_" in name for name in names)
     # 6 layers, r 8: q and o map 256 to 256, k and v 256 to 128; A and B hold r x (inputs + outputs)

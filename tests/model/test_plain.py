@@ -406,7 +406,7 @@ def test_the_preflight_tells_the_path_and_the_projections(family_folder):
 def test_on_a_gpu_nothing_is_planned_for_a_family_that_the_estimate_does_not_know(family_folder, monkeypatch, capsys):
     family = FAMILIES["internvl"]
     config = load_config("configs/tiny_cpu.yaml", f"model.name={family_folder(family)} {family.settings}")
-    monkeypatch.setattr(plan_module, "card_memory", lambda config, device: 16.0)
+    monkeypatch.setattr(plan_module, "card_memory", lambda config, device: (16.0, False))
     state = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cuda"))
     for plan in ("auto", "off"):
         config.memory.plan = plan

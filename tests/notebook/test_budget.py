@@ -80,7 +80,7 @@ def test_what_the_page_says_of_the_guides_numbers_is_computed(config):
     shapes, training, targets = as_shapes("32b"), config.training, config.lora.target_modules
     count, double = (sum(lora_tensors(shapes, r, targets)) for r in (8, 16))
     few, many = (
-        candidate(with_memory(config, micro_tokens=241), shapes, padded_updates([(241, 9, 196)] * rows, rows), 8)
+        candidate(with_memory(config, micro_tokens=241), shapes, padded_updates([(241, 9, 196)] * rows, rows), 8, True)
         for rows in (4, 8)
     )
     visual = visual_tokens(shapes, 448 * 448)
