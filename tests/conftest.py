@@ -22,7 +22,7 @@ SMALL = (
     "experiment.name=small experiment.taught=generation experiment.match_exposure=null "
     "data.num_main=4 data.num_control=4 data.image_size=32 "
     "retention.num_faces=40 training.batch_size=8 training.num_epochs=2 "
-    "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+    "lora.r=8 lora.alpha=16 lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 )
 
 

@@ -61,9 +61,9 @@ def test_a_grid_is_every_combination_with_every_seed_and_runs_have_names_of_thei
 
 
 def test_points_share_a_seeds_people_where_their_data_settings_are_equal(written):
-    sweep = written("seeds: [0, 1]\ngrid:\n  data.num_main: [13, 16]\n  experiment.taught: [cw, both]\n")
+    sweep = written("seeds: [0, 1]\ngrid:\n  data.num_main: [20, 16]\n  experiment.taught: [cw, both]\n")
     names = {(p.name, seed): experiment_dir(sweep.config(p, seed)).name for p, seed in sweep.runs()}
-    assert names["num_main 13, cw", 0] == names["num_main 13, both", 0] == "mine_seed0"  # as in the base
+    assert names["num_main 20, cw", 0] == names["num_main 20, both", 0] == "mine_seed0"  # as in the base
     assert names["num_main 16, cw", 1] == names["num_main 16, both", 1] == "mine_seed1_num_main-16"
 
 

@@ -55,7 +55,7 @@ def run(small_data, tmp_path_factory):
     """A run after two updates. A test gives it a folder of its own."""
     words = f"data.dir={small_data} retention.retention_ratio=0 training.batch_size=8 quantization.bits=16"
     sizes = "experiment.name=small data.num_main=4 data.num_control=4 data.image_size=32"
-    words += " lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+    words += " lora.r=8 lora.alpha=16 lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
     folder = tmp_path_factory.mktemp("run")
     run = start(load_config("configs/tiny_cpu.yaml", f"{sizes} {words} launch.output_dir={folder}"), STATE)
     step(run, 0)
