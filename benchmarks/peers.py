@@ -253,6 +253,7 @@ def row(result: dict, kit: dict | None, job: dict, rows: dict, peak: float | Non
         pairs = zip(kit["losses"][:EQUAL], result["losses"][:EQUAL], strict=True)
         most = max(abs(own - other) for own, other in pairs)
         worst = f"{most:.4f}" + ("" if most <= job["tolerance"] else " (not equal)")
+        worst += "" if result.get("same tokens", True) else ", other tokens"
     if "allocated" in result:
         memory = f"{result['allocated']:.2f} ({result['reserved']:.2f})"
     cells = [result["peer"], f"{rate:.1f}", times, f"{result['seconds'][0]:.1f}", f"{result['before']:.0f}", memory]

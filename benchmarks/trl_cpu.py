@@ -34,12 +34,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from trl_rows import (
-    assert_same_tokens,
     dataset_of,
     exported,
     limit_pixels,
     lora_arguments,
     read_rows,
+    same_tokens,
     training_arguments,
     write_rows,
 )
@@ -239,7 +239,7 @@ def train_trl(job: dict) -> dict:
                          peft_config=lora, callbacks=[Clock()])  # fmt: skip
     built = time.perf_counter() - began
     first = next(iter(trainer.get_train_dataloader()))  # the same tokens, and loss on the same ones?
-    assert_same_tokens(first, rows[: job["micro"]])
+    assert same_tokens(first, rows[: job["micro"]])
     began = now()
     trainer.train()
     trainer.save_model(job["output"])
