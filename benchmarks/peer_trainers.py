@@ -172,8 +172,8 @@ def train_trl(job: dict, liger: bool = False) -> None:
 
     def build(rows: list[dict], settings: dict) -> SFTTrainer:
         start_adapter(model, job)
-        if not settings["checkpointing"]:  # which an earlier Trainer may have set
-            base.gradient_checkpointing_disable()
+        base.gradient_checkpointing_disable()  # what an earlier Trainer has set
+        base.disable_input_require_grads()
         config = SFTConfig(**worker_arguments(job, settings), completion_only_loss=True, use_liger_kernel=liger)
         return SFTTrainer(model=model, args=config, train_dataset=dataset_of(rows), processing_class=processor)
 

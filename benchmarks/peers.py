@@ -172,7 +172,9 @@ def train_kit(job: dict) -> None:
         if job["cuda"]:
             found["allocated"] = torch.cuda.max_memory_allocated() / GIB
             found["reserved"] = torch.cuda.max_memory_reserved() / GIB
-        tell(job, event="result", part=part, settings={"plan": str(run.memory)}, before=before, **found)
+        memory, names = run.config.memory, ("micro_tokens", "gradient_checkpointing", "kept_layers")
+        chosen = {name: getattr(memory, name) for name in names}
+        tell(job, event="result", part=part, settings=chosen, before=before, **found)
         del run
         clean(job)
 
