@@ -252,7 +252,7 @@ def row(result: dict, kit: dict | None, job: dict, rows: dict, peak: float | Non
     times = worst = memory = ""
     if kit:
         times = f"{job['batch'] / statistics.median(kit['seconds'][EQUAL:]) / rate:.2f}"
-        pairs = zip(kit["losses"][:EQUAL], result["losses"][:EQUAL], strict=True)
+        pairs = zip(kit["losses"][:EQUAL], result["losses"][:EQUAL], strict=False)
         most = max(abs(own - other) for own, other in pairs)
         worst = f"{most:.4f}" + ("" if most <= job["tolerance"] else " (not equal)")
         worst += "" if result.get("same tokens", True) else ", other tokens"
