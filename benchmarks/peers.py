@@ -39,10 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"forward": "retention.retention_ratio=0", "mix": ""}
 EQUAL, TIMED = 5, 8  # updates whose losses are compared, and updates that are timed
 PEERS = {  # worker, folder of its libraries, share of the time
-    "kit": ("kit", "", 1.0),
-    "TRL": ("trl", "site_trl", 1.3),
-    "TRL, Liger kernels": ("liger", "site_trl", 1.0),
+    "kit": ("kit", "", 2.0),
+    "TRL": ("trl", "site_trl", 1.2),
     "Unsloth": ("unsloth", "site_unsloth", 2.0),
+    "TRL, Liger kernels": ("liger", "site_trl", 1.0),
 }
 TOLERANCE = 0.02  # nats: what NF4, bf16 products and bf16 adapters may move a loss of about 12, half a unit of bf16
 HEAD = ("trainer", "samples/s", "kit's x", "first update, s", "before, s", "peak GiB (reserved)", "TFLOP/s", "MFU",
@@ -207,7 +207,6 @@ def environment(site: str, given, folder: Path) -> dict:
         paths[1] = str(links(folder / "links", ("bitsandbytes",)))
     own = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "HF_HUB_OFFLINE": "1"}
     own |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "WANDB_DISABLED": "true"}
-    own |= {"UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled_cache")}
     return os.environ | own | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
 
@@ -223,8 +222,8 @@ def run_worker(kind: str, site: str, job: dict, seconds: float, given, folder: P
     log = folder / f"{kind}.log"
     with open(log, "w") as file:
         began = time.perf_counter()
-        worker = subprocess.Popen([*command, str(path)], cwd=ROOT, env=environment(site, given, folder), stdout=file,
-                                  stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        worker = subprocess.Popen([*command, str(path)], cwd=folder if site else ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                  env=environment(site, given, folder), start_new_session=True)  # fmt: skip
         try:
             worker.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
