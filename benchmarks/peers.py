@@ -222,8 +222,9 @@ def run_worker(kind: str, site: str, job: dict, seconds: float, given, folder: P
     log = folder / f"{kind}.log"
     with open(log, "w") as file:
         began = time.perf_counter()
-        worker = subprocess.Popen([*command, str(path)], cwd=folder if site else ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                  env=environment(site, given, folder), start_new_session=True)  # fmt: skip
+        variables, where = environment(site, given, folder), folder if site else ROOT
+        worker = subprocess.Popen([*command, str(path)], cwd=where, env=variables, stdout=file,
+                                  stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
             worker.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
