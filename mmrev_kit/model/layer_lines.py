@@ -1,4 +1,4 @@
-"""The operations of `decoder` line by line: what a CPU and older GPUs run, and what `layer_kernels` is held to.
+"""The operations of `decoder` line by line, on any device: what its kernels are held to, and parts without a kernel.
 
 n tokens, h hidden, f intermediate, H and K query and key/value heads of d numbers, r the rank of an adapter, J
 projections that read the same input. A matrix that is read by several is *extended*: (n, inputs + extra) in 16 bit,

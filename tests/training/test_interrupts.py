@@ -239,7 +239,7 @@ def test_a_job_ends_with_the_process_that_launched_it(small_overrides, tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_ends_ends_papermill_and_its_run(small_overrides, tmp_path, sign):
     mark, folder = uuid.uuid4().hex, tmp_path / "outputs" / "small_forward"
     words = f"{small_overrides} {LONG} launch.num_processes=1"
