@@ -32,7 +32,8 @@ from mmrev_kit.training.history import read_history
 SMALL = (
     "experiment.name=killed experiment.taught=generation data.num_main=4 data.num_control=0 data.image_size=32 "
     "retention.retention_ratio=0 quantization.bits=16 training.save_steps=2 training.num_epochs=3 "
-    "training.lr_patience=1 lora.dropout=0.1 training.improvement_threshold=0.36 model.name=embedded-one-order"
+    "training.lr_patience=1 lora.r=8 lora.alpha=16 lora.dropout=0.1 training.improvement_threshold=0.36 "
+    "model.name=embedded-one-order"
 )
 
 
