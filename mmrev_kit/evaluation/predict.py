@@ -21,7 +21,7 @@ from mmrev_kit.model.features import LIBRARIES
 from mmrev_kit.model.loading import base_arguments, load_adapter, load_base, torch_dtype
 from mmrev_kit.model.processor import make_encoder
 from mmrev_kit.model.scoring import generate, score_options
-from mmrev_kit.training.processes import worker_state
+from mmrev_kit.training.processes import UNTRIED, worker_state
 from mmrev_kit.training.throughput import peak_memory_gib
 
 MEASURED = "measured.json"  # what the processes say of their evaluation, until facts.json holds it
@@ -158,6 +158,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         for number, drop in enumerate(drops):
 
             def tell(done: int, before: int = number * len(questions), drop: str = drop) -> None:
+                (Path(folder) / UNTRIED).unlink(missing_ok=True)
                 if state.is_main_process and pace.due(before + done):
                     print(f"{MARK}{pace.line(before + done, f' (drop {drop})')}", flush=True)
 

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from mmrev_kit.config.project import project_root
 from mmrev_kit.config.reading import load_config, to_yaml
+from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import needing, write_bytes, write_text
 from mmrev_kit.training.history import JOB, clear_errors
@@ -28,6 +30,7 @@ from mmrev_kit.training.preflight import read_cards
 from mmrev_kit.training.processes import (
     SPARE,
     SPARE_BYTES,
+    UNTRIED,
     end_processes,
     free_port,
     killed,
@@ -40,6 +43,11 @@ from mmrev_kit.training.update import TrainingError
 # other work would give to the late one: training beside two busy programs was ten times slower. With this it is three
 # times slower than alone, and alone within 5 % of the default; with 1,000 alone a third slower.
 SPINS = "10000"
+# Where torch's compilers keep the kernels that they have made, by the variable that names another place. To load one
+# that is cut off ends a process by such a signal.
+CACHES = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCHINDUCTOR_CACHE_DIR": "torchinductor_* in the temporary folder"}
+WORKER = 128  # and the number of the signal that killed a worker: how the process that forked it ends, as in a shell
+DAMAGED = (signal.SIGBUS, signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 # What torchrun and MPI leave in the environment of a shell that they have started.
 RANKS = re.compile(r"((LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|(OMPI|PMI|MV2)_.*)$")
 
@@ -97,11 +105,42 @@ def run_job(
     words = [str(folder), str(os.getpid()), f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
     number = config.launch.num_processes
     write_text(folder / JOB, to_yaml(config))
-    write_bytes(folder / SPARE, bytes(SPARE_BYTES))
+    for name, size in ((SPARE, SPARE_BYTES), (UNTRIED, 0)):
+        write_bytes(folder / name, bytes(size))
+    try:
+        code = _run(words, folder, log, job_environment(number), show)
+        if code < 0 and -code in DAMAGED and (folder / UNTRIED).exists():
+            with tempfile.TemporaryDirectory() as empty:
+                caches = {name: f"{empty}/{name}" for name in CACHES}
+                with needing(folder / log), open(folder / log, "a", encoding="utf-8") as file:
+                    file.write(f"{MARK}NOTE: {again_text(code)}\n")
+                clear_errors(folder)
+                code = _run(words, folder, log, job_environment(number) | caches, show)
+    finally:
+        for name in (JOB, SPARE, UNTRIED):
+            (folder / name).unlink(missing_ok=True)
+    if code < 0 and not error_files(folder):
+        leave_error(folder, 0, killed(code))
+    if code:
+        text = error_text(folder, log, number)
+        raise TrainingError(text or f"the process ended with code {code}.")
+
+
+def again_text(code: int) -> str:
+    """Why a job is started once more: -7 stands for SIGBUS."""
+    places = " and ".join(os.getenv(name) or place for name, place in CACHES.items())
+    return (
+        f"a process was killed by {signal.Signals(-code).name} before it had computed anything, as by compiled kernels "
+        f"that were kept and are damaged. Started once more without them; should that help, delete {places}."
+    )
+
+
+def _run(words: list[str], folder: Path, log: str, environment: dict, show: Callable[[], None] | None) -> int:
+    """A job's process, from start to end; returns its exit code, or minus the signal that killed it or a worker."""
     with needing(folder / log), open(folder / log, "ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmrev_kit", "job", *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            cwd=project_root(), env=job_environment(number), start_new_session=True,
+            cwd=project_root(), env=environment, start_new_session=True,
         )  # fmt: skip
     try:
         hand_over(folder, process.pid)
@@ -114,19 +153,17 @@ def run_job(
     finally:
         with on_interrupt(signal.SIG_IGN):  # an impatient second one
             end_processes([process])
-            for name in (JOB, SPARE):
-                (folder / name).unlink(missing_ok=True)
-    if process.returncode < 0:
-        leave_error(folder, 0, killed(process.returncode))
-    if process.returncode:
-        text = error_text(folder, log, number)
-        raise TrainingError(text or f"the process ended with code {process.returncode}.")
+    return process.returncode if process.returncode <= WORKER else WORKER - process.returncode
+
+
+def error_files(folder: Path) -> list[Path]:
+    """What failing processes left, the first one first."""
+    return sorted(folder.glob("error_rank[0-9]*.txt"), key=lambda file: file.stat().st_mtime)
 
 
 def error_text(folder: Path, log: str, num_processes: int) -> str | None:
     """The error that the first failing process left in the job's folder, or the end of the log."""
-    files = sorted(folder.glob("error_rank[0-9]*.txt"), key=lambda file: file.stat().st_mtime)
-    if files:
+    if files := error_files(folder):
         rank = files[0].stem.removeprefix("error_rank")
         text = files[0].read_text(encoding="utf-8").strip()
         return text if num_processes == 1 else f"process {rank}: {text}"
@@ -205,4 +242,6 @@ def fork_workers(folder: Path, num_processes: int, function: Callable, *argument
             if code not in (None, 0, 1, 130, -signal.SIGTERM):  # alive, no error, one that it left, ended by torch
                 clear_errors(folder)  # that the others lost a connection tells nothing
                 leave_error(folder, rank, killed(code))
+                if code < 0:
+                    sys.exit(WORKER - code)
         sys.exit(failures[0])

@@ -15,7 +15,7 @@ from mmrev_kit.training.by_epoch import ask
 from mmrev_kit.training.checkpoints import save_adapter, save_last, write_manifest
 from mmrev_kit.training.diagnose import check_finite, check_learning, explain
 from mmrev_kit.training.history import begin_run, overwrite_status
-from mmrev_kit.training.processes import begin, on_interrupt, worker_state
+from mmrev_kit.training.processes import UNTRIED, begin, on_interrupt, worker_state
 from mmrev_kit.training.run import EPOCH_START, Run, ordered_rows, start
 from mmrev_kit.training.scheduler import warnings_for
 from mmrev_kit.training.tracking import refuse_missing, start_tracker
@@ -54,6 +54,7 @@ def train_epoch(run: Run) -> float:
             run.progress["rows"] += len(rows)
         if run.state.is_main_process:
             run.history.add_step(record)
+            (run.folder / UNTRIED).unlink(missing_ok=True)
         check_finite(run, record, samples)
         check_learning(run, record)
         if run.progress["global_step"] % run.config.training.save_steps == 0:

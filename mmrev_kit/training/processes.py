@@ -25,6 +25,7 @@ from mmrev_kit.training.preflight import preflight
 from mmrev_kit.training.update import TrainingError
 
 SPARE, SPARE_BYTES = ".spare", 64 * 1024  # a file that makes room for the error of a job that has filled the disk
+UNTRIED = ".untried"  # a file that is there until a job's first update, or its first answers
 
 
 def free_port() -> str:

@@ -1,0 +1,112 @@
+"""A worker that a signal kills before its first update, as damaged kernels of a compiler do, is started once more."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrev_kit.config.project import run_dir
+from mmrev_kit.notebook.runs import LOG
+from mmrev_kit.training.history import read_history
+from mmrev_kit.training.jobs import CACHES, run_job
+from mmrev_kit.training.lock import held
+from mmrev_kit.training.update import TrainingError
+
+# Jobs that end by a signal right before an update, or that use a kernel which torch makes and keeps for a CPU.
+JOBS = """
+import os, signal
+from pathlib import Path
+from mmrev_kit.training import loop
+
+def dies(config, update, rank, sign):
+    real, left = loop.update, [update]
+
+    def killed(run, samples):
+        left[0] -= 1
+        if left[0] == 0 and run.state.process_index == rank and os.environ["TRITON_CACHE_DIR"] == "/damaged":
+            os.kill(os.getpid(), getattr(signal, sign))
+        return real(run, samples)
+
+    loop.update = killed
+    loop.worker(config)
+
+def compiles(config, path):
+    import torch
+
+    def curve(x):
+        return (x.sin() * 3 + x.exp()).sum(-1)
+
+    torch.manual_seed(0)
+    torch.save(torch.compile(curve)(torch.randn(256, 64)), path)
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """The module of the jobs, importable here and in a job."""
+    (tmp_path / "killing_jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getenv("PYTHONPATH", "")]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/damaged")
+    import killing_jobs
+
+    yield killing_jobs
+    del sys.modules["killing_jobs"]
+
+
+def run(function, config, *arguments) -> tuple[Path, str]:
+    folder = run_dir(config)
+    try:
+        with held(folder):
+            run_job(function, config, folder, LOG, *arguments)
+    finally:
+        log = (folder / LOG).read_text()
+    assert not list(folder.glob(".untried"))
+    return folder, log
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_killed_before_the_first_update_it_starts_once_more_with_an_empty_cache(jobs, small_config, number):
+    config = small_config(f"training.num_epochs=1 training.batch_size=64 launch.num_processes={number}")
+    folder, log = run(jobs.dies, config, 1, number - 1, "SIGBUS")
+    [note] = [line for line in log.splitlines() if "NOTE: a process was killed by SIGBUS" in line]
+    assert "delete /damaged and torchinductor_* in the temporary folder" in note
+    history = read_history(folder / "training_history.json")
+    assert history["status"] == "finished"
+    assert [step["global_step"] for step in history["steps"]] == list(range(1, history["total_steps"] + 1))
+    assert not list(folder.glob("error_rank*"))
+
+
+@pytest.mark.parametrize(("update", "sign"), [(2, "SIGBUS"), (1, "SIGKILL")])
+def test_killed_later_or_from_outside_it_is_not(jobs, small_config, update, sign):
+    config = small_config("training.num_epochs=1 training.batch_size=64 launch.num_processes=1")
+    with pytest.raises(TrainingError, match=f"killed by {sign}"):
+        run(jobs.dies, config, update, 0, sign)
+    assert "NOTE: a process was killed" not in (run_dir(config) / LOG).read_text()
+
+
+@pytest.mark.long
+def test_kernels_that_are_cut_off(jobs, small_config, tmp_path, monkeypatch):
+    """Where the second start met the same kernels, it would die as the first did."""
+    cache, config = tmp_path / "kernels", small_config("launch.num_processes=1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    _, log = run(jobs.compiles, config, str(tmp_path / "first.pt"))
+    assert "NOTE" not in log
+    libraries = list(cache.rglob("*.so"))
+    for library in libraries:
+        os.truncate(library, library.stat().st_size // 4)
+    _, log = run(jobs.compiles, config, str(tmp_path / "second.pt"))
+    assert libraries and "killed by SIGBUS before it had computed anything" in log and str(cache) in log
+    torch.manual_seed(0)
+    x = torch.randn(256, 64)
+    for name in ("first.pt", "second.pt"):
+        torch.testing.assert_close(torch.load(tmp_path / name), (x.sin() * 3 + x.exp()).sum(-1))
+
+
+def test_the_variables_are_those_that_torch_heeds(monkeypatch):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert cache_dir() == "/elsewhere" and list(CACHES) == ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"]
