@@ -33,7 +33,16 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
-from mmrev_kit.training import loop
+from trl_rows import (
+    dataset_of,
+    exported,
+    limit_pixels,
+    lora_arguments,
+    read_rows,
+    same_tokens,
+    training_arguments,
+    write_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("trl==1.16.0", "datasets==5.2.0")
@@ -127,6 +136,7 @@ def configuration(job: dict):
 def train_kit(job: dict) -> dict:
     """The kit's own training loop, from the data check to `final/`."""
     from mmrev_kit.config.project import run_dir
+    from mmrev_kit.training import loop  # here: TRL's environment has no kit
 
     config = configuration(job)
     update, taken = loop.update, []
@@ -163,17 +173,9 @@ def export(part: str, seed: int, folder: Path) -> dict:
     encoder, found = task.encoder, []
     for epoch in range(epochs):
         for source, index in ordered_rows(config, task, epoch):
-            sample = task.train[source][index]
-            content = [{"type": "image"} if isinstance(part, Path) else {"type": "text", "text": part}
-                       for part in encoder.parts(sample.row)]  # fmt: skip
-            prompt = encoder.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            row = {"prompt": prompt, "completion": f"{sample.row.answer}<|im_end|>"}
-            row |= {"images": [str(path) for path in sample.row.images], "tokens": len(sample.input_ids)}
-            found.append(row | {"answer_tokens": len(sample.input_ids) - sample.answer_start})
+            found.append(exported(encoder, task.train[source][index]))
     path = folder / f"rows_{part}_{seed}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    write_rows(path, found)
     names = "|".join(config.lora.target_modules)
     training = config.training
     return job | {
@@ -209,17 +211,12 @@ def score(job: dict, adapters: dict[str, str]) -> dict[str, float]:
 def train_trl(job: dict) -> dict:
     """TRL's SFTTrainer over the exported rows, in their order."""
     import torch
-    from datasets import Dataset, Features, Image, List, Value
     from peft import LoraConfig
     from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in Path(job["file"]).read_text().splitlines()]
-    rows = rows[: job["limit"]] if job.get("limit") else rows
-    features = Features({"prompt": Value("string"), "completion": Value("string"), "images": List(Image())})
-    dataset = Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)
-    processor = AutoProcessor.from_pretrained(job["model"])
-    processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), job["pixels"], strict=True))
+    rows = read_rows(job["file"], job.get("limit"))
+    processor = limit_pixels(AutoProcessor.from_pretrained(job["model"]), job["pixels"])
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         job["model"], dtype=torch.float32, attn_implementation=job["attention"]
     )
@@ -231,25 +228,18 @@ def train_trl(job: dict) -> dict:
 
     steps = math.ceil(len(rows) / job["batch"])
     settings = SFTConfig(
-        output_dir=job["output"], per_device_train_batch_size=job["micro"],
-        gradient_accumulation_steps=job["batch"] // job["micro"],
-        num_train_epochs=1, learning_rate=job["learning_rate"], weight_decay=job["weight_decay"],
-        max_grad_norm=job["max_grad_norm"], lr_scheduler_type="constant_with_warmup",
-        warmup_steps=math.ceil(job["warmup"] * steps), optim="adamw_torch", completion_only_loss=True, max_length=None,
+        **training_arguments(job, job["micro"]), lr_scheduler_type="constant_with_warmup",
+        warmup_steps=math.ceil(job["warmup"] * steps), optim="adamw_torch", completion_only_loss=True,
         gradient_checkpointing=False, bf16=False, fp16=False, use_cpu=True, dataloader_num_workers=job["workers"],
         dataloader_persistent_workers=bool(job["workers"]), dataloader_pin_memory=False, logging_strategy="no",
-        save_strategy="no", eval_strategy="no", report_to="none", seed=job["seed"], disable_tqdm=True,
-        train_sampling_strategy="sequential",
     )  # fmt: skip
-    lora = LoraConfig(r=job["r"], lora_alpha=job["alpha"], lora_dropout=job["dropout"], target_modules=job["targets"],
-                      task_type="CAUSAL_LM")  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", **lora_arguments(job))
     began = time.perf_counter()
-    trainer = SFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=processor,
+    trainer = SFTTrainer(model=model, args=settings, train_dataset=dataset_of(rows), processing_class=processor,
                          peft_config=lora, callbacks=[Clock()])  # fmt: skip
     built = time.perf_counter() - began
     first = next(iter(trainer.get_train_dataloader()))  # the same tokens, and loss on the same ones?
-    assert first["attention_mask"].sum(1).tolist() == [row["tokens"] for row in rows[: job["micro"]]]
-    assert (first["labels"] != -100).sum(1).tolist() == [row["answer_tokens"] for row in rows[: job["micro"]]]
+    assert same_tokens(first, rows[: job["micro"]])
     began = now()
     trainer.train()
     trainer.save_model(job["output"])

@@ -82,28 +82,25 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
     Raises:
         ConfigError: `out` holds the state of another recipe, or another process works there.
     """
-    with held(Path(out)):
-        keep_fresh(Path(out))
-        return _pretrain(recipe, Path(out))
-
-
-def _pretrain(recipe: Recipe, out: Path) -> dict:
     import transformers
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, state = new_model(recipe.seed, device), out / "state"
-    optimizers = make_optimizers(model, recipe.weight_decay, recipe.muon)
-    record = restore(state, model, optimizers, recipe)
-    if record["step"] < recipe.steps:
-        print(f"orders {recipe.orders}, seed {recipe.seed}: {record['step']:,} of {recipe.steps:,} steps", flush=True)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-        record["made_on"] = f"on {name} (torch {torch.__version__}, transformers {transformers.__version__})"
-        with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
-            train(recipe, model, optimizers, record, state)
-    write_model(out / "model", model, record)
-    if recipe.eval_prompts and not record["tests"]:
-        record["tests"] = measure(out / "model", recipe)
-    write_json(state / "state.json", record)
-    write_model(out / "model", model, record)
-    print("\n".join(table(record["tests"])), flush=True)
-    return record
+    out = Path(out)
+    with held(out):
+        keep_fresh(out)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, state = new_model(recipe.seed, device), out / "state"
+        optimizers = make_optimizers(model, recipe.weight_decay, recipe.muon)
+        record = restore(state, model, optimizers, recipe)
+        if record["step"] < recipe.steps:
+            print(f"{recipe.orders}, seed {recipe.seed}: {record['step']:,} of {recipe.steps:,} steps", flush=True)
+            name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+            record["made_on"] = f"on {name} (torch {torch.__version__}, transformers {transformers.__version__})"
+            with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
+                train(recipe, model, optimizers, record, state)
+        write_model(out / "model", model, record)
+        if recipe.eval_prompts and not record["tests"]:
+            record["tests"] = measure(out / "model", recipe)
+        write_json(state / "state.json", record)
+        write_model(out / "model", model, record)
+        print("\n".join(table(record["tests"])), flush=True)
+        return record

@@ -14,6 +14,7 @@ from mmrev_kit.pretraining.accuracy import table
 from mmrev_kit.pretraining.pictures import HELD_OUT
 from mmrev_kit.pretraining.recipe import Recipe
 
+CARD = EMBEDDED_MODEL.parent / "base_card.md"
 SHARD = "15MB"  # of a file of the state, at most
 CREDIT = "- {style} by {creator}; {license} ({license_url}), {source}"
 TITLES = {
@@ -88,29 +89,11 @@ def write_model(folder: Path, model, record: dict) -> None:
 
 def model_card(record: dict) -> str:
     """The model card: what it is, what it was trained on and by whom that was drawn, how long, and how well it does."""
-    recipe, drawn, icons = record["recipe"], faces.credits(), objects.credits()
+    recipe, drawn = record["recipe"], faces.credits()
     drawn["creator"] = f"{drawn['artist']}, {drawn['changes']}"
-    lines = [
-        "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
-        "# An embedded model of mmrev_kit", "",
-        "A Qwen3-VL of about ten million parameters (the transformers class in every part), pretrained on drawn faces "
-        "and icons to describe a picture, to say whether a description is true of it, and to choose among four "
-        f"descriptions or four pictures, {TITLES[recipe['orders']]}. It is made for experiments that run in minutes "
-        "on a laptop. It knows nothing else: it is no assistant, and no Qwen weights are in it.", "",
-        "## Training", "",
-        f"`python -m mmrev_kit pretrain --orders {recipe['orders']} --seed {recipe['seed']}`: {record['step']:,} steps "
-        f"of {recipe['prompts']} prompts in {record['seconds']:.0f} s {record['made_on']}; "
-        f"{'Muon and AdamW' if recipe['muon'] else 'AdamW'}, rate {recipe['rate']:g}.", "",
-        "## Data", "",
-        "Drawn and asked by `mmrev_kit.pretraining`; no photograph and no real person is in it. Faces of the shares "
-        "`experiment` and `pool` are in neither training nor these tests. Roles and places of invented facts are met "
-        "in texts only, never with a picture.", "",
-        *(CREDIT.format_map(credit) for credit in (drawn, icons)),
-        "", "## Accuracy", "",
-        "Whole answers, on what training did not show, with the weights rounded to 16 bits as they are here.", "",
-        *(f"- {kind}: {words}" for kind, words in HELD_OUT.items()), "",
-        *(table(record["tests"]) if record["tests"] else ["Not measured yet."]), "",
-        "A generated description names all seven attributes of a face; the other tasks name one to four.", "",
-        "## Licence", "", "Apache-2.0 for the weights and the kit; the drawings under the licences above.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return CARD.read_text(encoding="utf-8").format(
+        **recipe | record, taught=TITLES[recipe["orders"]], optimizers="Muon and AdamW" if recipe["muon"] else "AdamW",
+        credits="\n".join(map(CREDIT.format_map, (drawn, objects.credits()))),
+        held_out="\n".join(f"- {kind}: {words}" for kind, words in HELD_OUT.items()),
+        accuracy="\n".join(table(record["tests"]) if record["tests"] else ["Not measured yet."]),
+    )  # fmt: skip

@@ -439,11 +439,15 @@ def test_the_vocabulary_is_the_shipped_one():
     assert train_tokenizer(tokenizer_corpus()).get_vocab() == AutoTokenizer.from_pretrained(EMBEDDED_MODEL).get_vocab()
 
 
-def test_the_command_line_and_the_notebook_read_every_field(tmp_path):
-    given = command.read_arguments(["--orders", "one", "--num-faces", "30", "--no-muon", "--out", "s"])
-    assert (given.orders, given.num_faces, given.out, given.rate, given.muon) == ("one", 30, "s", 2e-3, False)
+def test_the_command_line_and_the_notebook_read_every_field(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(run, "pretrain", lambda *words: given.append(words))
+    assert command.main(["--orders", "one", "--num-faces", "30", "--rate", "1e-4", "--no-muon", "--out", "s"]) is None
+    assert given == [(Recipe(orders="one", num_faces=30, rate=1e-4, muon=False), "s")]
     assert read_recipe({"orders": "one", "num_faces": 30}, "looks=1") == Recipe(orders="one", num_faces=30, looks=1)
     for values, words in (({"steps": "many"}, ""), ({}, "lookz=1"), ({"prompts": 2}, "")):
         with pytest.raises(ConfigError, match="pretraining: "):
             read_recipe(values, words)
-    assert FEWEST >= 4 and command.main(["--prompts", "2", "--out", str(tmp_path)]) == 2
+    for words in (["--prompts", "2"], ["--steps", "many"]):
+        assert command.main([*words, "--out", str(tmp_path)]) == 2
+    assert FEWEST >= 4 and len(given) == 1
