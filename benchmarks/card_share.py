@@ -6,6 +6,9 @@ number of rows, and then, from two updates under torch's profiler, the GPU's bus
 
 `torchrun --nproc_per_node 4 benchmarks/card_share.py --rows 16` prints for each update how long every card computed and
 how long it waited for the others in the sum of the gradients.
+
+`--predict 1,2,4,8` needs no GPU: for an epoch's updates of 64 rows, how the rows are shared out among so many cards,
+and how long the others would wait for the fullest if time went by tokens alone.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.data.make import ensure_data
+from mmrev_kit.model.batches import shares
 from mmrev_kit.training import update as training
 from mmrev_kit.training.processes import worker_state
-from mmrev_kit.training.run import Run, ordered_rows, start
+from mmrev_kit.training.run import Run, epoch_updates, ordered_rows, prepare, start
 
 WARM_UP = 4  # updates that are not counted: they make kernels
 HEAD = "| cards | rows a card | tokens | ms | samples/s | share of the matrix rate | waiting for others | peak GiB |"
@@ -115,6 +119,21 @@ def report(run: Run, rows: int, measured: dict) -> None:
         print("  computed, ms:", *(f"{card[number]['computed']:.0f}" for card in cards), flush=True)
 
 
+def predict(config, counts: list[int]) -> None:
+    """A line for each number of cards: tokens of the fullest and of all, mean over updates, and the waiting."""
+    task = prepare(config)
+    updates = [part for part in epoch_updates(config, task, 0, 64) if len(part) == 64]
+    print("| cards | tokens of the fullest | of all | waiting for the fullest, mean | at most |\n|---|---|---|---|---|")
+    for count in counts:
+        found = []
+        for samples in updates:
+            dealt = shares(samples, config.training.packing, task.encoder.image_id, count)
+            found.append([sum(group.tokens for group in part) + part[0].preamble for part in dealt])
+        waits = [1 - statistics.mean(tokens) / max(tokens) for tokens in found]
+        fullest, everything = (statistics.mean(map(how, found)) for how in (max, sum))
+        print(f"| {count} | {fullest:,.0f} | {everything:,.0f} | {statistics.mean(waits):.1%} | {max(waits):.1%} |")
+
+
 def main() -> None:
     given = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     given.add_argument("--rows", default="8,64", help="rows of a process in an update, separated by commas")
@@ -122,7 +141,14 @@ def main() -> None:
     given.add_argument("--updates", type=int, default=10)
     given.add_argument("--people", type=int, default=20)
     given.add_argument("--overrides", default="")
+    given.add_argument("--predict", help="numbers of cards, separated by commas: how rows would be shared out")
     given = given.parse_args()
+    if given.predict:
+        words = f"model.name=configs/models/qwen3vl_32b.json experiment.name=share data.num_main={given.people} "
+        config = load_config("configs/config_qwen3vl32_fp16.yaml", words + given.overrides)
+        ensure_data(config)
+        predict(config, [int(count) for count in given.predict.split(",")])
+        return
     with worker_state(Path(".")) as state:
         words = (
             f"model.name=configs/models/qwen3vl_32b.json experiment.name=share data.num_main={given.people} "

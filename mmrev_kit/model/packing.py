@@ -18,7 +18,7 @@ once an epoch and every source keeps its share of each update.
 """
 
 import heapq
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mmrev_kit.model.qwen3vl import row_positions
 
 MASK_COST = 2.0  # a masked attention product (SDPA, dense mask) against other work of as many operations
 MAX_PADDING = 0.1  # padding per token at most; with none, the embedded model takes a third longer on a CPU
+UNEVEN = 0.005  # by which the fullest process may have more than the mean: nothing is looked for below
 PADDING, PREAMBLE = -1, -2  # instead of a group's number
 
 
@@ -161,21 +162,49 @@ def heaviest(dealt: list[list[Group]]) -> int:
     return max(sum(group.tokens for group in part) + part[0].preamble for part in dealt if part)
 
 
+def exchanges(mine: list[Group], theirs: list[Group]) -> Iterator[tuple[int, int, int, int, int]]:
+    """What a process can give another one: a group, for one of theirs or for none, or the last rows of a group.
+
+    Yields:
+        Tokens that the first loses and the other gains, the group's place, its first row given, the place of what is
+        taken (-1: nothing is).
+    """
+    for place, group in enumerate(mine):
+        for number, taken in [(-1, 0), *((number, other.tokens) for number, other in enumerate(theirs))]:
+            yield group.tokens - taken, group.tokens - taken, place, 0, number
+        own = [computed(sample) - group.prefix for sample in group.samples]
+        for first in range(1, len(own)):
+            given = sum(own[first:])
+            yield given, given + group.prefix - group.preamble, place, first, -1
+
+
 def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
     """Each process's groups, so that the slowest has as little to do as possible; the same on every process.
 
-    Groups stay whole where they can; large ones are halved while that takes work off the fullest process.
+    A local search from `balance`: what takes most off the fullest process and leaves the other one with less than the
+    fullest had, until there is no such exchange, or all are even to `UNEVEN`.
     """
-    best, groups = balance(groups, processes), list(groups)
-    for _ in range(2 * processes if processes > 1 else 0):
-        shared = [group for group in groups if len(group.samples) > 1]
-        if not shared:
-            break
-        index = groups.index(max(shared, key=lambda group: group.tokens))
-        groups[index : index + 1] = halve(groups[index])
-        dealt = balance(groups, processes)
-        best = min(best, dealt, key=heaviest)
-    return best
+    dealt = balance(groups, processes)
+    while True:
+        loads = [sum(group.tokens for group in part) for part in dealt]
+        full = loads.index(max(loads))
+        if loads[full] * processes <= (1 + UNEVEN) * sum(loads):
+            return dealt
+        after, _, other, place, first, number = min(
+            (max(loads[full] - lost, loads[other] + gained), gained, other, place, first, number)
+            for other in range(processes)
+            if other != full
+            for lost, gained, place, first, number in exchanges(dealt[full], dealt[other])
+        )
+        if after >= loads[full]:
+            return dealt
+        given = dealt[full].pop(place)
+        if first:
+            dealt[full].append(make_group(given.samples[:first], given.preamble))
+            given = make_group(given.samples[first:], given.preamble)
+        if number >= 0:
+            dealt[full].append(dealt[other].pop(number))
+        dealt[other].append(given)
 
 
 def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise, takewhile
+from itertools import pairwise, product, takewhile
 from types import SimpleNamespace
 
 import pytest
@@ -271,6 +271,30 @@ def test_a_large_group_is_halved_where_that_helps():
     assert [[len(g.samples) for g in part] for part in packing.micro_batches([group(8)], 20)] == [[4], [4]]
     assert [len(part) for part in packing.micro_batches([group(1)] * 3, 5)] == [1, 1, 1]  # longer alone: alone
     assert packing.micro_batches([], 5) == []
+
+
+def test_shares_are_as_even_as_the_rows_allow():
+    """Beside every way to share out; the longest first to the emptiest would give 7 and 5 tokens in the first case."""
+    rng = random.Random(0)
+    cases = [(2, [3, 3, 2, 2, 2]), *((rng.choice((2, 3)), rng.choices(range(20, 90), k=7)) for _ in range(20))]
+    for processes, sizes in cases:
+        groups = [make_group([SimpleNamespace(input_ids=(0,) * (size + 1), answer_start=1)]) for size in sizes]
+        found = packing.heaviest(packing.share_out(groups, processes))
+        ways = product(range(processes), repeat=len(sizes))
+        best = min(
+            max(sum(s for s, p in zip(sizes, way, strict=True) if p == n) for n in range(processes)) for way in ways
+        )
+        assert best <= found <= 1.05 * best
+    assert packing.heaviest(packing.balance([Group((), 0, size) for size in (3, 3, 2, 2, 2)], 2)) == 7
+
+
+def test_rows_of_an_image_go_to_another_process_where_that_helps():
+    """Ten tokens of an image and two for each of five rows, 20, beside a row of 4: one of the five goes, 18 and 16."""
+    rows = [SimpleNamespace(input_ids=(*range(10), 100 + n, 0, 1), answer_start=11) for n in range(5)]
+    alone = SimpleNamespace(input_ids=(7,) * 5, answer_start=3)
+    shares = packing.share_out([make_group(rows), make_group([alone])], 2)
+    assert [[len(group.samples) for group in share] for share in shares] == [[4], [1, 1]]
+    assert [sum(group.tokens for group in share) for share in shares] == [18, 16]
 
 
 def test_few_long_sequences_or_many_short_ones_by_their_cost():

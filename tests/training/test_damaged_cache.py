@@ -50,6 +50,7 @@ def jobs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getenv("PYTHONPATH", "")]))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/damaged")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it in a process that has asked where
     import killing_jobs
 
     yield killing_jobs

@@ -40,7 +40,7 @@ def four_people(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), zip(FAMILIES.values(), (4, 16, 4, 16), strict=True), ids=map(str, FAMILIES.values())
+    ("family", "bits"), list(zip(FAMILIES.values(), (4, 16, 4, 16), strict=True)), ids=map(str, FAMILIES.values())
 )
 def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     family, bits, family_folder, four_people, tmp_path, monkeypatch, capfd
