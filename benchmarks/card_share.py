@@ -8,7 +8,7 @@ number of rows, and then, from two updates under torch's profiler, the GPU's bus
 how long it waited for the others in the sum of the gradients.
 
 `--predict 1,2,4,8` needs no GPU: for an epoch's updates of 64 rows, how the rows are shared out among so many cards,
-and how long the others would wait for the fullest if time went by tokens alone.
+and how long the others wait for the fullest by the time that the plan goes by. The sum of the gradients is not in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.data.make import ensure_data
-from mmrev_kit.model.batches import shares
+from mmrev_kit.memory.plan import FIXED, configured_shapes, plan, split_updates
+from mmrev_kit.model.batches import GPU_MULTIPLE, lay_out, shares
+from mmrev_kit.model.packing import Layout, attention_scale
 from mmrev_kit.training import update as training
 from mmrev_kit.training.processes import worker_state
 from mmrev_kit.training.run import Run, epoch_updates, ordered_rows, prepare, start
@@ -119,19 +122,27 @@ def report(run: Run, rows: int, measured: dict) -> None:
         print("  computed, ms:", *(f"{card[number]['computed']:.0f}" for card in cards), flush=True)
 
 
-def predict(config, counts: list[int]) -> None:
-    """A line for each number of cards: tokens of the fullest and of all, mean over updates, and the waiting."""
-    task = prepare(config)
-    updates = [part for part in epoch_updates(config, task, 0, 64) if len(part) == 64]
-    print("| cards | tokens of the fullest | of all | waiting for the fullest, mean | at most |\n|---|---|---|---|---|")
+def predict(config, counts: list[int], gib: float) -> None:
+    """A line for each number of cards, by the time that the plan goes by: see `memory.plan.candidate`."""
+    task, shapes = prepare(config), configured_shapes(config)
+    image_id, packing = task.encoder.image_id, config.training.packing
+    updates, alone = [part for part in epoch_updates(config, task, 0, 64) if len(part) == 64], None
+    print("| cards | as planned | tokens of the fullest | waiting for it, mean (at most) | rate beside one card |")
+    print("|---|---|---|---|---|")
     for count in counts:
-        found = []
+        split = partial(split_updates, updates, config, shapes, image_id, count)
+        memory = plan(config, gib, count, shapes, split).chosen.memory
+        each = 2 + memory.recomputed_layers(shapes.num_hidden_layers) / shapes.num_hidden_layers
+        layout, tokens, times = Layout(packing, memory.micro_tokens, attention_scale(shapes), GPU_MULTIPLE), [], []
         for samples in updates:
-            dealt = shares(samples, config.training.packing, task.encoder.image_id, count)
-            found.append([sum(group.tokens for group in part) + part[0].preamble for part in dealt])
-        waits = [1 - statistics.mean(tokens) / max(tokens) for tokens in found]
-        fullest, everything = (statistics.mean(map(how, found)) for how in (max, sum))
-        print(f"| {count} | {fullest:,.0f} | {everything:,.0f} | {statistics.mean(waits):.1%} | {max(waits):.1%} |")
+            dealt = [list(lay_out(share, layout)) for share in shares(samples, packing, image_id, count)]
+            tokens.append(max(sum(one.tokens for one in card) for card in dealt))
+            times.append([sum(each * one.tokens + FIXED for one in card) for card in dealt])
+        waits, spent = [1 - statistics.mean(each) / max(each) for each in times], sum(map(max, times))
+        alone = alone or spent * count
+        how = f"passes of {memory.micro_tokens:,}, {memory.kept_layers} layers kept"
+        wait = f"{statistics.mean(waits):.1%} ({max(waits):.1%})"
+        print(f"| {count} | {how} | {statistics.mean(tokens):,.0f} | {wait} | {alone / spent:.2f} |")
 
 
 def main() -> None:
@@ -147,7 +158,7 @@ def main() -> None:
         words = f"model.name=configs/models/qwen3vl_32b.json experiment.name=share data.num_main={given.people} "
         config = load_config("configs/config_qwen3vl32_fp16.yaml", words + given.overrides)
         ensure_data(config)
-        predict(config, [int(count) for count in given.predict.split(",")])
+        predict(config, [int(count) for count in given.predict.split(",")], given.gib or 80)
         return
     with worker_state(Path(".")) as state:
         words = (
