@@ -89,6 +89,8 @@ def run_job(
 ) -> None:
     """Run `function(config, *arguments)` in `launch.num_processes` workers and wait for their end.
 
+    Where a signal in `DAMAGED` kills a process before anything is computed, it starts once more with empty `CACHES`.
+
     Args:
         function: of a module; it is imported by its name.
         config: with a number of processes; it lies in the folder as job.yaml meanwhile.
@@ -104,10 +106,10 @@ def run_job(
     """
     words = [str(folder), str(os.getpid()), f"{function.__module__}:{function.__name__}", json.dumps(arguments)]
     number = config.launch.num_processes
-    write_text(folder / JOB, to_yaml(config))
-    for name, size in ((SPARE, SPARE_BYTES), (UNTRIED, 0)):
-        write_bytes(folder / name, bytes(size))
     try:
+        write_text(folder / JOB, to_yaml(config))
+        for name, size in ((SPARE, SPARE_BYTES), (UNTRIED, 0)):
+            write_bytes(folder / name, bytes(size))
         code = _run(words, folder, log, job_environment(number), show)
         if code < 0 and -code in DAMAGED and (folder / UNTRIED).exists():
             with tempfile.TemporaryDirectory() as empty:
