@@ -138,7 +138,7 @@ def predict(config, counts: list[int], gib: float) -> None:
             dealt = [list(lay_out(share, layout)) for share in shares(samples, packing, image_id, count)]
             tokens.append(max(sum(one.tokens for one in card) for card in dealt))
             times.append([sum(each * one.tokens + FIXED for one in card) for card in dealt])
-        waits, spent = [1 - statistics.mean(each) / max(each) for each in times], sum(map(max, times))
+        waits, spent = [1 - statistics.mean(cards) / max(cards) for cards in times], sum(map(max, times))
         alone = alone or spent * count
         how = f"passes of {memory.micro_tokens:,}, {memory.kept_layers} layers kept"
         wait = f"{statistics.mean(waits):.1%} ({max(waits):.1%})"
