@@ -11,6 +11,7 @@ from mmrev_kit.config.project import run_dir
 from mmrev_kit.notebook import sweep_runs
 from mmrev_kit.notebook.runs import LOG
 from mmrev_kit.training import jobs as training_jobs
+from mmrev_kit.training import rehearse
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.jobs import CACHES, run_job
 from mmrev_kit.training.lock import held, read_holder
@@ -38,6 +39,20 @@ def dies(config, update, rank, sign):
 def dies_at_once(config, rank):
     if int(os.environ["RANK"]) == rank and os.environ["TRITON_CACHE_DIR"] == "/damaged":
         os.kill(os.getpid(), signal.SIGBUS)
+
+def rehearsal_dies(config, updates, folder):
+    from mmrev_kit.training import rehearse
+
+    real, left = rehearse.update, [2]
+
+    def killed(run, samples):
+        left[0] -= 1
+        if left[0] == 0 and os.environ["TRITON_CACHE_DIR"] == "/damaged":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return real(run, samples)
+
+    rehearse.update = killed
+    rehearse.rehearse_worker(config, updates, folder)
 
 def compiles(config, path):
     import torch
@@ -112,6 +127,12 @@ def test_a_run_of_a_sweep_is_not_started_once_more_for_its_parts_are(jobs, small
     monkeypatch.setattr(sweep_runs, "evaluate", lambda config: None)
     sweep_runs.run_worker(small_config(), None, sorted(os.sched_getaffinity(0)), [], str(tmp_path))
     assert not untried.exists()
+
+
+def test_a_rehearsal_that_is_killed_in_its_second_update_fails(jobs, small_config, monkeypatch):
+    monkeypatch.setattr(rehearse, "rehearse_worker", jobs.rehearsal_dies)
+    with pytest.raises(TrainingError, match=r"The rehearsal ended with an error: .*killed by SIGSEGV"):
+        rehearse.rehearse(small_config("training.batch_size=4"), updates=2)
 
 
 @pytest.mark.parametrize(("update", "sign"), [(2, "SIGBUS"), (1, "SIGKILL")])
