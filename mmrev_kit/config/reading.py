@@ -62,6 +62,8 @@ def _merge(config, values: dict, where: str):
         if isinstance(error, ConfigKeyError) and (own := ELSEWHERE.get(key.rsplit(".", 1)[-1])):
             reason = f"there is no such key; here it is {own}."
         raise ConfigError(f"{where}: {key}: {reason}") from None
+    except TypeError as error:  # a list in the place of a mapping
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _nest(key: str, value) -> dict:

@@ -26,7 +26,7 @@ from mmrev_kit.training.history import changed_settings, clear_errors, read_hist
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.preflight import read_cards
-from mmrev_kit.training.processes import leave_error
+from mmrev_kit.training.processes import UNTRIED, leave_error
 from mmrev_kit.training.tracking import refuse_missing
 
 LOG = "run.log"
@@ -99,6 +99,7 @@ def run_worker(config: Config, processes: int | None, cores: list[int], cards: l
     Args:
         processes: `launch.num_processes` of the run; the job's own is 1.
     """
+    (Path(folder) / UNTRIED).unlink(missing_ok=True)  # its training and its evaluation are tried by themselves
     try:
         os.sched_setaffinity(0, cores)
         if cards:

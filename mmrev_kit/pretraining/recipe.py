@@ -1,5 +1,6 @@
 """The settings of pretraining."""
 
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Recipe:
             raise ConfigError(f"pretraining: orders = {self.orders!r}: must be one of {', '.join(ORDERS)}.")
         if self.prompts < 16 or self.steps < 1 or not 0 < self.decay_share <= 1:
             raise ConfigError("pretraining: prompts must be >= 16, steps >= 1 and 0 < decay_share <= 1.")
+        least = dict.fromkeys(("looks", "save_every", "log_every", "num_faces"), 1) | {"eval_prompts": 0, "workers": 0}
+        for name, limit in least.items():
+            if (value := getattr(self, name)) is not None and value < limit:
+                raise ConfigError(f"pretraining: {name} = {value}: must be >= {limit}.")
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(f"pretraining: rate = {self.rate}: must be a number above 0.")
 
     @property
     def num_workers(self) -> int:

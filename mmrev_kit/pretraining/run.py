@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmrev_kit.config.project import EMBEDDED_MODEL
-from mmrev_kit.files import write_json
+from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.files import tidy, write_json
 from mmrev_kit.pretraining.accuracy import make_encoder, measure, table
 from mmrev_kit.pretraining.learning import Lessons, Step, make_optimizers, rate_at
 from mmrev_kit.pretraining.pictures import draw_pictures
@@ -80,15 +81,24 @@ def pretrain(recipe: Recipe, out: str | Path) -> dict:
         The record: recipe, step, seconds, log, tests, and on what it was made.
 
     Raises:
-        ConfigError: `out` holds the state of another recipe, or another process works there.
+        ConfigError: `out` holds the state of another recipe, or folders that no pretraining wrote, or another process
+            works there.
     """
     import transformers
 
     out = Path(out)
     with held(out):
         keep_fresh(out)
+        tidy(out)
+        state = out / "state"
+        if others := [
+            part for part in (state, out / "model") if part.exists() and not (state / "state.json").is_file()
+        ]:
+            raise ConfigError(
+                f"{others[0]}: not written by a pretraining, which would replace it. Give another folder."
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, state = new_model(recipe.seed, device), out / "state"
+        model = new_model(recipe.seed, device)
         optimizers = make_optimizers(model, recipe.weight_decay, recipe.muon)
         record = restore(state, model, optimizers, recipe)
         if record["step"] < recipe.steps:

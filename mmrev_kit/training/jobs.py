@@ -25,7 +25,7 @@ from mmrev_kit.config.reporting import MARK
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.files import needing, write_bytes, write_text
 from mmrev_kit.training.history import JOB, clear_errors
-from mmrev_kit.training.lock import end_with, hand_over, keep_fresh
+from mmrev_kit.training.lock import end_with, hand_over, keep_fresh, take
 from mmrev_kit.training.preflight import read_cards
 from mmrev_kit.training.processes import (
     SPARE,
@@ -101,6 +101,7 @@ def run_job(
 
     Raises:
         DiskFull: the job cannot be started.
+        FolderInUse: a job was to be started once more, and another process has taken its folder.
         TrainingError: a worker ended with an error; the message is its own, with its rank where there are several.
         KeyboardInterrupt: after all processes have ended.
     """
@@ -112,6 +113,7 @@ def run_job(
             write_bytes(folder / name, bytes(size))
         code = _run(words, folder, log, job_environment(number), show)
         if code < 0 and -code in DAMAGED and (folder / UNTRIED).exists():
+            take(folder)  # the process that held the lock is dead, and the next one is not there yet
             with tempfile.TemporaryDirectory() as empty:
                 caches = {name: f"{empty}/{name}" for name in CACHES}
                 with needing(folder / log), open(folder / log, "a", encoding="utf-8") as file:
@@ -224,12 +226,13 @@ def fork_workers(folder: Path, num_processes: int, function: Callable, *argument
     threading.Thread(target=start, daemon=True).start()
     seconds_dead = 0
     try:
-        while not ended.wait(1.0):
+        while not ended.wait(1.0 if len(workers) >= num_processes else 0.02):  # one may be killed at once
+            if len(workers) < num_processes:
+                workers = list({*workers, *multiprocessing.active_children()})
+                continue
             seconds_dead += any(child.exitcode for child in workers)
             if seconds_dead > 3:  # torch waits for ever for a worker that was killed when all had done their work
                 break
-            if len(workers) < num_processes:
-                workers = multiprocessing.active_children()
     finally:
         with on_interrupt(signal.SIG_IGN):
             end, seen = time.monotonic() + 15, set(workers)

@@ -34,7 +34,7 @@ from mmrev_kit.training.diagnose import explain
 from mmrev_kit.training.jobs import run_job
 from mmrev_kit.training.lock import held
 from mmrev_kit.training.preflight import architecture_of
-from mmrev_kit.training.processes import worker_state
+from mmrev_kit.training.processes import UNTRIED, worker_state
 from mmrev_kit.training.run import epoch_updates, planned_updates, start
 from mmrev_kit.training.throughput import peak_memory_gib
 from mmrev_kit.training.update import TrainingError, update
@@ -107,8 +107,8 @@ def rehearse(config: Config, updates: int = 3) -> Rehearsal:
         return Rehearsal(**json.loads((folder / "rehearsal.json").read_text(encoding="utf-8")))
 
 
-def measure(config: Config, updates: int, state) -> Rehearsal:
-    """The rehearsal in this process."""
+def measure(config: Config, updates: int, state, folder: Path) -> Rehearsal:
+    """The rehearsal in this process, whose job works in `folder`."""
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
@@ -117,6 +117,7 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
     run.model.train()
     for samples in heaviest:  # warms up: a size that comes for the first time makes kernels
         update(run, samples)
+        (folder / UNTRIED).unlink(missing_ok=True)
     began = time.perf_counter()  # an update reads its loss, so that nothing is left running
     for samples in heaviest[1:]:
         record = update(run, samples)
@@ -160,4 +161,4 @@ def measure(config: Config, updates: int, state) -> Rehearsal:
 def rehearse_worker(config: Config, updates: int, folder: str) -> None:
     """What the rehearsal's process runs."""
     with worker_state(Path(folder)) as state:
-        files.write_json(Path(folder) / "rehearsal.json", vars(measure(config, updates, state)))
+        files.write_json(Path(folder) / "rehearsal.json", vars(measure(config, updates, state, Path(folder))))

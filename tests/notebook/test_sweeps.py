@@ -73,6 +73,7 @@ def test_points_share_a_seeds_people_where_their_data_settings_are_equal(written
         ("gird: {lora.r: [1]}", r"mine\.yaml: .*gird.*"),
         ("grid: {lora.rr: [1]}", r"lora\.rr"),
         ("grid: {lora.r: [1, 1]}", "a level comes twice"),
+        ("grid: [lora.r]", r"mine\.yaml: Cannot merge"),
         ("grid: {lora.r: 3}", r"give a setting \(section\.key\) a list of levels"),
         ("grid: {lora.r: [-1]}", r"lora\.r = -1: must be a number from 1"),
         ("grid: {ranks: [1, 2]}", "an axis of another name levels with their settings"),

@@ -377,6 +377,16 @@ def test_a_second_pretraining_into_a_folder_in_which_one_is_under_way_is_refused
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("name", ["model", "state"])
+def test_folders_that_are_no_pretrainings_are_not_replaced(tmp_path, name):
+    mine = tmp_path / name / "weights.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name}: not written by a pretraining"):
+        run.pretrain(Recipe(**SMALL, steps=1), tmp_path)
+    assert mine.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.long
 def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, monkeypatch, capsys, one_thread):
     recipe = Recipe(**SMALL, orders="one", steps=6, save_every=3, warmup=2)
@@ -448,6 +458,9 @@ def test_the_command_line_and_the_notebook_read_every_field(tmp_path, monkeypatc
     for values, words in (({"steps": "many"}, ""), ({}, "lookz=1"), ({"prompts": 2}, "")):
         with pytest.raises(ConfigError, match="pretraining: "):
             read_recipe(values, words)
+    for name, value in {"looks": 0, "save_every": 0, "workers": -1, "eval_prompts": -7, "rate": "nan"}.items():
+        with pytest.raises(ConfigError, match=f"pretraining: {name} = "):
+            read_recipe({name: value})
     for words in (["--prompts", "2"], ["--steps", "many"]):
         assert command.main([*words, "--out", str(tmp_path)]) == 2
     assert FEWEST >= 4 and len(given) == 1

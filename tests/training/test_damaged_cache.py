@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from mmrev_kit.config.project import run_dir
+from mmrev_kit.notebook import sweep_runs
 from mmrev_kit.notebook.runs import LOG
+from mmrev_kit.training import jobs as training_jobs
+from mmrev_kit.training import rehearse
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.jobs import CACHES, run_job
-from mmrev_kit.training.lock import held
+from mmrev_kit.training.lock import held, read_holder
+from mmrev_kit.training.processes import UNTRIED
 from mmrev_kit.training.update import TrainingError
 
 # Jobs that end by a signal right before an update, or that use a kernel which torch makes and keeps for a CPU.
@@ -31,6 +35,24 @@ def dies(config, update, rank, sign):
 
     loop.update = killed
     loop.worker(config)
+
+def dies_at_once(config, rank):
+    if int(os.environ["RANK"]) == rank and os.environ["TRITON_CACHE_DIR"] == "/damaged":
+        os.kill(os.getpid(), signal.SIGBUS)
+
+def rehearsal_dies(config, updates, folder):
+    from mmrev_kit.training import rehearse
+
+    real, left = rehearse.update, [2]
+
+    def killed(run, samples):
+        left[0] -= 1
+        if left[0] == 0 and os.environ["TRITON_CACHE_DIR"] == "/damaged":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return real(run, samples)
+
+    rehearse.update = killed
+    rehearse.rehearse_worker(config, updates, folder)
 
 def compiles(config, path):
     import torch
@@ -78,6 +100,39 @@ def test_killed_before_the_first_update_it_starts_once_more_with_an_empty_cache(
     assert history["status"] == "finished"
     assert [step["global_step"] for step in history["steps"]] == list(range(1, history["total_steps"] + 1))
     assert not list(folder.glob("error_rank*"))
+
+
+def test_a_worker_that_is_killed_as_soon_as_it_is_forked_is_told_from_the_others(jobs, small_config):
+    _, log = run(jobs.dies_at_once, small_config("launch.num_processes=2"), 1)
+    assert log.count("NOTE: a process was killed by SIGBUS") == 1
+
+
+def test_between_its_two_starts_the_folder_is_held(jobs, small_config, monkeypatch):
+    holders, start = [], training_jobs._run
+    monkeypatch.setattr(
+        training_jobs,
+        "_run",
+        lambda words, folder, *more: holders.append(read_holder(folder)) or start(words, folder, *more),
+    )
+    config = small_config("training.num_epochs=1 training.batch_size=64 launch.num_processes=1")
+    run(jobs.dies, config, 1, 0, "SIGBUS")
+    assert [holder and holder["pid"] for holder in holders] == [os.getpid()] * 2
+
+
+def test_a_run_of_a_sweep_is_not_started_once_more_for_its_parts_are(jobs, small_config, tmp_path, monkeypatch):
+    untried = tmp_path / UNTRIED
+    untried.touch()
+    monkeypatch.setattr(sweep_runs, "ensure_data", lambda config: [str(untried.exists())])
+    monkeypatch.setattr(sweep_runs, "launch", lambda config: None)
+    monkeypatch.setattr(sweep_runs, "evaluate", lambda config: None)
+    sweep_runs.run_worker(small_config(), None, sorted(os.sched_getaffinity(0)), [], str(tmp_path))
+    assert not untried.exists()
+
+
+def test_a_rehearsal_that_is_killed_in_its_second_update_fails(jobs, small_config, monkeypatch):
+    monkeypatch.setattr(rehearse, "rehearse_worker", jobs.rehearsal_dies)
+    with pytest.raises(TrainingError, match=r"The rehearsal ended with an error: .*killed by SIGSEGV"):
+        rehearse.rehearse(small_config("training.batch_size=4"), updates=2)
 
 
 @pytest.mark.parametrize(("update", "sign"), [(2, "SIGBUS"), (1, "SIGKILL")])
