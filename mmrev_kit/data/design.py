@@ -6,16 +6,18 @@ rows of one person that correlate by .2.
 """
 
 import json
+import random
 from collections import Counter
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config, DataConfig
 from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.faults import DataError
+from mmrev_kit.data.partners import partner_shifts
 from mmrev_kit.data.people import MAX_ENTITIES
 from mmrev_kit.data.records import read_jsonl
 from mmrev_kit.data.rows import read_entities
-from mmrev_kit.data.tasks import CW, TASK_TYPES
+from mmrev_kit.data.tasks import CW, MIN_GROUP, TASK_TYPES
 
 DECIDING = {"forward": "reverse", "reverse": "cw_image"}  # CW in the order that main is not taught, by trained task
 QUESTIONS = 9  # different ones a person in a CW test of drawn data: on 3 connectors a Correct and two Wrong ones
@@ -51,17 +53,25 @@ def people_needed(form: str, questions: float, control: float = PLANNED) -> int 
     return next((size for size in sizes if (claim_power(form, questions, size, control) or 0) >= POWER_MIN), None)
 
 
+def drawn_questions(size: int) -> int:
+    """Different questions a person in a CW test of a group of `size`: with one wrong partner each comes twice."""
+    partners = len(partner_shifts(size, random.Random(0))["test"]) if size >= MIN_GROUP else 2
+    return QUESTIONS if partners > 1 else 6
+
+
 def design_lines(
-    num_main: int, num_control: int, questions: int, task: str, taught: str | None, share_both: float = 0.0
-) -> list[str]:
+    num_main: int, num_control: int, questions: int, task: str, taught: str | None, share_both: float = 0.0,
+    in_larger: int | None = None,
+) -> list[str]:  # fmt: skip
     """What a design can show, in lines for a reader: no claim and what would allow one, or the power of the claim.
 
     Args:
         questions: different ones a person in the deciding test.
+        in_larger: as many in groups of the size that is needed; None: as in these.
         task, taught: as in `config.sections.ExperimentConfig`.
         share_both: as in `config.sections.DataConfig`.
     """
-    title, needed = TASK_TYPES[DECIDING[task]].title, people_needed(CW, questions)
+    title, needed = TASK_TYPES[DECIDING[task]].title, people_needed(CW, in_larger or questions)
     counts = f"{num_main} main and {num_control} control people with {questions} questions each in {title}"
     if needed is None:
         return [f"This design can reach no claim: {counts}, too few questions for any number of people."]
@@ -93,7 +103,9 @@ def design_of(config: Config) -> list[str]:
     which the check tells.
     """
     folder, own = experiment_dir(config), config.experiment
-    sizes, questions = Counter(config.data.group_sizes), QUESTIONS
+    sizes = Counter(config.data.group_sizes)
+    drawn = min((drawn_questions(size) for size in (sizes["main"], sizes["control"]) if size), default=QUESTIONS)
+    questions = drawn
     if folder.exists():
         try:
             sizes = Counter(entity.get("group", "main") for entity in read_entities(folder))
@@ -105,7 +117,9 @@ def design_of(config: Config) -> list[str]:
         questions = min(map(len, asked.values()), default=0)
     if config.data.source == "shapes" or not questions or (config.data.source == "folder" and not folder.exists()):
         return []
-    lines = design_lines(sizes["main"], sizes["control"], questions, own.task, own.taught, config.data.share_both)
+    larger = QUESTIONS if questions == drawn else None  # as the kit asks; other files may ask as often in any group
+    counts = sizes["main"], sizes["control"], questions
+    lines = design_lines(*counts, own.task, own.taught, config.data.share_both, larger)
     if sizes["bridge"]:
         lesson = "both formats of the taught direction" if config.mitigation.format_bridge else "both directions"
         people, bridge = sizes["main"] + sizes["bridge"], sizes["bridge"]

@@ -27,6 +27,7 @@ COLUMNS = {
     "description": ("description", "text", "caption", "object_name"),
     "image": ("image", "images", "file_name", "image_path"),
 }
+MISSING = ("", "nan", "none", "null")  # what programs write where there is no description
 # Chat layouts, by the field that gives them away: who writes them so, and where they hold the description.
 CHATS = {
     "conversations": ("LLaVA or ShareGPT", 'row["conversations"][-1]["value"]'),
@@ -102,7 +103,7 @@ def _person(where: str, record: dict, columns: dict[str, str], number: int) -> t
     for what, value in (("description", description), ("name", name)):
         if not isinstance(value, str) or "\0" in value:
             wrong(f"the {what} is {reprlib.repr(value)}, not a text.", "Write a text.")
-    if isinstance(description, str) and not normal(description):
+    if isinstance(description, str) and normal(description) in MISSING:
         wrong("no description.", "Write what the picture's person is.")
     if type(entity) not in (str, int):
         wrong(f"the id is {reprlib.repr(entity)}, neither text nor a whole number.", "Correct the id.")

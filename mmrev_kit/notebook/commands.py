@@ -68,6 +68,7 @@ def is_first() -> bool:
 def train(given: Namespace) -> None:
     """Train in new processes; under torchrun or accelerate launch, as one of their workers."""
     base = given.base_model or EMBEDDED[0]
+    check_data_dir(given)
     config = read_flags(given, LAPTOP if base in EMBEDDED else RECIPE)
     if os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"} or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return train_as_worker(config)  # of torchrun, of accelerate
@@ -126,9 +127,7 @@ def evaluate(given: Namespace) -> None:
         saved = adapter.parent / "config.yaml"
         if saved.is_file():  # of a run
             default = str(saved)
-    if given.data_dir and not resolve(given.data_dir).is_dir():
-        there = ", ".join(sorted(str(found.parent) for found in resolve("data").glob("*/entities.json")))
-        raise ConfigError(f"{resolve(given.data_dir)}: there is no such folder. In data there are {there or 'none'}.")
+    check_data_dir(given)
     if given.task:
         more["evaluation.tests"] = list(TESTS) if given.task == "all" else given.task.split(",")
     if given.device_map:
@@ -143,6 +142,13 @@ def evaluate(given: Namespace) -> None:
     if found.task:
         print(*tables.verdict_lines(found.verdict()), sep="\n")
     print(f"results: {folder}")
+
+
+def check_data_dir(given: Namespace) -> None:
+    """Raises ConfigError where --data_dir names no folder, with those in data/: nothing is made in its place."""
+    if given.data_dir and not resolve(given.data_dir).is_dir():
+        there = ", ".join(sorted(str(found.parent) for found in resolve("data").glob("*/entities.json")))
+        raise ConfigError(f"{resolve(given.data_dir)}: there is no such folder. In data there are {there or 'none'}.")
 
 
 def find_adapter(path: str) -> Path:

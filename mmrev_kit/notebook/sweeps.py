@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ def read_sweep(
 
     Raises:
         ConfigError: before anything is made: a key that a sweep's file does not have, a configuration that cannot be
-            used, runs of one name, settings given that the grid sets, or seeds whose people would be the same.
+            used, runs of one name, points that would be one training, settings given that the grid sets, or seeds
+            whose people would be the same.
     """
     given = {"name": name, "config": config, "seeds": seeds, "num_epochs": num_epochs, "output_dir": output_dir}
     given = {key: value for key, value in given.items() if value is not None and str(value).lower() not in NONE_WORDS}
@@ -221,8 +222,17 @@ def check_sweep(sweep: Sweep) -> None:
     if unknown := [name for name in sweep.file.expected if name not in {point.name for point in sweep.points}]:
         there = "; ".join(point.name for point in sweep.points)
         raise ConfigError(f"expected: there is no point {unknown[0]!r}. There are {there}.")
+    trained: dict[tuple, Point] = {}
     for point in sweep.points:
         config = sweep.config(point, sweep.seeds[0])
+        own, rest = config.experiment, asdict(config)
+        del rest["experiment"]["name"], rest["experiment"]["taught"]
+        lesson = own.main_is_taught, json.dumps(rest)
+        if (other := trained.setdefault(lesson, point)) is not point:
+            raise ConfigError(
+                f"grid: {other.name!r} and {point.name!r} would be one training: in task {own.task} main is taught "
+                f"{' and '.join(own.main_is_taught)} in both."
+            )
         fixed = config.data.source not in INVENTED or sweep.base.data.folder or "data.folder" in point.settings
         if fixed and len(sweep.seeds) > 1:
             raise ConfigError(

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.pretraining.recipe import Recipe, read_recipe
@@ -23,6 +24,8 @@ def main(words: list[str]) -> int | None:
 
     try:
         recipe = read_recipe(given)
+        if folder and not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"{folder}: there is no model. One that was pretrained lies in model/ of its folder.")
         if out:
             run.pretrain(recipe, out)
         else:

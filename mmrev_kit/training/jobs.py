@@ -114,7 +114,7 @@ def run_job(
         code = _run(words, folder, log, job_environment(number), show)
         if code < 0 and -code in DAMAGED and (folder / UNTRIED).exists():
             take(folder)  # the process that held the lock is dead, and the next one is not there yet
-            with tempfile.TemporaryDirectory() as empty:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".kernels.new.") as empty:  # `tidy` knows such names
                 caches = {name: f"{empty}/{name}" for name in CACHES}
                 with needing(folder / log), open(folder / log, "a", encoding="utf-8") as file:
                     file.write(f"{MARK}NOTE: {again_text(code)}\n")

@@ -131,6 +131,7 @@ def partial(project, mmrev, whole: Path) -> None:
         ("evaluate --model_path outputs/none/best", "outputs/none/best: no adapter is there. In outputs there are "),
         ("evaluate --device_map balanced", "invalid choice: 'balanced' (choose from 'auto')"),
         ("generate-face-retention-pool --num_entities 3", "retention.num_faces = 3: must be between 4 and"),
+        ("train --data_dir data/none", "data/none: there is no such folder. In data there are "),
         ("evaluate --data_dir data/none", "data/none: there is no such folder. In data there are "),
         (
             "train --config configs/tiny_cpu.yaml --mode zero",

@@ -80,6 +80,10 @@ def test_points_share_a_seeds_people_where_their_data_settings_are_equal(written
         ("grid: {lora.r: [1], a: {b: {lora.r: 2}}}", r"lora\.r and a both set lora\.r"),
         ("settings: {lora.r: 1}\ngrid: {lora.r: [1, 2]}", r"lora\.r: the grid sets it, and so do"),
         ("grid: {experiment.seed: [1, 2]}", r"experiment\.seed: a sweep names its runs itself"),
+        (
+            "settings: {experiment.task: reverse}\ngrid: {experiment.taught: [cw, both]}",
+            "'cw' and 'both' would be one training: in task reverse main is taught reverse in both",
+        ),
         ("grid: {a: {x y: {}, x-y: {lora.r: 2}}}", "'x y' and 'x-y' would have one folder"),
         ("seeds: [1, 1]\ngrid: {lora.r: [1]}", "seeds = .* must be different numbers"),
         ("seeds: [0, 1]\nsettings: {data.folder: data/mine}\ngrid: {lora.r: [1]}", "Give one seed"),

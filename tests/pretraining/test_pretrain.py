@@ -463,4 +463,5 @@ def test_the_command_line_and_the_notebook_read_every_field(tmp_path, monkeypatc
             read_recipe({name: value})
     for words in (["--prompts", "2"], ["--steps", "many"]):
         assert command.main([*words, "--out", str(tmp_path)]) == 2
+    assert command.main(["--measure", str(tmp_path)]) == 2
     assert FEWEST >= 4 and len(given) == 1
