@@ -166,6 +166,10 @@ def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_conf
         assert not fused.as_one(layer, hidden.bfloat16(), more)
         assert not fused.as_one(layer, hidden, more | {"cache": object()})
         assert not fused.as_one(layer, hidden, more | {"attention_mask": torch.zeros(1, 1, 4, 4)})
+        seen, two = torch.ones(1, 1, 4, 4, dtype=torch.bool), hidden.expand(2, -1, -1)
+        assert fused.as_one(layer, hidden, more | {"attention_mask": seen})
+        assert not fused.as_one(layer, two, more | {"attention_mask": seen})  # of one sequence only
+        assert fused.as_one(layer, two, more | {"attention_mask": seen.expand(2, -1, -1, -1)})
         with model.disable_adapter():
             assert not fused.as_one(layer, hidden, more)
         hook = layer.mlp.register_forward_hook(lambda *_: None)

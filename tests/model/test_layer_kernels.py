@@ -6,6 +6,7 @@ The interpreter is chosen when Triton is imported, so that without a GPU the tes
 import os
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -159,6 +160,15 @@ def test_attention(dtype, masked, length):
     lines.attend_backward(gradient, query, key, value, expected, None, mask, d**-0.5, other)
     for one, another in zip(lines.split(own, heads, key_heads), lines.split(other, heads, key_heads), strict=True):
         close(one, another, dtype)
+
+
+@kernels_run
+def test_masks_of_past_lengths_do_not_stay():
+    first = weakref.ref(layer_attention.seen_by(1, 64, DEVICE).words)
+    assert layer_attention.seen_by(1, 64, DEVICE).words is first()
+    for length in range(1, 20):
+        layer_attention.seen_by(1, length, DEVICE)
+    assert first() is None
 
 
 @kernels_run
