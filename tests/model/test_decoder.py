@@ -156,6 +156,15 @@ def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, calls):
         assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+def test_sizes_without_kernels_are_left_to_the_modules(small_config, monkeypatch):
+    layer, _ = adapted_layer(small_config, "lora.r=257 lora.target_modules=[o_proj]")
+    assert fused.make_operation(layer) is None
+    layer, _ = adapted_layer(small_config, "lora.r=256 lora.target_modules=[o_proj]")
+    assert fused.make_operation(layer).groups["o"].rank == 256
+    monkeypatch.setattr(layer.self_attn, "head_dim", 80)
+    assert fused.make_operation(layer) is None
+
+
 def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_config, monkeypatch):
     monkeypatch.setattr(fused, "can_compile", lambda device: True)
     model, _ = whole_model(small_config, "")

@@ -46,7 +46,10 @@ def close(found, expected, dtype):
 
 @kernels_run
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rank", "starts", "masked"), [(8, [0, 64, 96], True), (3, [0], True), (20, [0, 64], False)])
+@pytest.mark.parametrize(
+    ("rank", "starts", "masked"),
+    [(8, [0, 64, 96], True), (3, [0], True), (20, [0, 64], False), (1, [0], True), (128, [0], True), (256, [0], True)],
+)
 def test_adapters(dtype, rank, starts, masked):
     rows, inputs, outputs, j = 75, 160, 128, len(starts)
     extra = -(-rank * j // 64) * 64
