@@ -59,7 +59,9 @@ class Group:
             state = getattr(base.weight, "quant_state", None)
             if (base.weight.dtype if state is None else state.dtype) != dtype:
                 return False
-        return not any(m.disable_adapters or m.merged or m.active_adapters != self.names for m in self.adapted)
+        if any(m.disable_adapters or m.merged or m.active_adapters != self.names for m in self.adapted):
+            return False
+        return all(m.scaling[name] == self.scaling for m in self.adapted for name in self.names)
 
     def matrices(self) -> list:
         """A and B of each adapter, in order."""
@@ -96,7 +98,8 @@ class Layer:
         return self.module.self_attn.head_dim in HEAD_SIZES and all(group.possible() for group in self.groups.values())
 
     def usable(self, dtype) -> bool:
-        """Whether it does so now, in this compute dtype: no module has a hook, and no adapter is off or merged."""
+        """Whether it does so now, in this compute dtype: no module has a hook, and no adapter is off,
+        merged or scaled anew."""
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
         return not watched and all(group.usable(dtype) for group in self.groups.values())
 

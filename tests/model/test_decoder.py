@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from mmrev_kit.model import decoder, fused, kernels, layer_lines, scoring
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
@@ -180,6 +181,8 @@ def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_conf
         assert not fused.as_one(layer, two, more | {"attention_mask": seen})  # of one sequence only
         assert fused.as_one(layer, two, more | {"attention_mask": seen.expand(2, -1, -1, -1)})
         with model.disable_adapter():
+            assert not fused.as_one(layer, hidden, more)
+        with rescale_adapter_scale(model, 0.5):
             assert not fused.as_one(layer, hidden, more)
         hook = layer.mlp.register_forward_hook(lambda *_: None)
         assert not fused.as_one(layer, hidden, more)
