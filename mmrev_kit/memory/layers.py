@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mmrev_kit.config.sections import Config
 from mmrev_kit.memory.shapes import ModelShapes
-from mmrev_kit.model.micro_batch import VISION_PATCHES, MicroBatch
+from mmrev_kit.model.micro_batch import HEAD_SIZES, MAX_RANK, VISION_PATCHES, MicroBatch
 
 
 def width(config: Config) -> int:
@@ -82,14 +82,16 @@ def attention_saved(shapes: ModelShapes, config: Config, one: MicroBatch) -> lis
     return [w * q, w * q, w * q, w * q, 4 * heads * rows, w * 8 * math.ceil(one.length / 8)]
 
 
-def as_operation(config: Config, old: bool) -> bool:
+def as_operation(shapes: ModelShapes, config: Config, old: bool) -> bool:
     """Whether a GPU, `old` or not, runs a decoder layer as one operation (`model/decoder.py`), or its modules."""
-    return not old and config.quantization.compute_dtype != "fp32" and config.model.attn_implementation == "sdpa"
+    sized = shapes.head_dim in HEAD_SIZES and config.lora.r <= MAX_RANK
+    plain = config.quantization.compute_dtype != "fp32" and config.model.attn_implementation == "sdpa"
+    return not old and sized and plain
 
 
 def activations(shapes: ModelShapes, config: Config, one: MicroBatch, old: bool = False) -> Activations:
     """What a micro-batch saves and moves; see `Activations`, and `estimate` for `old`."""
-    return (of_operation if as_operation(config, old) else of_modules)(shapes, config, one)
+    return (of_operation if as_operation(shapes, config, old) else of_modules)(shapes, config, one)
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def largest_linear(shapes: ModelShapes, config: Config) -> float:
 
 def largest_product(shapes: ModelShapes, config: Config, old: bool) -> float:
     """The weights of the largest product of a pass without gradients, as above."""
-    if as_operation(config, old):
+    if as_operation(shapes, config, old):
         return max(part.weights for part in projections(shapes, config).values())
     return largest_linear(shapes, config)
 

@@ -127,9 +127,9 @@ def as_one(layer, hidden, more: dict) -> bool:
     operation, device = layer.operation, hidden.device.type
     if operation is None or not torch.is_autocast_enabled(device) or not can_compile(hidden.device):
         return False
-    dtype, mask = torch.get_autocast_dtype(device), more.get("attention_mask")
+    dtype, mask, (sequences, length, _) = torch.get_autocast_dtype(device), more.get("attention_mask"), hidden.shape
     plain = all(more[name] is None or name in OPERATION_INPUTS for name in more)
-    whole = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3])
+    whole = mask is None or (mask.dtype == torch.bool and mask.shape == (sequences, 1, length, length))
     return plain and whole and hidden.dtype == torch.float32 and hidden.numel() > 0 and operation.usable(dtype)
 
 
@@ -140,7 +140,8 @@ def one_operation(layer, hidden, angles, mask):
     keep = torch.is_grad_enabled() and not (layer.gradient_checkpointing and layer.training)
     dtype = torch.get_autocast_dtype(hidden.device.type)
     given = Given(layer.operation, dtype, layer.operation.seeds(), angles, sequences if mask is None else mask, keep)
-    with torch.autocast(hidden.device.type, enabled=False):
+    here = torch.cuda.device_of(hidden)  # Triton starts its kernels on the current device, wherever their tensors lie
+    with here, torch.autocast(hidden.device.type, enabled=False):
         return DecoderLayer.apply(hidden.contiguous(), given, *layer.operation.matrices())
 
 

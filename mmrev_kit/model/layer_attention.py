@@ -6,7 +6,7 @@ read as bits, and blocks of 64 x 64 that it leaves empty are not computed: of pa
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -122,7 +122,7 @@ def by_blocks(mask) -> Seen:
     return Seen(words, places(there), places(there.mT.contiguous()))
 
 
-@cache
+@lru_cache(8)  # each length that a run meets would stay on the card otherwise
 def causal(sequences: int, length: int, device) -> Seen:
     return by_blocks(torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(sequences, 1, -1, -1))
 

@@ -99,6 +99,11 @@ def dequantize(layer, out, up, scaling: float, column: int) -> None:
     )  # fmt: skip
 
 
+def stages(rank: int) -> int:
+    """Parts of a long sum that are in shared memory at once: at rank 256, too, in the 99 KiB that every card has."""
+    return 4 if rank <= 64 else 2
+
+
 @triton.jit(do_not_specialize=["count"])
 def lora_down_kernel(
     rows, mask, down, out, low, count, inputs, rows_stride, out_stride, rank, extra, factor,
@@ -140,7 +145,8 @@ def lora_down(group, rows, mask, down, factor: float, out):
     lora_down_kernel[(cdiv(count, 32), j)](
         rows, down if mask is None else mask, down, out, low, count, group.inputs, rows.stride(0), out.stride(0),
         group.rank, extra, factor, MASKED=mask is not None, COPY=rows.data_ptr() != out.data_ptr(), J=j,
-        RANK=max(16, next_power_of_2(group.rank)), EXTRA=next_power_of_2(extra), ROWS=32, STEP=128, num_stages=4,
+        RANK=max(16, next_power_of_2(group.rank)), EXTRA=next_power_of_2(extra), ROWS=32, STEP=128,
+        num_stages=stages(group.rank),
     )  # fmt: skip
     return low
 
@@ -210,7 +216,7 @@ def lora_gradients(group, gradient, rows, mask, factor: float, of_out, low):
     of_down = torch.empty(j * rank, group.inputs, device=rows.device)
     of_up = torch.empty(outputs, rank, device=rows.device)
     ends = [*group.starts[1:], outputs, outputs]
-    own = {"RANK": max(16, next_power_of_2(rank)), "SIZE": 32, "STEP": 64, "num_stages": 4}
+    own = {"RANK": max(16, next_power_of_2(rank)), "SIZE": 32, "STEP": 64, "num_stages": stages(rank)}
     thin_kernel[(cdiv(group.inputs, 32), j)](
         gradient[:, group.inputs :], rows, rows if mask is None else mask, of_down, len(rows), group.inputs,
         gradient.stride(0), rows.stride(0), group.inputs, 1, rank, 0, 0, factor, MASKED=mask is not None, EACH=True,

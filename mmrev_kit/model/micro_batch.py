@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mmrev_kit.config.sections import ConfigError
 
+HEAD_SIZES, MAX_RANK = (16, 32, 64, 128), 256  # for which a decoder layer has kernels
 VISION_PATCHES = 8_192  # that go through the vision tower at once: ten images of 448 x 448 pixels
 
 

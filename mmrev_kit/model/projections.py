@@ -2,6 +2,8 @@
 
 import torch
 
+from mmrev_kit.model.micro_batch import HEAD_SIZES, MAX_RANK
+
 ALIGNED = 64  # columns behind a weight are filled up to a multiple of this
 PART = 32  # projections of one product begin at multiples of this
 
@@ -49,7 +51,7 @@ class Group:
             trained = [*module.lora_A.parameters(), *module.lora_B.parameters()]
             return not module.lora_variant and len(trained) == 2 and all(one.dtype == torch.float32 for one in trained)
 
-        alike = len(self.known) < 2 and all(start % PART == 0 for start in self.starts)
+        alike = len(self.known) < 2 and self.rank <= MAX_RANK and all(start % PART == 0 for start in self.starts)
         return alike and all(map(plain, self.bases)) and all(map(own, self.adapted))
 
     def usable(self, dtype) -> bool:
@@ -57,7 +59,9 @@ class Group:
             state = getattr(base.weight, "quant_state", None)
             if (base.weight.dtype if state is None else state.dtype) != dtype:
                 return False
-        return not any(m.disable_adapters or m.merged or m.active_adapters != self.names for m in self.adapted)
+        if any(m.disable_adapters or m.merged or m.active_adapters != self.names for m in self.adapted):
+            return False
+        return all(m.scaling[name] == self.scaling for m in self.adapted for name in self.names)
 
     def matrices(self) -> list:
         """A and B of each adapter, in order."""
@@ -89,11 +93,13 @@ class Layer:
 
     def possible(self) -> bool:
         """Whether the operation computes what these modules do: frozen layers without bias, in 16 bit or NF4 in blocks
-        of 64, and adapters in fp32 of PEFT's plain kind, alike among those that read the same."""
-        return all(group.possible() for group in self.groups.values())
+        of 64, and adapters in fp32 of PEFT's plain kind, alike among those that read the same. And whether there are
+        kernels for its sizes: a program holds a head, and all of an adapter's rank."""
+        return self.module.self_attn.head_dim in HEAD_SIZES and all(group.possible() for group in self.groups.values())
 
     def usable(self, dtype) -> bool:
-        """Whether it does so now, in this compute dtype: no module has a hook, and no adapter is off or merged."""
+        """Whether it does so now, in this compute dtype: no module has a hook, and no adapter is off,
+        merged or scaled anew."""
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
         return not watched and all(group.usable(dtype) for group in self.groups.values())
 

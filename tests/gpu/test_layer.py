@@ -97,3 +97,16 @@ def test_a_second_backward_pass_is_refused(small_config):
     out.backward(gradient, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward(gradient)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_model_on_another_card_than_the_current_one(small_config):
+    model = model_of(small_config, "lora.dropout=0 quantization.compute_dtype=fp16")
+    given = inputs_of(model)
+    expected, other = answer(model, given, torch.float16), torch.device("cuda", 1)
+    hidden, angles, mask, gradient = given
+    moved = hidden.to(other), tuple(part.to(other) for part in angles), mask.to(other), gradient.to(other)
+    found = answer(model.to(other), moved, torch.float16)
+    assert torch.cuda.current_device() == 0
+    for own, one in zip(found, expected, strict=True):
+        assert torch.equal(own.to(GPU), one)

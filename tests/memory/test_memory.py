@@ -115,6 +115,13 @@ def test_layers_as_operations_are_within_5_percent_of_what_was_measured_and_8_of
             assert found.reserved_gib == pytest.approx(float(reserved), rel=0.08)
 
 
+@pytest.mark.parametrize(("rank", "as_modules"), [(256, False), (257, True)])
+def test_ranks_without_kernels_are_estimated_as_modules(rank, as_modules):
+    config, one = load_config(LARGE, f"lora.r={rank}"), MicroBatch(1, 512, 9, 196)
+    own, modules = (activations(as_shapes("32b"), config, one, old) for old in (False, True))
+    assert (own == modules) is as_modules
+
+
 def kept_beside(name: str, config, logits: int | None, visual: int) -> float:
     """GiB that the measured programs held and the kit does not: the vision tower; its features in fp32 (as autocast
     leaves them) and its last states, not cast to 16 bit; in the packed ones (Q) the logits during the backward pass."""

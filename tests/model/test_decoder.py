@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from mmrev_kit.model import decoder, fused, kernels, layer_lines, scoring
 from mmrev_kit.model.loading import adapter_arguments, add_adapter, base_arguments, load_base, trainable
@@ -156,6 +157,15 @@ def test_what_is_kept_changes_no_bit_of_the_gradient(small_config, calls):
         assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+def test_sizes_without_kernels_are_left_to_the_modules(small_config, monkeypatch):
+    layer, _ = adapted_layer(small_config, "lora.r=257 lora.target_modules=[o_proj]")
+    assert fused.make_operation(layer) is None
+    layer, _ = adapted_layer(small_config, "lora.r=256 lora.target_modules=[o_proj]")
+    assert fused.make_operation(layer).groups["o"].rank == 256
+    monkeypatch.setattr(layer.self_attn, "head_dim", 80)
+    assert fused.make_operation(layer) is None
+
+
 def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_config, monkeypatch):
     monkeypatch.setattr(fused, "can_compile", lambda device: True)
     model, _ = whole_model(small_config, "")
@@ -166,7 +176,13 @@ def test_calls_that_the_operation_does_not_do_are_left_to_the_modules(small_conf
         assert not fused.as_one(layer, hidden.bfloat16(), more)
         assert not fused.as_one(layer, hidden, more | {"cache": object()})
         assert not fused.as_one(layer, hidden, more | {"attention_mask": torch.zeros(1, 1, 4, 4)})
+        seen, two = torch.ones(1, 1, 4, 4, dtype=torch.bool), hidden.expand(2, -1, -1)
+        assert fused.as_one(layer, hidden, more | {"attention_mask": seen})
+        assert not fused.as_one(layer, two, more | {"attention_mask": seen})  # of one sequence only
+        assert fused.as_one(layer, two, more | {"attention_mask": seen.expand(2, -1, -1, -1)})
         with model.disable_adapter():
+            assert not fused.as_one(layer, hidden, more)
+        with rescale_adapter_scale(model, 0.5):
             assert not fused.as_one(layer, hidden, more)
         hook = layer.mlp.register_forward_hook(lambda *_: None)
         assert not fused.as_one(layer, hidden, more)

@@ -6,6 +6,7 @@ The interpreter is chosen when Triton is imported, so that without a GPU the tes
 import os
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -45,7 +46,10 @@ def close(found, expected, dtype):
 
 @kernels_run
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rank", "starts", "masked"), [(8, [0, 64, 96], True), (3, [0], True), (20, [0, 64], False)])
+@pytest.mark.parametrize(
+    ("rank", "starts", "masked"),
+    [(8, [0, 64, 96], True), (3, [0], True), (20, [0, 64], False), (1, [0], True), (128, [0], True), (256, [0], True)],
+)
 def test_adapters(dtype, rank, starts, masked):
     rows, inputs, outputs, j = 75, 160, 128, len(starts)
     extra = -(-rank * j // 64) * 64
@@ -68,6 +72,35 @@ def test_adapters(dtype, rank, starts, masked):
     for own, other in pairs:
         assert own.dtype == torch.float32
         close(own, other, dtype)
+
+
+@pytest.mark.skipif(GPU or INTERPRETED or find_spec("triton") is None, reason="compiles for another card: no GPU here")
+@pytest.mark.parametrize(("capability", "limit"), [(86, 99 * 1024), (90, 227 * 1024)])
+def test_the_largest_adapters_fit_the_shared_memory(monkeypatch, tmp_path, capability, limit):
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from mmrev_kit.model import layer_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target, run, made = GPUTarget("cuda", capability, 32), JITFunction.run, {}
+
+    def compile_only(kernel, *arguments, grid, warmup, **more):
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **more)
+        made[kernel.fn.__name__] = max(compiled.metadata.shared, made.get(kernel.fn.__name__, 0))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    card = {"target": lambda: target, "device": lambda: capability, "stream": lambda device: 0}
+    card = {f"get_current_{name}": function for name, function in card.items()}
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(**card))
+    for rank in (64, 256):
+        group = SimpleNamespace(inputs=512, rank=rank, starts=[0], scaling=1.0, outputs=512)
+        rows, low = (torch.empty(64, width, dtype=torch.float16, device="meta") for width in (512 + rank, rank))
+        mask, down = torch.empty(64, 512, dtype=torch.uint8, device="meta"), low.new_empty(rank, 512)
+        layer_kernels.lora_down(group, rows[:, :512], mask, down, 1.0, rows)
+        layer_kernels.lora_up(group, rows, mask, down, 1.0)
+        layer_kernels.lora_gradients(group, rows, rows[:, :512], mask, 1.0, rows[:, :512], low)
+    assert len(made) == 3 and max(made.values()) <= limit
 
 
 @kernels_run
@@ -159,6 +192,15 @@ def test_attention(dtype, masked, length):
     lines.attend_backward(gradient, query, key, value, expected, None, mask, d**-0.5, other)
     for one, another in zip(lines.split(own, heads, key_heads), lines.split(other, heads, key_heads), strict=True):
         close(one, another, dtype)
+
+
+@kernels_run
+def test_masks_of_past_lengths_do_not_stay():
+    first = weakref.ref(layer_attention.seen_by(1, 64, DEVICE).words)
+    assert layer_attention.seen_by(1, 64, DEVICE).words is first()
+    for length in range(1, 20):
+        layer_attention.seen_by(1, length, DEVICE)
+    assert first() is None
 
 
 @kernels_run
