@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from mmrev_kit.config.project import experiment_dir, model_path, run_dir
-from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.config.sections import INVENTED, Config, ConfigError
 from mmrev_kit.data.design import design_of
+from mmrev_kit.data.people import check_groups
 from mmrev_kit.data.run_data import pool_folders, uses_retention
 from mmrev_kit.memory.estimate import estimate, lora_tensors, optimizer_bytes
 from mmrev_kit.memory.shapes import ModelShapes, architecture_file, read_shapes, size_in_name
@@ -218,6 +219,11 @@ def preflight(config: Config) -> Preflight:
     report.facts += path
     report.facts.append("versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     report.facts += [f"design: {line}" for line in design_of(config)]
+    if config.data.source in INVENTED and not experiment_dir(config).exists():
+        try:
+            check_groups(config.data)
+        except ConfigError as error:
+            report.problems.append(str(error))
     return report
 
 

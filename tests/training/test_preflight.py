@@ -186,6 +186,12 @@ def test_a_capability_that_the_driver_does_not_tell_is_not_judged(small_config, 
     assert look(small_config(), [card], BUILD, "12.8").problems == []
 
 
+def test_people_that_cannot_be_invented_stand_in_the_way(small_config, tmp_path):
+    config = small_config(f"data.dir={tmp_path} data.num_main=100000")
+    (problem,) = [line for line in preflight(config).problems if "data.num_main" in line]
+    assert "data.num_main + data.num_control = 100004: there are 224 different descriptions" in problem
+
+
 def test_a_driver_that_fails_is_told_and_not_taken_for_no_gpu(small_config, monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
