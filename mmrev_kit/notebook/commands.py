@@ -78,7 +78,7 @@ def train(given: Namespace) -> None:
 
 
 def train_as_worker(config: Config) -> None:
-    """This process's part of a run that `torchrun` or `accelerate launch` started."""
+    """This process's part of a run that `torchrun` or `accelerate launch` started; the process ends here."""
     check_started(config, started := int(os.environ.get("WORLD_SIZE", "1")))
     config.launch.num_processes = started
     try:
@@ -87,6 +87,9 @@ def train_as_worker(config: Config) -> None:
         rank = os.environ.get("RANK", "0")
         told = error if os.environ.get("LOCAL_RANK", "0") == "0" else f"see {run_dir(config)}/error_rank{rank}.txt"
         sys.exit(f"process {rank}: {told}")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # a thread of torch may abort an interpreter that ends, and a finished run would count as failed
 
 
 def check_started(config: Config, started: int) -> None:
