@@ -37,6 +37,13 @@ from mmrev_kit.training.run import Run, epoch_updates, ordered_rows, prepare, st
 
 WARM_UP = 4  # updates that are not counted: they make kernels
 HEAD = "| cards | rows a card | tokens | ms | samples/s | share of the matrix rate | waiting for others | peak GiB |"
+# Tokens, passes and kept layers (of 64) of an update of the 32B, and its seconds on one H100, layers as operations; the
+# passes of an update that has several are worked out from its largest one.
+RATES = (
+    (2944, 1, 0, 1.0272), (2944, 1, 8, 0.9930), (2944, 1, 16, 0.9723), (2944, 1, 40, 0.8745), (1920, 1, 0, 0.7215),
+    (1920, 1, 12, 0.6849), (1920, 1, 24, 0.6829), (8584, 3, 0, 3.0441), (8584, 3, 6, 2.8513), (8584, 3, 40, 2.4927),
+    (8192, 5, 64, 2.5861), (8224, 9, 64, 3.6738),
+)  # fmt: skip
 KINDS = {
     "dequantization": ("dequant",),
     "products and attention": ("gemm", "cutlass", "nvjet", "xmma", "flash", "fmha"),
@@ -122,13 +129,23 @@ def report(run: Run, rows: int, measured: dict) -> None:
         print("  computed, ms:", *(f"{card[number]['computed']:.0f}" for card in cards), flush=True)
 
 
+def seconds_a_token() -> tuple[float, float]:
+    """Seconds of a token's forward pass that fit `RATES` best, by the plan's time; and how far off, rms."""
+    work = [(2 + (64 - kept) / 64) * tokens + FIXED * passes for tokens, passes, kept, _ in RATES]
+    each = [one / seconds for one, (*_, seconds) in zip(work, RATES, strict=True)]
+    found = sum(each) / sum(one**2 for one in each)
+    return found, statistics.mean((found * one - 1) ** 2 for one in each) ** 0.5
+
+
 def predict(config, counts: list[int], gib: float) -> None:
     """A line for each number of cards, by the time that the plan goes by: see `memory.plan.candidate`."""
     task, shapes = prepare(config), configured_shapes(config)
     image_id, packing = task.encoder.image_id, config.training.packing
     updates, alone = [part for part in epoch_updates(config, task, 0, 64) if len(part) == 64], None
-    print("| cards | as planned | tokens of the fullest | waiting for it, mean (at most) | rate beside one card |")
-    print("|---|---|---|---|---|")
+    pace, off = seconds_a_token()
+    print(f"{pace:.2e} s x (tokens x (2 + share of layers recomputed) + {FIXED:,}) a pass: {off:.1%} off\n")
+    print("| cards | as planned | tokens of the fullest | waiting for it, mean (at most) | rows/s | beside one card |")
+    print("|---|---|---|---|---|---|")
     for count in counts:
         split = partial(split_updates, updates, config, shapes, image_id, count)
         memory = plan(config, gib, count, shapes, split).chosen.memory
@@ -140,9 +157,10 @@ def predict(config, counts: list[int], gib: float) -> None:
             times.append([sum(each * one.tokens + FIXED for one in card) for card in dealt])
         waits, spent = [1 - statistics.mean(cards) / max(cards) for cards in times], sum(map(max, times))
         alone = alone or spent * count
+        rate = 64 * len(updates) / (pace * spent)
         how = f"passes of {memory.micro_tokens:,}, {memory.kept_layers} layers kept"
         wait = f"{statistics.mean(waits):.1%} ({max(waits):.1%})"
-        print(f"| {count} | {how} | {statistics.mean(tokens):,.0f} | {wait} | {alone / spent:.2f} |")
+        print(f"| {count} | {how} | {statistics.mean(tokens):,.0f} | {wait} | {rate:.1f} | {alone / spent:.2f} |")
 
 
 def main() -> None:

@@ -103,9 +103,7 @@ def design_of(config: Config) -> list[str]:
     which the check tells.
     """
     folder, own = experiment_dir(config), config.experiment
-    sizes = Counter(config.data.group_sizes)
-    drawn = min((drawn_questions(size) for size in (sizes["main"], sizes["control"]) if size), default=QUESTIONS)
-    questions = drawn
+    sizes, questions = Counter(config.data.group_sizes), None
     if folder.exists():
         try:
             sizes = Counter(entity.get("group", "main") for entity in read_entities(folder))
@@ -115,6 +113,8 @@ def design_of(config: Config) -> list[str]:
         for _, record in read_jsonl(folder / "reverse_test.jsonl")[0]:  # cw_image asks as many
             asked.setdefault(str(record.get("entity_id")), set()).add(json.dumps(record, sort_keys=True))
         questions = min(map(len, asked.values()), default=0)
+    drawn = min((drawn_questions(size) for size in (sizes["main"], sizes["control"]) if size), default=QUESTIONS)
+    questions = drawn if questions is None else questions
     if config.data.source == "shapes" or not questions or (config.data.source == "folder" and not folder.exists()):
         return []
     larger = QUESTIONS if questions == drawn else None  # as the kit asks; other files may ask as often in any group

@@ -157,7 +157,8 @@ def _run(words: list[str], folder: Path, log: str, environment: dict, show: Call
     finally:
         with on_interrupt(signal.SIG_IGN):  # an impatient second one
             end_processes([process])
-    return process.returncode if process.returncode <= WORKER else WORKER - process.returncode
+    code = process.returncode
+    return WORKER - code if code - WORKER in signal.valid_signals() else code
 
 
 def error_files(folder: Path) -> list[Path]:

@@ -61,3 +61,7 @@ def test_questions_are_counted_in_the_data(small_config):
     rows = [json.loads(text) for text in open(f"{config.data.dir}/small/reverse_test.jsonl")]
     mine = {json.dumps(row) for row in rows if row["entity_id"] == rows[0]["entity_id"]}
     assert f"4 main and 4 control people with {len(mine)} questions each" in line
+    told = f"data.num_main={people_needed(CW, 9)} data.num_control={people_needed(CW, 9)} would"
+    assert len(mine) == 6 and told in line  # groups of the size that is needed have nine
+    config.data.num_main = 20  # the people that are there count, not those that would be drawn
+    assert design_of(config) == [line]
