@@ -220,7 +220,7 @@ def fork_workers(folder: Path, num_processes: int, function: Callable, *argument
         try:
             start_workers(num_processes, function, *arguments)
         except Exception as error:
-            failures.append(str(error))
+            failures.append(error)
         finally:
             ended.set()
 
@@ -243,11 +243,16 @@ def fork_workers(folder: Path, num_processes: int, function: Callable, *argument
                 if len(seen) >= num_processes and not ended.wait(1.0):
                     break  # all have ended, but not all with a result: torch would wait for it for ever
     if failures:
+        # The workers' own codes tell which was killed where all fail for it, but for one that ended before it was seen
+        # here; torch tells one alone, the first that it noticed. Those that it ended then died of SIGTERM.
         workers.sort(key=lambda child: (len(child.name), child.name))  # ForkProcess-9, ForkProcess-10
-        for rank, code in enumerate(child.exitcode for child in workers):
-            if code not in (None, 0, 1, 130, -signal.SIGTERM):  # alive, no error, one that it left, ended by torch
+        codes = [child.exitcode for child in workers] if len(workers) == num_processes else []
+        seen = [(rank, code) for rank, code in enumerate(codes) if code != -signal.SIGTERM]
+        noticed = [(rank, one.exitcode) for rank, one in getattr(failures[0], "failures", {}).items()]
+        for rank, code in seen + noticed:
+            if code not in (None, 0, 1, 130):  # alive, no error, one that it left
                 clear_errors(folder)  # that the others lost a connection tells nothing
                 leave_error(folder, rank, killed(code))
                 if code < 0:
                     sys.exit(WORKER - code)
-        sys.exit(failures[0])
+        sys.exit(str(failures[0]))

@@ -20,7 +20,7 @@ from mmrev_kit.training.update import TrainingError
 
 # Jobs that end by a signal right before an update, or that use a kernel which torch makes and keeps for a CPU.
 JOBS = """
-import os, signal
+import multiprocessing, os, signal
 from pathlib import Path
 from mmrev_kit.training import loop
 
@@ -36,9 +36,12 @@ def dies(config, update, rank, sign):
     loop.update = killed
     loop.worker(config)
 
-def dies_at_once(config, rank):
+def dies_at_once(config, rank, sign):
     if int(os.environ["RANK"]) == rank and os.environ["TRITON_CACHE_DIR"] == "/damaged":
-        os.kill(os.getpid(), signal.SIGBUS)
+        os.kill(os.getpid(), getattr(signal, sign))
+
+if "UNSEEN" in os.environ:  # every worker ends before the process that forked it looks for its children
+    multiprocessing.active_children = list
 
 def rehearsal_dies(config, updates, folder):
     from mmrev_kit.training import rehearse
@@ -102,9 +105,19 @@ def test_killed_before_the_first_update_it_starts_once_more_with_an_empty_cache(
     assert not list(folder.glob("error_rank*"))
 
 
-def test_a_worker_that_is_killed_as_soon_as_it_is_forked_is_told_from_the_others(jobs, small_config):
-    _, log = run(jobs.dies_at_once, small_config("launch.num_processes=2"), 1)
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_worker_that_is_killed_as_soon_as_it_is_forked_is_told_from_the_others(
+    jobs, small_config, monkeypatch, unseen
+):
+    if unseen:
+        monkeypatch.setenv("UNSEEN", "1")
+    _, log = run(jobs.dies_at_once, small_config("launch.num_processes=2"), 1, "SIGBUS")
     assert log.count("NOTE: a process was killed by SIGBUS") == 1
+
+
+def test_one_worker_that_is_ended_from_outside_is_told_by_its_rank(jobs, small_config):
+    with pytest.raises(TrainingError, match="^process 1: TrainingError: the process was killed by SIGTERM.$"):
+        run(jobs.dies_at_once, small_config("launch.num_processes=2"), 1, "SIGTERM")
 
 
 def test_between_its_two_starts_the_folder_is_held(jobs, small_config, monkeypatch):
