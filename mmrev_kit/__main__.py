@@ -133,9 +133,9 @@ def main(words: list[str]) -> int | None:
 def run(words: list[str]) -> int | None:
     """Run a command that a person typed; returns the exit status."""
     if words[:1] == ["pretrain"]:
-        from mmrev_kit.pretraining import command
+        from mmrev_kit.pretraining.run import main as pretrain
 
-        return command.main(words[1:])
+        return pretrain(words[1:])
     given = make_parser().parse_args(words)
     from mmrev_kit.notebook import commands
 

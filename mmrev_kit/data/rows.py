@@ -1,5 +1,6 @@
 """Experiment and pool files read into rows, strictly: every fault is collected and told with file and line."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -103,6 +104,24 @@ def _answer(record: dict, task: TaskType) -> str:
     return record["label" if task.format == CW else "description"]
 
 
+def to_row(
+    record: dict, task: TaskType, source: str, images: Iterable[Path], where: str = "", group: str | None = None
+) -> Row:
+    """A record without faults as a row; its arguments are fields of `Row`."""
+    return Row(
+        task=task.name,
+        source=source,
+        where=where,
+        entity_id=str(record.get("entity_id", "")),
+        group=group,
+        images=tuple(images),
+        description=record.get("description"),
+        connector=record["connector"].strip(),
+        choices=tuple(record.get("choices") or ()),
+        answer=_answer(record, task),
+    )
+
+
 def read_rows(
     path: Path, task: str, source: str, groups: dict[str, str], roots: tuple[Path, ...] | None = ()
 ) -> tuple[list[Row], list[Fault]]:
@@ -136,20 +155,8 @@ def read_rows(
         faults += wrong
         if wrong:
             continue
-        entity = str(record.get("entity_id", ""))
-        row = Row(
-            task=task,
-            source=source,
-            where=where,
-            entity_id=entity,
-            group=groups.get(entity, record.get("group")),
-            images=tuple(images),
-            description=record.get("description"),
-            connector=record["connector"].strip(),
-            choices=tuple(record.get("choices") or ()),
-            answer=_answer(record, kind),
-        )
-        rows.append(row)
+        group = groups.get(str(record.get("entity_id", "")), record.get("group"))
+        rows.append(to_row(record, kind, source, images, where, group))
     return rows, faults
 
 

@@ -42,11 +42,9 @@ def measure(folder: str | Path, recipe: Recipe) -> list[dict]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    encoder, results = make_encoder(folder), []
+    encoder, results, num_faces = make_encoder(folder), [], min(FACES, recipe.num_faces or FACES)
     for kind in HELD_OUT:
-        subjects, drawn = draw_pictures(
-            kind, recipe.seed, min(FACES, recipe.num_faces or FACES), recipe.looks, recipe.num_workers
-        )
+        subjects, drawn = draw_pictures(kind, recipe.seed, num_faces, recipe.looks, recipe.num_workers)
         pixels = torch.from_numpy(drawn).to(device)
         for task in TASK_TYPES.values():
             numbers = [1] if kind == "icons" or task.format == GENERATION else range(1, MAX_NAMED + 1)
@@ -54,8 +52,7 @@ def measure(folder: str | Path, recipe: Recipe) -> list[dict]:
             for number in numbers:
                 rng, right = rng_for(recipe.seed, "measure", kind, task.name, number), []
                 while len(right) < prompts:
-                    count = min(BATCH, prompts - len(right))
-                    rows = ask_about(kind, task, subjects, number, count, rng)
+                    rows = ask_about(kind, task, subjects, number, min(BATCH, prompts - len(right)), rng)
                     batch = make_batch(rows, {task.name: 1.0}, (SIZE, SIZE), encoder, (1, 1, 1))
                     batch = to_device(torch.utils.data.default_convert(batch), device)
                     with torch.no_grad():

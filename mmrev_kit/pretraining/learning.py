@@ -100,8 +100,8 @@ class Lessons:
 
     def __getitem__(self, step: int) -> dict:
         rows, size = self.rows(step)
-        parts = {kind: part for kind, (_, part) in mix_of(self.recipe.orders).items()}
-        return make_batch(rows, parts, size, self.encoder)
+        mix = mix_of(self.recipe.orders).items()
+        return make_batch(rows, {kind: part for kind, (_, part) in mix}, size, self.encoder)
 
 
 def to_patches(pixels, size: tuple[int, int], patch: int, merge: int):
@@ -170,18 +170,14 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, tuple[list, list, list]] = {}
+            alike: dict[torch.Size, list[tuple]] = {}
             for part in group["params"]:
                 momentum = self.state[part].setdefault("momentum_buffer", torch.zeros_like(part))
-                for found, value in zip(
-                    alike.setdefault(part.shape, ([], [], [])), (part, part.grad, momentum), strict=True
-                ):
-                    found.append(value)
-            one = partial(
-                _zeropower_via_newtonschulz,
-                ns_coefficients=group["ns_coefficients"], ns_steps=group["ns_steps"], eps=group["eps"],
-            )  # fmt: skip
-            for shape, (parts, grads, momenta) in alike.items():
+                alike.setdefault(part.shape, []).append((part, part.grad, momentum))
+            settings = {name: group[name] for name in ("ns_coefficients", "ns_steps", "eps")}
+            one = partial(_zeropower_via_newtonschulz, **settings)
+            for shape, found in alike.items():
+                parts, grads, momenta = map(list, zip(*found, strict=True))
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 steps = torch.vmap(one)(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))
                 torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
@@ -200,10 +196,9 @@ def make_optimizers(model, weight_decay: float, muon: bool = True) -> list[torch
     device = named[0][1].device
     rates = torch.zeros(2, device=device)  # a tensor each, which a recorded step reads anew
     adamw = torch.optim.AdamW(groups, rates[0], (0.9, 0.98), capturable=device.type == "cuda")
-    found: list[torch.optim.Optimizer] = [adamw]
-    if muon:
-        found.append(Muon(matrices.values(), rates[1], weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return found
+    if not muon:
+        return [adamw]
+    return [adamw, Muon(matrices.values(), rates[1], weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def rate_at(step: int, recipe: Recipe) -> float:

@@ -10,16 +10,16 @@ from mmrev_kit.data.objects import FAMILIES, ObjectSampler
 from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import MAX_NAMED, FaceSampler, Sampler, Subject, task_rows
 from mmrev_kit.data.prompts import Encoder
+from mmrev_kit.data.rows import to_row
 from mmrev_kit.data.tasks import LETTERS, Row, TaskType
 from mmrev_kit.pretraining.pictures import is_face, names_combination
-from mmrev_kit.pretraining.recipe import ORDERS, Recipe
+from mmrev_kit.pretraining.recipe import FEWEST, ORDERS, Recipe
 
 TEXT = "text"
 # Of 512 prompts, how many are of each kind, and their part of a step's loss; CW questions are shared out by `ORDERS`.
 MIX = {"forward": (64, 1.0), "reverse": (160, 1.5), "mcq_i2d": (144, 1.5), "mcq_d2i": (96, 1.5), TEXT: (48, 0.4)}
 ICON_SHARE = 0.2  # of the pictures, and of the prompts about pictures
 PICTURES_A_PROMPT = 0.75  # so many pictures does a step choose from
-FEWEST = 16  # pictures of either kind in a step: every question finds its wrong options
 FACTS = [f"the {role} of {place}" for role in ROLES for place in PLACES]
 NAMES = [name for family in FAMILIES for name in family]
 ALPHABETS = (
@@ -85,18 +85,14 @@ def ask(task: TaskType, subjects: list[Subject], sampler: Sampler, count: int, r
     rows = []
     for subject in (order[number % len(order)] for number in range(count)):
         text = describe(subject.attributes, VALUES) if is_face(subject) else subject.attributes["name"]
-        record = {"entity_id": subject.id, "image_path": subject.image_path, "description": text, "label": text}
-        rows.append(_to_row(task, record | {"connector": rng.choice(tasks.CONNECTORS[task.connectors])}))
+        record = {"description": text, "connector": rng.choice(tasks.CONNECTORS[task.connectors])}
+        rows.append(_to_row(task, record | {"entity_id": subject.id, "image_path": subject.image_path}))
     return rows
 
 
 def _to_row(task: TaskType, record: dict) -> Row:
-    answer = LETTERS[record["correct_index"]] if task.options else record["label"]
     shown = record["image_choices"] if task.options == "image_choices" else [record["image_path"]]
-    return Row(
-        task.name, task.name, "", record["entity_id"], None, tuple(map(Path, shown)), record["description"],
-        record["connector"], tuple(record.get("choices", ())), answer,
-    )  # fmt: skip
+    return to_row(record, task, task.name, map(Path, shown))
 
 
 def _written(rng: random.Random) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mmrev_kit.config.sections import ConfigError
 
 ORDERS = {"both": ("reverse", "cw_image"), "one": ("reverse",)}  # the tasks among which CW questions are shared out
+FEWEST = 16  # pictures of either kind in a step: every question finds its wrong options
 IDLE = ("eval_prompts", "log_every", "workers")  # fields that change nothing of what is learned
 
 
@@ -35,14 +36,13 @@ class Recipe:
     def __post_init__(self):
         if self.orders not in ORDERS:
             raise ConfigError(f"pretraining: orders = {self.orders!r}: must be one of {', '.join(ORDERS)}.")
-        if self.prompts < 16 or self.steps < 1 or not 0 < self.decay_share <= 1:
-            raise ConfigError("pretraining: prompts must be >= 16, steps >= 1 and 0 < decay_share <= 1.")
-        least = dict.fromkeys(("looks", "save_every", "log_every", "num_faces"), 1) | {"eval_prompts": 0, "workers": 0}
-        for name, limit in least.items():
+        least = dict.fromkeys(("steps", "looks", "save_every", "log_every"), 1) | {"eval_prompts": 0, "workers": 0}
+        for name, limit in (least | {"prompts": 16, "num_faces": FEWEST}).items():
             if (value := getattr(self, name)) is not None and value < limit:
                 raise ConfigError(f"pretraining: {name} = {value}: must be >= {limit}.")
-        if not 0 < self.rate < math.inf:
-            raise ConfigError(f"pretraining: rate = {self.rate}: must be a number above 0.")
+        if not 0 < self.rate < math.inf or not 0 < self.decay_share <= 1:
+            found = f"rate = {self.rate}, decay_share = {self.decay_share}"
+            raise ConfigError(f"pretraining: {found}: both must be numbers above 0, and decay_share at most 1.")
 
     @property
     def num_workers(self) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from vocabulary import tokenizer_corpus, train_tokenizer
 
+from mmrev_kit import __main__ as command
 from mmrev_kit.config.project import EMBEDDED_MODEL
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.faces import VALUES, describe, share_of
@@ -22,7 +23,7 @@ from mmrev_kit.data.people import PLACES, ROLES
 from mmrev_kit.data.pools import is_true_of
 from mmrev_kit.data.tasks import CONNECTORS, LETTERS, TASK_TYPES
 from mmrev_kit.model.scoring import generate
-from mmrev_kit.pretraining import accuracy, command, learning, run, state
+from mmrev_kit.pretraining import accuracy, learning, run
 from mmrev_kit.pretraining.learning import Step
 from mmrev_kit.pretraining.pictures import (
     TRIPLE,
@@ -35,8 +36,8 @@ from mmrev_kit.pretraining.pictures import (
     names_combination,
     shows_combination,
 )
-from mmrev_kit.pretraining.questions import FEWEST, NAMES, number_weights, step_rows
-from mmrev_kit.pretraining.recipe import Recipe, read_recipe
+from mmrev_kit.pretraining.questions import NAMES, number_weights, step_rows
+from mmrev_kit.pretraining.recipe import FEWEST, Recipe, read_recipe
 from mmrev_kit.training.lock import held
 
 SMALL = {"prompts": 16, "num_faces": 24, "looks": 1, "workers": 0, "log_every": 1, "eval_prompts": 8, "easy_steps": 0}
@@ -341,8 +342,8 @@ def test_a_save_rounds_the_run_so_that_going_on_is_exact(tmp_path):
 
     for _ in range(3):
         step(*runs[0])
-    state.save(tmp_path / "state", *runs[0], {"recipe": recipe.learned(), "step": 3})
-    record = state.restore(tmp_path / "state", *runs[1], recipe)
+    run.save(tmp_path / "state", *runs[0], {"recipe": recipe.learned(), "step": 3})
+    record = run.restore(tmp_path / "state", *runs[1], recipe)
     assert record["step"] == 3 and runs[1][1][0].state_dict()["state"][0]["step"] == 3
     for _ in range(2):
         step(*runs[0])
@@ -382,7 +383,7 @@ def test_folders_that_are_no_pretrainings_are_not_replaced(tmp_path, name):
     mine = tmp_path / name / "weights.safetensors"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(ConfigError, match=f"{name}: not written by a pretraining"):
+    with pytest.raises(ConfigError, match=f"{name}: no pretraining wrote it"):
         run.pretrain(Recipe(**SMALL, steps=1), tmp_path)
     assert mine.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -434,7 +435,7 @@ def test_the_loss_falls_and_a_killed_run_goes_on_to_the_same_model(tmp_path, mon
 @pytest.mark.long
 def test_accuracies_are_counted_by_task_and_number_of_attributes(capsys):
     words = ["--measure", str(EMBEDDED_MODEL), "--eval-prompts", "8", "--workers", "0", "--num-faces", "24"]
-    assert command.main([*words, "--looks", "1"]) is None
+    run.main([*words, "--looks", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 3 * len(TASK_TYPES)
     (captions,) = [line for line in lines if line.startswith("| faces | forward |")]
@@ -452,16 +453,25 @@ def test_the_vocabulary_is_the_shipped_one():
 def test_the_command_line_and_the_notebook_read_every_field(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(run, "pretrain", lambda *words: given.append(words))
-    assert command.main(["--orders", "one", "--num-faces", "30", "--rate", "1e-4", "--no-muon", "--out", "s"]) is None
+    run.main(["--orders", "one", "--num-faces", "30", "--rate", "1e-4", "--no-muon", "--out", "s"])
     assert given == [(Recipe(orders="one", num_faces=30, rate=1e-4, muon=False), "s")]
     assert read_recipe({"orders": "one", "num_faces": 30}, "looks=1") == Recipe(orders="one", num_faces=30, looks=1)
     for values, words in (({"steps": "many"}, ""), ({}, "lookz=1"), ({"prompts": 2}, "")):
         with pytest.raises(ConfigError, match="pretraining: "):
             read_recipe(values, words)
-    for name, value in {"looks": 0, "save_every": 0, "workers": -1, "eval_prompts": -7, "rate": "nan"}.items():
+    for name, value in {
+        "looks": 0,
+        "save_every": 0,
+        "workers": -1,
+        "eval_prompts": -7,
+        "rate": "nan",
+        "num_faces": 15,
+    }.items():
         with pytest.raises(ConfigError, match=f"pretraining: {name} = "):
             read_recipe({name: value})
     for words in (["--prompts", "2"], ["--steps", "many"]):
-        assert command.main([*words, "--out", str(tmp_path)]) == 2
-    assert command.main(["--measure", str(tmp_path)]) == 2
+        assert command.main(["pretrain", *words, "--out", str(tmp_path)]) == 2
+    assert command.main(["pretrain", "--measure", str(tmp_path)]) == 2
+    with pytest.raises(ConfigError, match=r"decay_share = 1\.5: "):
+        read_recipe({"decay_share": 1.5})
     assert FEWEST >= 4 and len(given) == 1
