@@ -141,9 +141,11 @@ def new_folder(target: str | Path, size: int | None = None):
         try:
             yield temporary
             os.chmod(temporary, 0o755)
-            for file in temporary.iterdir():
-                os.chmod(file, 0o644)  # safetensors lets nobody else read its files
-                _sync(file)
+            for path in temporary.iterdir():
+                if path.is_file():
+                    os.chmod(path, 0o644)  # safetensors lets nobody else read its files
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())  # a full disk may show only here
             if target.exists():
                 remove_folder(old)
                 os.replace(target, old)
@@ -151,13 +153,6 @@ def new_folder(target: str | Path, size: int | None = None):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             _restore_or_remove(target, old)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file; a full disk may show only here. Folders are left to the system."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _restore_or_remove(target: Path, old: Path) -> None:

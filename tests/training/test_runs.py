@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from mmrev_kit import files
-from mmrev_kit.files import finite, new_folder, to_json, write_json, write_jsonl, write_text
+from mmrev_kit.files import finite, fresh_folder, new_folder, to_json, write_json, write_jsonl, write_text
 from mmrev_kit.training import history as history_module
 from mmrev_kit.training.history import History, read_history
 
@@ -154,6 +154,15 @@ def test_others_may_read_what_a_run_saves(tmp_path):
         (folder / "adapter.safetensors").chmod(0o600)  # as safetensors writes its files
     for path in (tmp_path / "last", tmp_path / "last" / "adapter.safetensors"):
         assert path.stat().st_mode & 0o044 == 0o044
+
+
+def test_a_folder_in_a_new_one_can_be_entered_by_those_who_may_read_it(tmp_path):
+    """Root enters every folder; for anybody else the pictures of an experiment would be out of reach."""
+    with fresh_folder(tmp_path / "people") as folder:
+        (folder / "images").mkdir()
+        (folder / "images").chmod(0o755)
+        (folder / "images" / "a.png").write_bytes(b"1")
+    assert (tmp_path / "people" / "images").stat().st_mode & 0o777 == 0o755
 
 
 def test_new_folder_replaces_the_old_one_as_a_whole(tmp_path):
