@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -190,41 +191,41 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
         FileExistsError: there is something at `folder`, or is by now, made by another process.
     """
     folder = _absent(Path(folder))
-    with needing(folder), _alone(folder):
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.new.*"):
-            shutil.rmtree(left)
-        with new_folder(_absent(folder)) as building:
-            yield building
-            _absent(folder)  # something that does not wait may have made it in the meantime
+    lock = folder.with_name(f".{folder.name}.lock")
+    with needing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, f"waiting for the process that makes {folder}"):
+            try:
+                for left in folder.parent.glob(f".{glob.escape(folder.name)}.new.*"):
+                    shutil.rmtree(left)
+                with new_folder(_absent(folder)) as building:
+                    yield building
+                    _absent(folder)  # something that does not wait may have made it in the meantime
+            finally:
+                lock.unlink()
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is here for the same folder; the lock ends with its process, however that ends."""
-    path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "ab") as file:
+def locked(path: Path, waiting: str | None = None) -> Iterator[TextIO]:
+    """The file at `path`, made where there is none, as soon as no other process is here with it; who is here may remove
+    it. The lock ends with its process, however that ends.
+
+    Args:
+        waiting: printed where another process is here.
+    """
+    there = False
+    while not there:
+        with open(path, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for the process that makes {folder}", flush=True)
+                if waiting:
+                    print(waiting, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file.fileno()):
-                continue  # who held it has removed it
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one at `path`, and was not removed since."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+            with suppress(FileNotFoundError):  # else who held it has removed it: begin again
+                there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            if there:
+                yield file
 
 
 def _absent(folder: Path) -> Path:

@@ -4,7 +4,6 @@ On the host and boot that wrote it, a lock is held as long as its process lives.
 be looked at, it is held until nobody has refreshed it for ten minutes.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -15,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 
 from mmrev_kit.config.sections import ConfigError
+from mmrev_kit.files import locked
 
 NAME = "run.lock"
 REFRESH_SECONDS = 30
@@ -67,22 +66,9 @@ def read_holder(folder: Path) -> dict | None:
         return None
 
 
-@contextmanager
-def _open(folder: Path) -> Iterator[TextIO]:
-    """The lock file, which no other process reads or writes meanwhile."""
-    path = folder / NAME
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # removed by its holder while this process waited: begin again
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    yield file
-                    return
-
-
 def hand_over(folder: Path, pid: int) -> None:
     """Make process `pid` the holder; nobody else must hold the lock."""
-    with _open(folder) as file:
+    with locked(folder / NAME) as file:
         file.truncate(0)
         file.write(json.dumps(_record(pid)) + "\n")
 
@@ -96,7 +82,7 @@ def take(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _open(folder):
+        with locked(folder / NAME):
             holder = read_holder(folder)
             if holder is None:
                 (folder / NAME).write_text(json.dumps(_record(os.getpid())) + "\n", encoding="utf-8")
@@ -124,7 +110,7 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError), _open(folder):
+        with suppress(OSError), locked(folder / NAME):
             (folder / NAME).unlink()
 
 
