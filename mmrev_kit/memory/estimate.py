@@ -270,29 +270,29 @@ def estimate(
     Raises:
         ConfigError: see `read_shapes`; sizes that are not positive; an optimizer that is not known.
     """
-    shapes = as_shapes(model_config if model_config is not None else config.model.name)
+    shapes = as_shapes(model_config or config.model.name)
     if processes < 1:
         raise ConfigError(f"launch.num_processes = {processes}: must be a number from 1.")
     micro_batches = micro_batches or [largest_micro_batch(config, shapes)]
     for one in micro_batches:
         one.check()
-    context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
     static = {phase: static_components(shapes, config, processes, accumulates, phase) for phase in phases}
     found = [
-        at_peak(static, {phase: moving_components(shapes, config, one, phase, old) for phase in phases}, context, one)
+        at_peak(static, {phase: moving_components(shapes, config, one, phase, old) for phase in phases}, processes, one)
         for one in dict.fromkeys(micro_batches)
     ]
     return max(found, key=lambda estimate: estimate.allocated_gib)
 
 
 def at_peak(
-    static: dict[str, list[Component]], moving: dict[str, list[Component]], context_gib: float, one: MicroBatch
+    static: dict[str, list[Component]], moving: dict[str, list[Component]], processes: int, one: MicroBatch
 ) -> Estimate:
     """The estimate of a micro-batch, from the components of each phase."""
     present = {phase: [part for part in static[phase] + parts if part.size > 0] for phase, parts in moving.items()}
     peaks = {phase: sum(component.gib for component in components) for phase, components in present.items()}
     phase = max(peaks, key=peaks.get)
     static_gib = sum(component.gib for component in static[phase])
+    context_gib = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
     return Estimate(present[phase], phase, peaks, static_gib, context_gib, one)
 
 
@@ -315,20 +315,10 @@ def evaluation(config: Config, model_config, length: int, visual: int, option: i
     config = replace(config, memory=replace(config.memory, cache_features=False))
     one = MicroBatch(size, length, size * option, visual * size)
     static = static_components(shapes, config, 1, True, "evaluation")
-    cache = 2 * width(config) * shapes.key * shapes.num_hidden_layers
     tokens = size * (length + max(option, config.evaluation.max_new_tokens))
-    moving = {
-        "vision tower": [Component("vision activations", *vision_bytes(shapes, config, one), word)],
-        "prompts": [
-            Component("keys, values and states", *prefill_bytes(shapes, config, one), word),
-            weight_in_16_bit(largest_product(shapes, config, True)),
-        ],
-        "options": [
-            Component("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
-            Component("logits", *logits_bytes(shapes, one), word),
-        ],
-    }
-    return at_peak(dict.fromkeys(moving, static), moving, CONTEXT_GIB, one)
+    moving = {"vision tower": [Component("vision activations", *vision_bytes(shapes, config, one), word)]}
+    moving |= asking_components(shapes, config, one, tokens, True, word)
+    return at_peak(dict.fromkeys(moving, static), moving, 1, one)
 
 
 def questions(
@@ -336,15 +326,25 @@ def questions(
 ) -> Estimate:
     """Memory of the tests after an epoch: a pass without gradients beside what training keeps; the costliest counts."""
     shapes, word = as_shapes(model_config), "evaluation.by_epoch=false, or memory.micro_tokens"
-    static = static_components(shapes, config, processes, False, "loss")
-    context = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
-    cache, found = 2 * width(config) * shapes.key * shapes.num_hidden_layers, []
-    weight = weight_in_16_bit(largest_product(shapes, config, old))
+    static, found = static_components(shapes, config, processes, False, "loss"), []
     for one in dict.fromkeys(micro_batches):
-        kept = Component("keys and values", cache * one.tokens, f"{cache:,} B x {one.tokens:,} tokens", word)
-        moving = {
-            "prompts": [Component("keys, values and states", *prefill_bytes(shapes, config, one), word), weight],
-            "options": [kept, Component("logits", *logits_bytes(shapes, one), word)],
-        }
-        found.append(at_peak(dict.fromkeys(moving, static), moving, context, one))
+        moving = asking_components(shapes, config, one, one.tokens, old, word)
+        found.append(at_peak(dict.fromkeys(moving, static), moving, processes, one))
     return max(found, key=lambda estimate: estimate.allocated_gib)
+
+
+def asking_components(
+    shapes: ModelShapes, config: Config, one: MicroBatch, tokens: int, old: bool, word: str
+) -> dict[str, list[Component]]:
+    """What comes and goes while questions are asked, by phase; `tokens`: those whose keys and values are kept."""
+    cache = 2 * width(config) * shapes.key * shapes.num_hidden_layers
+    return {
+        "prompts": [
+            Component("keys, values and states", *prefill_bytes(shapes, config, one), word),
+            weight_in_16_bit(largest_product(shapes, config, old)),
+        ],
+        "options": [
+            Component("keys and values", cache * tokens, f"{cache:,} B x {tokens:,} tokens", word),
+            Component("logits", *logits_bytes(shapes, one), word),
+        ],
+    }

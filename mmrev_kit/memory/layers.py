@@ -96,11 +96,10 @@ def activations(shapes: ModelShapes, config: Config, one: MicroBatch, old: bool 
 
 @dataclass(frozen=True)
 class Projections:
-    """Projections that read the same: bytes a token of the input with the columns of adapters behind it, of the outputs
-    in 16 bit, of the adapters' part and the dropout masks; and bytes of a product's weights in 16 bit."""
+    """Projections that read the same: bytes a token of the input with the columns of adapters behind it, of the
+    adapters' part and the dropout masks; and bytes of a product's weights in 16 bit."""
 
     inputs: float
-    outputs: float
     low: float
     masks: float
     weights: float
@@ -116,14 +115,19 @@ def projections(shapes: ModelShapes, config: Config) -> dict[str, Projections]:
     }
     w, lora, linears, found = width(config), config.lora, shapes.linears(), {}
     for word, parts in names.items():
-        inputs, outputs = linears[parts[0]][0], sum(linears[part][1] for part in parts)
+        inputs, outputs = linears[parts[0]]
         rank = len(parts) * lora.r if set(parts) & set(lora.target_modules) else 0
         wide = inputs + 64 * math.ceil(rank / 64)
         made = config.quantization.bits == 4 or rank
-        product = outputs if word == "qkv" else linears[parts[0]][1]
+        product = sum(linears[part][1] for part in parts) if word == "qkv" else outputs
         masks = inputs if rank and lora.dropout > 0 else 0
-        found[word] = Projections(w * wide, w * outputs, w * rank, masks, w * wide * product if made else 0.0)
+        found[word] = Projections(w * wide, w * rank, masks, w * wide * product if made else 0.0)
     return found
+
+
+def heaviest(steps: list[tuple[str, float, float]], tokens: int) -> tuple[str, float, float]:
+    """Of steps, as in `Activations.backward` but with bytes a token, the one that holds most, with those of all."""
+    return max(((name, size * tokens, weights) for name, size, weights in steps), key=lambda step: step[1] + step[2])
 
 
 def of_operation(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activations:
@@ -142,16 +146,12 @@ def of_operation(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activa
         ("q, k and v", attended + w * (q + 2 * k) + parts["qkv"].inputs, parts["qkv"].weights),
     ]
     again = [(steps[1][0], steps[1][1] + masks, up.weights), ("attention", steps[2][1] - 2 * w * f, 0.0)]
-
-    def heaviest(steps: list) -> tuple[str, float, float]:
-        return max(((name, size * tokens, made) for name, size, made in steps), key=lambda step: step[1] + step[2])
-
     return Activations(
         tensors=tuple(size * tokens for size in saved if size),
         inputs=shapes.num_hidden_layers * 4 * h * tokens,
         once=(sum(saved) - 4 * h) * tokens,
-        backward=heaviest(steps),
-        again=heaviest(again),
+        backward=heaviest(steps, tokens),
+        again=heaviest(again, tokens),
     )
 
 
@@ -172,15 +172,15 @@ def of_modules(shapes: ModelShapes, config: Config, one: MicroBatch) -> Activati
     scores = (2 * w + 4) * heads * one.length if eager else 4 * w * q + 4 * q
     tokens = one.tokens
     operations = [
-        ("the gated product", (3 * w * f + gradient) * tokens, 0.0),
-        ("down_proj", (w * f + gradient) * tokens, largest_linear(shapes, config)),
-        ("attention", max(0.0, scores + gradient - sum(mlp)) * tokens, 0.0),  # what the MLP saved is gone by then
+        ("the gated product", 3 * w * f + gradient, 0.0),
+        ("down_proj", w * f + gradient, largest_linear(shapes, config)),
+        ("attention", max(0.0, scores + gradient - sum(mlp)), 0.0),  # what the MLP saved is gone by then
     ]
     return Activations(
         tensors=tuple(size * tokens for size in per_token),
         inputs=shapes.num_hidden_layers * 4 * h * tokens,
         once=(sum(per_token) - 4 * h) * tokens,  # a norm's input is the layer's own
-        backward=max(operations, key=lambda operation: operation[1] + operation[2]),
+        backward=heaviest(operations, tokens),
     )
 
 

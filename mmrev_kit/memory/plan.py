@@ -179,7 +179,7 @@ def plan(
     """
     if not gpu_gib > 0 or num_processes < 1:
         raise ConfigError(f"a plan for {num_processes} processes with {gpu_gib} GiB each: both must be above 0.")
-    shapes = as_shapes(model_config if model_config is not None else config.model.name)
+    shapes = as_shapes(model_config or config.model.name)
     batch, room, candidates = effective_batch(config, num_processes), gpu_gib * (1 - MARGIN), []
     if split is None:
         length = config.training.max_length
