@@ -48,10 +48,12 @@ def needing(path: Path, size: int | None = None):
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the latter, of a file written by safetensors, has no errno
-        numbers = re.findall(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
-        if not any(int(number or 0) in FULL for number in numbers):
-            if getattr(error, "errno", None) in DENIED and Path(error.filename or "") in (path, *path.parents):
+    except (OSError, SafetensorError) as error:
+        code, said = getattr(error, "errno", None), re.search(r"\(os error (\d+)\)", str(error))
+        if (int(said[1]) if said else code) not in FULL:  # safetensors says it in words alone
+            named = Path(getattr(error, "filename", None) or "")
+            beside = named.parent == path.parent and named.name.startswith(f".{path.name}.")  # made on the way to it
+            if code in DENIED and (beside or named in (path, *path.parents)):
                 reason = f"{path} cannot be written ({error.strerror}: {error.filename}). Choose another folder."
                 raise NotWritable(error.errno, reason) from None
             raise

@@ -59,12 +59,12 @@ class LogLines:
         """Print what has come since the last look."""
         if not self.path.is_file():
             return
-        with self.path.open(encoding="utf-8", errors="replace") as log:
+        with self.path.open("rb") as log:
             log.seek(self._read)
-            text = log.read()
-            whole = text[: text.rfind("\n") + 1]
-            self._read += len(whole.encode())
-        for line in whole.splitlines():
+            content = log.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode("utf-8", errors="replace").splitlines():
             told = line.removeprefix(MARK)
             if told != line and (self._all or not (is_interactive() and OF_TRAINING.match(told))):
                 print(told, flush=True)

@@ -274,6 +274,16 @@ def test_the_notebook_shows_the_logs_lines_and_in_jupyterlab_one_that_follows(
         assert capsys.readouterr().out.splitlines() == [*told, "40%, 4 of 10 prompts"]
 
 
+def test_no_line_is_lost_behind_bytes_that_are_no_text(tmp_path, capsys):
+    log = tmp_path / "train.log"
+    lines = LogLines(log)
+    for number in (1, 2):
+        with log.open("ab") as file:
+            file.write(b"\xff" * 40 + b" of a library\r\nprogress: line %d\n" % number)
+        lines.show()
+    assert capsys.readouterr().out == "line 1\nline 2\n"
+
+
 def decision(improved: bool, reduced: bool, bad_epochs: int, lr: float, stop: str | None) -> dict:
     return {"improved": improved, "reduced": reduced, "bad_epochs": bad_epochs, "lr": lr, "stop": stop}
 

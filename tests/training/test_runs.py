@@ -348,6 +348,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         write_text(tmp_path / "a" / "b" / "c", "")
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_place_that_cannot_be_written_is_named_where_it_exists(folder):
+    """Nobody, root neither, makes files in /proc."""
+    with pytest.raises(files.NotWritable, match=r"/proc/mine cannot be written \(.*: /proc/\.mine\..*\)\. Choose"):
+        if folder:
+            with fresh_folder("/proc/mine"):
+                pass
+        write_text("/proc/mine", "")
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_remove_folder(tmp_path, exists):
     folder = tmp_path / "last"
