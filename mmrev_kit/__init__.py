@@ -2,7 +2,6 @@
 
 The rooms, each of which imports only those above it:
 
-    errors       what is said to a person
     files        files and folders that are whole or absent
     config       the settings: their defaults, reading them, paths, seeds, optimizers; how progress is said
     data         the tasks; people, pictures, partners, retention pools; checks; rows to tokens; the mix

@@ -86,9 +86,9 @@ def _read_overrides(text: str) -> list[tuple[str, str, object]]:
                 raise ConfigError(f"overrides: {word!r} is not of the form section.key=value.")
             bracketed = value.startswith(("[", "{"))
             found.append((word, key, OmegaConf.to_container(OmegaConf.create(value)) if bracketed else value))
+    except ConfigError:
+        raise
     except (ValueError, yaml.YAMLError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"overrides: {text!r} cannot be read: {error}") from None
     return found
 
@@ -157,9 +157,8 @@ def differences(a: Config, b: Config) -> dict[str, tuple]:
     """{"section.key": (value in a, value in b)} for every key that differs."""
     found = {}
     for section in fields(Config):
-        left, right = getattr(a, section.name), getattr(b, section.name)
-        for item in fields(left):
-            pair = getattr(left, item.name), getattr(right, item.name)
-            if pair[0] != pair[1]:
-                found[f"{section.name}.{item.name}"] = pair
+        left, right = vars(getattr(a, section.name)), vars(getattr(b, section.name))
+        for name, old in left.items():
+            if old != right[name]:
+                found[f"{section.name}.{name}"] = old, right[name]
     return found

@@ -258,11 +258,12 @@ class EvaluationConfig:
     @property
     def partial(self) -> str | None:
         """What of all questions is asked, as its folder's name has it; None: all are."""
-        tests = (
-            [f"tests={'+'.join(test for test in TESTS if test in self.tests)}"] if len(self.tests) < len(TESTS) else []
-        )
-        most = [] if self.max_samples is None else [f"max_samples={self.max_samples}"]
-        return ",".join(tests + most) or None
+        parts = []
+        if len(self.tests) < len(TESTS):
+            parts.append(f"tests={'+'.join(test for test in TESTS if test in self.tests)}")
+        if self.max_samples is not None:
+            parts.append(f"max_samples={self.max_samples}")
+        return ",".join(parts) or None
 
 
 @dataclass

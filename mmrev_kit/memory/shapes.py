@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrev_kit.config.project import ASSETS, EMBEDDED, resolve
+from mmrev_kit.config.project import model_path
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.base_files import FAMILY, read_config
 
@@ -76,7 +76,7 @@ def read_shapes(source: str | Path, name: str | None = None) -> ModelShapes:
         ConfigError: no such file, a model that the kit cannot use (see `read_config`), one of another family, a field
             that is missing, or a size that is not positive.
     """
-    path = resolve(source)
+    path = model_path(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         known = ", ".join(map(architecture_file, PUBLISHED))
@@ -127,8 +127,6 @@ def as_shapes(source) -> ModelShapes:
         return source
     if isinstance(source, str) and source.lower() in PUBLISHED:
         source = architecture_file(source.lower())
-    elif isinstance(source, str) and source in EMBEDDED:
-        source = ASSETS / source
     return read_shapes(source)
 
 
