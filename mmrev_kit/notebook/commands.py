@@ -17,9 +17,12 @@ from mmrev_kit.data.make import ensure_data, ensure_pool
 from mmrev_kit.data.records import read_info
 from mmrev_kit.evaluation import tables
 from mmrev_kit.evaluation.results import read_evaluation
-from mmrev_kit.notebook import budget, launch
+from mmrev_kit.notebook import budget, launch, sweep_results, sweep_runs
+from mmrev_kit.notebook.render import execute
+from mmrev_kit.notebook.sweeps import read_sweep
 from mmrev_kit.training.loop import launched_worker
 from mmrev_kit.training.preflight import preflight, torch_build
+from mmrev_kit.training.sharing import merge_adapter
 from mmrev_kit.training.tracking import refuse_missing
 
 LAPTOP, RECIPE, FACES = (f"configs/{name}.yaml" for name in ("tiny_cpu", "config_qwen3vl32_fp16", "face_config"))
@@ -203,9 +206,6 @@ def doctor(given: Namespace) -> int:
 
 def sweep(given: Namespace) -> int:
     """Run a sweep, and write its table; returns 1 where a run failed."""
-    from mmrev_kit.notebook import sweep_results, sweep_runs
-    from mmrev_kit.notebook.sweeps import read_sweep
-
     study = read_sweep(given.sweep, seeds=given.seeds, overrides=given.overrides)
     print(study, flush=True)
     results = sweep_runs.run_sweep(study, given.parallel)
@@ -217,9 +217,7 @@ def sweep(given: Namespace) -> int:
 
 def notebook(given: Namespace) -> int:
     """Execute and render a notebook; see `render.execute`."""
-    from mmrev_kit.notebook.render import execute
-
-    return execute(given.name, [tuple(pair) for pair in given.parameters])
+    return execute(given.name, given.parameters)
 
 
 def share(given: Namespace) -> int | None:
@@ -231,7 +229,5 @@ def share(given: Namespace) -> int | None:
 
 def merge(given: Namespace) -> None:
     """Merge a run's adapter, or one from elsewhere, into its 16-bit base; `hf upload` takes the folder to the hub."""
-    from mmrev_kit.training.sharing import merge_adapter
-
     made = merge_adapter(given.source, given.out, given.overrides)
     print(f"made {made}. To share it: hf upload YOU/NAME {given.out}")

@@ -13,13 +13,7 @@ from mmrev_kit.config.sections import Config, ConfigError, ExperimentConfig
 from mmrev_kit.data.questions import Question, choose_questions, read_questions
 from mmrev_kit.data.run_data import people_digest, trained_connectors
 from mmrev_kit.data.tasks import TASK_TYPES
-from mmrev_kit.evaluation.predict import (
-    DROPS,
-    MEASURED,
-    check_answer_lengths,
-    evaluate_worker,
-    evaluation_key,
-)
+from mmrev_kit.evaluation.predict import DROPS, MEASURED, check_answer_lengths, evaluate_worker, evaluation_key
 from mmrev_kit.evaluation.results import complete, evaluation_dir, judge_anew, read_facts, read_records
 from mmrev_kit.files import write_text
 from mmrev_kit.model.adapters import adapter_folder

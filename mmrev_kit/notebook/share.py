@@ -22,14 +22,8 @@ SWEEPS = {name: f"configs/sweeps/{name}.yaml" for name in ("reproduce", "taught"
 NAMES = ("data", "train", "evaluate", "history", "memory", "helpers", *SWEEPS)
 GALLERY = "outputs/gallery"
 LIMIT = 2 * 2**20  # bytes of a page
-DRAWS = (
-    "plots",
-    "curves",
-    "tables",
-    "gallery",
-    "budget",
-    "sweep_results",
-)  # modules whose content a page shows, where its notebook imports them
+# Modules whose content a page shows, where its notebook imports them.
+DRAWS = ("plots", "curves", "tables", "gallery", "budget", "sweep_results")
 ALWAYS = ("drawing", "render")
 STAMP = '<meta content="{}" name="mmrev-made-of"/>'  # as nbconvert writes that of the template
 

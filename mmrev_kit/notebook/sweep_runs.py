@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -125,26 +124,18 @@ def run_one(sweep: Sweep, point: Point, seed: int, shares: SimpleQueue, stop: th
             raise KeyboardInterrupt
 
     config = sweep.config(point, seed)
-    with borrowed(shares) as share:
-        heed()
-        folder = sweep.folder / "runs" / run_dir(config).name
-        job = replace(config, launch=replace(config.launch, num_processes=1))
-        arguments = config.launch.num_processes, share.cores, share.cards, str(folder)
-        try:
-            with held(folder):
-                clear_errors(folder)
-                run_job(run_worker, job, folder, LOG, *arguments, show=heed)
-            return read_result(config, point, seed)
-        except Told as error:
-            return Result(point, seed, error=str(error).removeprefix("TrainingError: "))
-
-
-@contextmanager
-def borrowed(shares: SimpleQueue) -> Iterator[Share]:
-    """A free share of the machine, given back afterwards."""
+    folder = sweep.folder / "runs" / run_dir(config).name
+    job = replace(config, launch=replace(config.launch, num_processes=1))
     share = shares.get()
     try:
-        yield share
+        heed()
+        with held(folder):
+            clear_errors(folder)
+            arguments = config.launch.num_processes, share.cores, share.cards, str(folder)
+            run_job(run_worker, job, folder, LOG, *arguments, show=heed)
+        return read_result(config, point, seed)
+    except Told as error:
+        return Result(point, seed, error=str(error).removeprefix("TrainingError: "))
     finally:
         shares.put(share)
 
@@ -179,7 +170,7 @@ def run_sweep(sweep: Sweep, parallel: int | None = None) -> list[Result]:
                 found[point, seed] = read_result(config, point, seed)
         left = [run for run in runs if run not in found]
         print(f"{len(found)} of {len(runs)} runs are there; {len(left)} to do, {len(dealt)} at once", flush=True)
-        waiting = {pool.submit(run_one, sweep, *run, shares, stop): run for run in left}
+        waiting = {pool.submit(run_one, sweep, *run, shares, stop) for run in left}
         try:
             for result in told(waiting, len(found), len(runs)):
                 found[result.point, result.seed] = result
@@ -191,11 +182,11 @@ def run_sweep(sweep: Sweep, parallel: int | None = None) -> list[Result]:
     return [found[run] for run in runs]
 
 
-def told(waiting: dict[Future, tuple[Point, int]], done: int, total: int) -> Iterator[Result]:
+def told(waiting: set[Future], done: int, total: int) -> Iterator[Result]:
     """The results as they come, each with a line: which, what was found, how far the sweep is."""
-    pace, left = Pace(total, "runs", done), set(waiting)
-    while left:
-        ready, left = wait(left, return_when=FIRST_COMPLETED)
+    pace = Pace(total, done=done)
+    while waiting:
+        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for future in ready:
             result, done = future.result(), done + 1
             claim = f"failed: {result.error}" if result.error else result.evaluation.verdict().claim
