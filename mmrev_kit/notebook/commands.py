@@ -41,25 +41,24 @@ def read_flags(given: Namespace, default: str, more: dict | None = None) -> Conf
         ConfigError: see `load_config`; DataError: a note in a data folder that is no JSON.
     """
     named = {flag: value for flag in FLAGS[given.command] if (value := getattr(given, flag)) is not None}
-    values = {FLAGS[given.command][flag]: value for flag, value in named.items()}
-    values |= more or {}
+    values = {FLAGS[given.command][flag]: value for flag, value in named.items()} | (more or {})
     file, made = given.config or default, " ".join(as_made(named) if given.command == "train" else [])
+    config = load_config(file, f"{made} {given.overrides}", values)
     if made and is_first():
-        asked = load_config(file, given.overrides, values)
-        for key, (other, own) in differences(asked, load_config(file, f"{made} {given.overrides}", values)).items():
+        for key, (other, own) in differences(load_config(file, given.overrides, values), config).items():
             print(f"NOTE: {key} = {own!r}, as what is there was made with, and not {other!r}")
-    return load_config(file, f"{made} {given.overrides}", values)
+    return config
 
 
 def as_made(named: dict) -> list[str]:
     """Overrides: how the kit made the data and the pool that flags name; none for what is not there, or of others."""
-    words = []
-    if info := read_info(resolve(named.get("data_dir", ""))) if "data_dir" in named else {}:
-        own = {field.name for field in fields(DataConfig)} & info.keys() if info.get("source") != "folder" else set()
-        words += [f"data.{name}={json.dumps(info[name])}" for name in sorted(own)]
-        words += [f"experiment.seed={info['seed']}"] if "seed" in info else []
-    if info := read_info(resolve(named["face_retention_pool"])) if "face_retention_pool" in named else {}:
-        words += [f"retention.num_faces={info['num_faces']}"] if "num_faces" in info else []
+    data, pool = (
+        read_info(resolve(named[flag])) if flag in named else {} for flag in ("data_dir", "face_retention_pool")
+    )
+    own = {field.name for field in fields(DataConfig)} & data.keys() if data.get("source") != "folder" else set()
+    words = [f"data.{name}={json.dumps(data[name])}" for name in sorted(own)]
+    words += [f"experiment.seed={data['seed']}"] if "seed" in data else []
+    words += [f"retention.num_faces={pool['num_faces']}"] if "num_faces" in pool else []
     return words
 
 

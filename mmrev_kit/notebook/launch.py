@@ -63,8 +63,7 @@ def launch(config: Config) -> dict:
         return attach(config, folder, holder)
     check_machine(config)
     with held(folder):
-        finished = prepare_folder(config)
-        if finished:
+        if finished := prepare_folder(config):
             LogLines(folder / LOG, from_start=True).show()
             print(f"{folder} is finished ({finished['reason']}). To train anew set launch.overwrite=true.")
             if config.evaluation.by_epoch and not any("tests" in record for record in finished["epochs"]):

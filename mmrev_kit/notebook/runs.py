@@ -52,8 +52,8 @@ def follow(paths: str | None, output_dir: str) -> None:
         paths: run folders or files in them, separated by spaces; None: all of `output_dir`.
     """
     given = [resolve(path) for path in paths.split()] if paths else sorted(resolve(output_dir).glob("*"))
-    holders = {path if path.is_dir() else path.parent: None for path in given}
-    holders = {folder: holder for folder in holders if (holder := read_holder(folder))}
+    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in given)
+    holders = {folder: holder for folder in folders if (holder := read_holder(folder))}
     for folder, holder in holders.items():
         print(f"{folder.name} is under way: {describe(holder)}", flush=True)
     if not holders:

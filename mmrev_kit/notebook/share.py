@@ -6,7 +6,6 @@ run's; neither does what is for knobs alone.
 """
 
 import re
-from collections.abc import Iterable
 from hashlib import sha256
 from html import escape
 from pathlib import Path
@@ -98,7 +97,7 @@ def executed(name: str) -> Path:
     return folder / source.name
 
 
-def share(given: Iterable[str] = (), folder: str | None = None) -> int:
+def share(given: list[str], folder: str | None) -> int:
     """Write pages and an index of them; returns an exit status.
 
     Args:
@@ -110,7 +109,7 @@ def share(given: Iterable[str] = (), folder: str | None = None) -> int:
         ConfigError: there is no such notebook.
         SystemExit: see `executed`.
     """
-    given = list(given) or [name for name in NAMES if name not in SWEEPS]
+    given = given or [name for name in NAMES if name not in SWEEPS]
     own = [name for name in NAMES if name in given]
     paths = [resolve(path) for path in given if path not in NAMES]
     if missing := [str(path) for path in paths if not path.is_file()]:
