@@ -42,11 +42,11 @@ def read_flags(given: Namespace, default: str, more: dict | None = None) -> Conf
     """
     named = {flag: value for flag in FLAGS[given.command] if (value := getattr(given, flag)) is not None}
     values = {FLAGS[given.command][flag]: value for flag, value in named.items()} | (more or {})
-    file, made = given.config or default, " ".join(as_made(named) if given.command == "train" else [])
-    config = load_config(file, f"{made} {given.overrides}", values)
-    if made and is_first():
-        for key, (other, own) in differences(load_config(file, given.overrides, values), config).items():
-            print(f"NOTE: {key} = {own!r}, as what is there was made with, and not {other!r}")
+    file, made = given.config or default, as_made(named) if given.command == "train" else []
+    asked = load_config(file, given.overrides, values)
+    config = load_config(file, " ".join([*made, given.overrides]), values) if made else asked
+    for key, (other, own) in differences(asked, config).items() if is_first() else ():
+        print(f"NOTE: {key} = {own!r}, as what is there was made with, and not {other!r}")
     return config
 
 
