@@ -1,4 +1,4 @@
-"""Run folders: files that are whole or absent, and a history in strict JSON."""
+"""Files and folders that are whole or absent, and strict JSON."""
 
 import errno
 import fcntl
