@@ -56,6 +56,7 @@ class Estimate:
 
     Attributes:
         phase: which phase that is.
+        peaks: {phase: GiB allocated}.
         static_gib: what of it is there during the whole run.
         context_gib: what the process takes on the card outside PyTorch's allocator.
         micro_batch: the costliest one, of which this is the memory.
@@ -63,6 +64,7 @@ class Estimate:
 
     components: list[Component]
     phase: str
+    peaks: dict[str, float]
     static_gib: float
     context_gib: float
     micro_batch: MicroBatch
@@ -287,10 +289,11 @@ def at_peak(
 ) -> Estimate:
     """The estimate of a micro-batch, from the components of each phase."""
     present = {phase: [part for part in static[phase] + parts if part.size > 0] for phase, parts in moving.items()}
-    phase = max(present, key=lambda phase: sum(component.gib for component in present[phase]))
+    peaks = {phase: sum(component.gib for component in components) for phase, components in present.items()}
+    phase = max(peaks, key=peaks.get)
     static_gib = sum(component.gib for component in static[phase])
     context_gib = CONTEXT_GIB + (NCCL_GIB if processes > 1 else 0)
-    return Estimate(present[phase], phase, static_gib, context_gib, one)
+    return Estimate(present[phase], phase, peaks, static_gib, context_gib, one)
 
 
 def largest_micro_batch(config: Config, shapes: ModelShapes) -> MicroBatch:
