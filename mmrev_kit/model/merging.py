@@ -83,13 +83,13 @@ def adapter_layers(base: Path, adapter: Path) -> dict[str, torch.nn.Module]:
     """
     from peft.tuners.lora import LoraLayer
 
-    values, config = read_object(adapter / "adapter_config.json"), read_object(base / "config.json")
+    values = read_object(adapter / "adapter_config.json")
     more = [name for name in CHANGES if values.get(name)]
     more += [] if values.get("bias", "none") == "none" else ["bias"]
     if values.get("peft_type") != "LORA" or more:
         what = ", ".join(more) or f"peft_type {values.get('peft_type')!r}"
         raise ConfigError(f"{adapter}: {what}: only LoRA on the weights of layers can be merged.")
-    architecture = whole_config(base / "config.json", config)
+    architecture = whole_config(base / "config.json")
     with torch.device("meta"):
         model = model_class(architecture)(architecture)
     peft_model = attach_adapter(model, adapter, low_cpu_mem_usage=True)
@@ -174,10 +174,8 @@ def check(config: Config, adapter: Path, folder: Path, dtype: torch.dtype) -> di
     with tempfile.TemporaryDirectory() as pictures:
         batch = questions(config, Path(pictures))
     model = load_adapter(load_base(**arguments), adapter, config.adapter.unbound)
-    layers, rounding = (
-        len(language_model(model).layers),
-        max(dtype, model.dtype, key=lambda d: torch.finfo(d).eps),
-    )
+    rounding = max(torch.finfo(kind).eps for kind in (dtype, model.dtype))
+    layers = len(language_model(model).layers)
     beside = logits(model, batch)
     with model.disable_adapter():
         plain = logits(model, batch)
@@ -186,7 +184,7 @@ def check(config: Config, adapter: Path, folder: Path, dtype: torch.dtype) -> di
     alone = logits(load_base(**arguments | {"name": str(folder), "revision": None}), batch)
     spread = beside.std(-1).square().mean().sqrt()
     difference, effect = ((other - beside).square().mean().sqrt().div(spread).item() for other in (alone, plain))
-    limit = torch.finfo(rounding).eps * math.sqrt(2 * layers)
+    limit = rounding * math.sqrt(2 * layers)
     found = {"difference": difference, "effect": effect, "limit": limit, "dtype": str(dtype).removeprefix("torch.")}
     told = f"the merged model's logits are {difference:.2%} of their spread from the unmerged model's"
     if not difference <= limit:

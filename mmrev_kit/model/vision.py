@@ -97,12 +97,11 @@ def tower_block(block, hidden, cos, sin):
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
+def equal_sized(visual, pixels, rows: int, columns: int):
     """The tower on images of one size.
 
     Args:
         pixels: (images, patches, values), patches in the processor's order.
-        run_block: `tower_block`, or a compiled form of it.
 
     Returns:
         hidden (images, patches, hidden), merged (images, tokens, out), and one such tensor a deepstack layer.
@@ -117,7 +116,7 @@ def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
     tokens = patches // visual.spatial_merge_size**2
     layers, deepstack = list(visual.deepstack_visual_indexes), []
     for number, block in enumerate(visual.blocks):
-        hidden = run_block(block, hidden, cos, sin)
+        hidden = tower_block(block, hidden, cos, sin)
         if number in layers:
             merger = visual.deepstack_merger_list[layers.index(number)]
             deepstack.append(merger(hidden.flatten(0, 1)).view(images, tokens, -1))

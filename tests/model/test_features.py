@@ -85,7 +85,6 @@ def test_features_and_losses_are_bit_equal_to_the_uncached_path(base, small_conf
         losses = []
         for kept in (None, found):
             batcher = Batcher(Layout(mode, 600), task.encoder, kept, CPU)
-            assert kept is None or all(image in kept for image in images_of(some))
             with torch.no_grad():
                 parts = [sample_losses(model, batch, CPU, torch.float32) for batch in batcher.batches(some)]
             losses.append(torch.cat(parts))
