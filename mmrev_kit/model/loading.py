@@ -87,7 +87,6 @@ def load_base(
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
         architecture = whole_config(folder / "config.json")
-        placement |= {"quantization_config": nf4} if nf4 else {}
         with sums_of_quantized():
             model, met = model_class(architecture).from_pretrained(
                 folder,
@@ -96,6 +95,7 @@ def load_base(
                 attn_implementation=attn_implementation,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                quantization_config=nf4,
                 **placement,
             )
         reshaped = [key for key, *_ in met["mismatched_keys"]] + reshaped_in_4_bit(model)

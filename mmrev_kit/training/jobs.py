@@ -191,10 +191,6 @@ def main(words: list[str]) -> None:
         fork_workers(Path(folder), config.launch.num_processes, *call)
 
 
-def _silent(*words) -> None:
-    """In the place of a library's `print`."""
-
-
 def start_workers(num_processes: int, function: Callable, *arguments) -> None:
     """Run the function in every worker; of several, the launcher forks them from this process."""
     from accelerate import launchers
@@ -202,7 +198,7 @@ def start_workers(num_processes: int, function: Callable, *arguments) -> None:
 
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker's error is told once, by `run_job`
-    launchers.print = _silent  # it would say "Launching training on 2 CUDAs", of whatever there is
+    launchers.print = lambda *words: None  # it would say "Launching training on 2 CUDAs", of whatever there is
     launchers.notebook_launcher(function, arguments, num_processes=num_processes, use_port=free_port())
 
 
