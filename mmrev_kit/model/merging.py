@@ -147,7 +147,7 @@ def copy_small_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
         if not path.name.endswith(".safetensors.index.json"):
             shutil.copyfile(path, folder / path.name)
     values = read_object(base / "config.json")
-    for part in (values, values["text_config"], values["vision_config"]):
+    for part in [values, *(part for part in values.values() if isinstance(part, dict))]:
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = str(dtype).removeprefix("torch.")
         part.pop("auto_map", None)

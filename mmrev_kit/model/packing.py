@@ -153,10 +153,10 @@ def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
     """Groups dealt to `bins` so that none holds much more than another: longest first, to the emptiest (LPT)."""
     heap = [(0, number) for number in range(bins)]
     dealt: list[list[Group]] = [[] for _ in range(bins)]
-    for index in sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index)):
-        held, number = heapq.heappop(heap)
-        dealt[number].append(groups[index])
-        heapq.heappush(heap, (held + groups[index].tokens, number))
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        held, number = heap[0]
+        dealt[number].append(group)
+        heapq.heapreplace(heap, (held + group.tokens, number))
     return dealt
 
 

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from mmrev_kit.model.plain import core_model
+
 PARTS = (
     "patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list", "num_grid_per_side",
     "interpolation_mode", "interpolation_align_corners", "deepstack_visual_indexes", "spatial_merge_size",
@@ -174,10 +176,7 @@ def use_fast_tower(model) -> bool:
     Returns:
         Whether it does now. If not, the stock forward stays and one line says why.
     """
-    visual = next((part for name, part in model.named_modules() if name.split(".")[-1] == "visual"), None)
-    if visual is None:
-        print("vision: the model has no part named visual; its own forward is used.")
-        return False
+    visual = core_model(model).model.visual
     if type(visual).__name__.startswith("Fast"):
         return True
     lacking = missing_parts(visual)

@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from mmrev_kit.config.project import project_root
 from mmrev_kit.config.reading import load_config, to_yaml
@@ -182,9 +182,8 @@ def main(words: list[str]) -> None:
     end_with(int(parent))
     sys.stdout.reconfigure(line_buffering=True)  # into the log, which is shown as it grows
     keep_fresh(Path(folder))
-    module, function = name.split(":")
     config = load_config(Path(folder) / JOB)
-    call = getattr(import_module(module), function), config, *json.loads(arguments)
+    call = resolve_name(name), config, *json.loads(arguments)
     if config.launch.num_processes == 1:
         start_workers(1, *call)
     else:
