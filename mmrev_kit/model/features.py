@@ -231,6 +231,8 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
         torch.distributed.barrier()
     left = [image for image in missing if not features.read(image)]  # those of other machines, without a shared disk
     compute(features, model, left, state.device, report=False)
+    for image in left:
+        features.read(image)
     model.train(was_training)
     if state.is_main_process:
         line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"
