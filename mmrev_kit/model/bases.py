@@ -229,8 +229,8 @@ def _samples(folder: Path) -> list:
     return sorted(tensors.items())
 
 
-def _sample(stream, begin: int, end: int, size: int = 4096) -> str:
-    digest = hashlib.sha256()
+def _sample(stream, begin: int, end: int) -> str:
+    digest, size = hashlib.sha256(), 4096
     for start in sorted({begin, max(begin, (begin + end) // 2), max(begin, end - size)}):
         stream.seek(start)
         digest.update(stream.read(min(size, end - start)))

@@ -32,12 +32,10 @@ TEXTS = ("[image] Who is this?", "Is this the keeper of Jade Temple? [image]", "
 CHANGES = ("modules_to_save", "trainable_token_indices", "target_parameters")  # what an adapter may have beside LoRA
 
 
-def merge(
-    config: Config, adapter: Path, out: Path, card: Callable[[dict], str], shard_bytes: int = SHARD_BYTES
-) -> dict:
+def merge(config: Config, adapter: Path, out: Path, card: Callable[[dict], str]) -> dict:
     """Write the base with the adapter added, in 16 bit, to `out`: whole, and checked (see `check`), or not at all.
 
-    The host's memory holds the adapter and one file of at most `shard_bytes` until the check, which loads the model
+    The host's memory holds the adapter and one file of at most `SHARD_BYTES` until the check, which loads the model
     as evaluation does.
 
     Args:
@@ -66,7 +64,7 @@ def merge(
             needed, free = 2 * sum(sizes.values()), shutil.disk_usage(building).free
             if needed > free:
                 raise ConfigError(f"{out} needs {needed:,} bytes, {free:,} are free. Choose a folder on another disk.")
-            dtype = write_weights(building, files, sizes, layers, shard_bytes)
+            dtype = write_weights(building, files, sizes, layers, SHARD_BYTES)
             copy_small_files(base, building, dtype)
             found = check(config, adapter, building, dtype)
             (building / "README.md").write_text(card(found), encoding="utf-8")

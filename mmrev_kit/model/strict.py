@@ -18,8 +18,6 @@ WRONG = re.compile(
     r"|falling back(?! to [\w ]*(implementation|version|triton|sdpa))",  # those are other code for the same numbers
     re.IGNORECASE,
 )
-
-
 # What a library says of itself: that something faster could be installed.
 ADVERT = re.compile(r"(?is)fast path is not available|not installed.*(fall|default)|triton not found")
 
