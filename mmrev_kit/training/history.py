@@ -260,8 +260,8 @@ def prepare_folder(config: Config) -> dict | None:
                 f"{folder} holds a run with another configuration: {changed}. "
                 "Choose another experiment.name, or set launch.overwrite=true to replace that run."
             )
-        if history.is_file() and read_history(history)["status"] == "finished":
-            return read_history(history)
+        if history.is_file() and (found := read_history(history))["status"] == "finished":
+            return found
     if others := not_of_a_run(folder):
         named = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ConfigError(f"{named}: not written by a run, which would replace it. Move it, or choose another name.")

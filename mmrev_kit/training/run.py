@@ -309,13 +309,15 @@ def start(config: Config, state) -> Run:
     optimizer = make_optimizer(config, trainable(model), state.device)
     if config.launch.mode == "deepspeed":
         optimizer = ShardedOptimizer(config, optimizer, trainable(model), state.device)
+    scaler = torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros(1, device=state.device))  # makes the scale: a process's first update may have no row
     run = Run(
         config=config,
         state=state,
         task=task,
         model=model,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16),
+        scaler=scaler,
         dtype=dtype,
         schedule=Schedule.from_config(config.training, steps),
         history=History(run_dir(config) / "training_history.json"),
