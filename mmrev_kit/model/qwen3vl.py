@@ -9,7 +9,7 @@ import torch
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.model.base_files import FAMILY, read_config, read_object
-from mmrev_kit.model.plain import core_model, make_architecture
+from mmrev_kit.model.plain import core_model
 
 TOKENS = {  # by the names that a config.json gives their numbers
     "image_token_id": "<|image_pad|>",
@@ -45,23 +45,23 @@ def whole_config(path: Path, values: dict | None = None):
         ConfigError: a value of another type; or, in a Qwen3-VL's, no rope_theta, or a name that transformers does not
             know, beside one that is not given and is nearly called so: a default would be used without a word.
     """
-    from transformers import Qwen3VLConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
 
     values = values or read_object(path)
-    config = make_architecture(path, {"model_type": FAMILY} | values)
-    if config.model_type != FAMILY:
+    family = values.get("model_type", FAMILY)
+    try:
+        config = CONFIG_MAPPING[family](**{"model_type": family} | values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ConfigError(f"{path} is no configuration of a {family} ({' '.join(str(error).split())}).") from None
+    if family != FAMILY:
         return config
-    default = Qwen3VLConfig()
-    for given, known in (
-        (values, default),
-        (values["text_config"], default.text_config),
-        (values["vision_config"], default.vision_config),
-    ):
+    default, text, vision = CONFIG_MAPPING[FAMILY](), values["text_config"], values["vision_config"]
+    for given, known in ((values, default), (text, default.text_config), (vision, default.vision_config)):
         names = known.to_dict().keys()
         for name in given.keys() - names:
             if near := get_close_matches(name, names - given.keys(), 1, 0.8):
                 raise ConfigError(f"{path} has the field {name!r}, which is not known; {near[0]} is. Rename it.")
-    text = values["text_config"]
     if "rope_theta" not in text | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {}):
         raise ConfigError(f"{path} has no rope_theta in its text_config: copy it anew.")
     return config
