@@ -54,8 +54,7 @@ def attach_adapter(model, folder: Path, **options):
         ) from None
     refuse_passed_over(peft_model, folder)
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    reshaped = [name for name, shape in stored.items() if wanted.get(name, shape) != shape]
+    reshaped = [name for name, shape in stored.items() if name in wanted and wanted[name].shape != shape]
     refuse_tensors(str(folder), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), reshaped)
     return peft_model
 

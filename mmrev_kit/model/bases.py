@@ -115,9 +115,9 @@ def stands_in(name: str) -> bool:
     return is_random(name) and family_of(name) == FAMILY
 
 
-def family_of(name: str, revision: str | None = None) -> str:
+def family_of(name: str) -> str:
     """transformers' word for a base's family, its `model_type`."""
-    path = resolve(name) if is_random(name) else model_folder(name, revision, weights=False) / "config.json"
+    path = resolve(name) if is_random(name) else model_folder(name, weights=False) / "config.json"
     return family_in(path, name)
 
 
@@ -229,8 +229,8 @@ def _samples(folder: Path) -> list:
     return sorted(tensors.items())
 
 
-def _sample(stream, begin: int, end: int, size: int = 4096) -> str:
-    digest = hashlib.sha256()
+def _sample(stream, begin: int, end: int) -> str:
+    digest, size = hashlib.sha256(), 4096
     for start in sorted({begin, max(begin, (begin + end) // 2), max(begin, end - size)}):
         stream.seek(start)
         digest.update(stream.read(min(size, end - start)))

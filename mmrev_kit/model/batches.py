@@ -119,9 +119,8 @@ class Batcher:
         nothing where there are none."""
         if not images:
             return {}
-        if self.features is not None and all(image in self.features for image in images):
-            features = [self.features.get(image) for image in images]
-            return as_model_input(features, self.device)
+        if self.features is not None:
+            return as_model_input([self.features.get(image) for image in images], self.device)
         return {name: value.to(self.device) for name, value in self.encoder.image_inputs(images).items()}
 
     def plain(self, samples: list[Sample]) -> Batch:

@@ -88,9 +88,6 @@ class Features:
     def file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def __contains__(self, image: Image) -> bool:
-        return self.key(image) in self._held
-
     def get(self, image: Image):
         """The (1 + DeepStack layers, visual tokens, hidden) features of an image, on the CPU.
 
@@ -109,12 +106,12 @@ class Features:
         try:
             with safe_open(self.file(key), framework="pt") as stored:
                 facts = stored.metadata() or {}
-                tensor = stored.get_tensor("features") if "features" in stored.keys() else None
-        except (FileNotFoundError, SafetensorError, OSError):
+                tensor = stored.get_tensor("features")
+        except (SafetensorError, OSError):
             return False
         rows, columns = self.size(image)
         wanted = (self.shape[0], rows * columns, self.shape[1])
-        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != self.dtype:
+        if tuple(tensor.shape) != wanted or tensor.dtype != self.dtype:
             return False
         if facts.get("key") != key or facts.get("checksum") != checksum(tensor) or not is_finite(tensor):
             return False
@@ -234,6 +231,8 @@ def build_features(config: Config, model, encoder: Encoder, samples: Iterable[Sa
         torch.distributed.barrier()
     left = [image for image in missing if not features.read(image)]  # those of other machines, without a shared disk
     compute(features, model, left, state.device, report=False)
+    for image in left:
+        features.read(image)
     model.train(was_training)
     if state.is_main_process:
         line = f"vision features: {len(images):,} images, {len(missing):,} of them computed"

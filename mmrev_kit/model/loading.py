@@ -19,7 +19,7 @@ from mmrev_kit.config.project import resolve
 from mmrev_kit.config.sections import Config, ConfigError
 from mmrev_kit.config.seeds import seed_for
 from mmrev_kit.model.adapters import attach_adapter
-from mmrev_kit.model.base_files import read_object, refuse_tensors
+from mmrev_kit.model.base_files import refuse_tensors
 from mmrev_kit.model.bases import base_fingerprint, base_of, check_base, is_random, model_folder
 from mmrev_kit.model.finite import refuse_not_finite, sums_of_quantized
 from mmrev_kit.model.fused import fuse
@@ -86,8 +86,7 @@ def load_base(
     else:
         placement = spread_options(bits, cpu_gib, offload_folder) if spread else {"device_map": {"": str(device)}}
         folder = model_folder(name, revision)
-        architecture = whole_config(folder / "config.json", read_object(folder / "config.json"))
-        placement |= {"quantization_config": nf4} if nf4 else {}
+        architecture = whole_config(folder / "config.json")
         with sums_of_quantized():
             model, met = model_class(architecture).from_pretrained(
                 folder,
@@ -96,6 +95,7 @@ def load_base(
                 attn_implementation=attn_implementation,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                quantization_config=nf4,
                 **placement,
             )
         reshaped = [key for key, *_ in met["mismatched_keys"]] + reshaped_in_4_bit(model)

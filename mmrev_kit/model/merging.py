@@ -32,12 +32,10 @@ TEXTS = ("[image] Who is this?", "Is this the keeper of Jade Temple? [image]", "
 CHANGES = ("modules_to_save", "trainable_token_indices", "target_parameters")  # what an adapter may have beside LoRA
 
 
-def merge(
-    config: Config, adapter: Path, out: Path, card: Callable[[dict], str], shard_bytes: int = SHARD_BYTES
-) -> dict:
+def merge(config: Config, adapter: Path, out: Path, card: Callable[[dict], str]) -> dict:
     """Write the base with the adapter added, in 16 bit, to `out`: whole, and checked (see `check`), or not at all.
 
-    The host's memory holds the adapter and one file of at most `shard_bytes` until the check, which loads the model
+    The host's memory holds the adapter and one file of at most `SHARD_BYTES` until the check, which loads the model
     as evaluation does.
 
     Args:
@@ -66,7 +64,7 @@ def merge(
             needed, free = 2 * sum(sizes.values()), shutil.disk_usage(building).free
             if needed > free:
                 raise ConfigError(f"{out} needs {needed:,} bytes, {free:,} are free. Choose a folder on another disk.")
-            dtype = write_weights(building, files, sizes, layers, shard_bytes)
+            dtype = write_weights(building, files, sizes, layers, SHARD_BYTES)
             copy_small_files(base, building, dtype)
             found = check(config, adapter, building, dtype)
             (building / "README.md").write_text(card(found), encoding="utf-8")
@@ -83,13 +81,13 @@ def adapter_layers(base: Path, adapter: Path) -> dict[str, torch.nn.Module]:
     """
     from peft.tuners.lora import LoraLayer
 
-    values, config = read_object(adapter / "adapter_config.json"), read_object(base / "config.json")
+    values = read_object(adapter / "adapter_config.json")
     more = [name for name in CHANGES if values.get(name)]
     more += [] if values.get("bias", "none") == "none" else ["bias"]
     if values.get("peft_type") != "LORA" or more:
         what = ", ".join(more) or f"peft_type {values.get('peft_type')!r}"
         raise ConfigError(f"{adapter}: {what}: only LoRA on the weights of layers can be merged.")
-    architecture = whole_config(base / "config.json", config)
+    architecture = whole_config(base / "config.json")
     with torch.device("meta"):
         model = model_class(architecture)(architecture)
     peft_model = attach_adapter(model, adapter, low_cpu_mem_usage=True)
@@ -147,7 +145,7 @@ def copy_small_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
         if not path.name.endswith(".safetensors.index.json"):
             shutil.copyfile(path, folder / path.name)
     values = read_object(base / "config.json")
-    for part in (values, values["text_config"], values["vision_config"]):
+    for part in [values, *(part for part in values.values() if isinstance(part, dict))]:
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = str(dtype).removeprefix("torch.")
         part.pop("auto_map", None)
@@ -174,10 +172,8 @@ def check(config: Config, adapter: Path, folder: Path, dtype: torch.dtype) -> di
     with tempfile.TemporaryDirectory() as pictures:
         batch = questions(config, Path(pictures))
     model = load_adapter(load_base(**arguments), adapter, config.adapter.unbound)
-    layers, rounding = (
-        len(language_model(model).layers),
-        max(dtype, model.dtype, key=lambda d: torch.finfo(d).eps),
-    )
+    rounding = max(torch.finfo(kind).eps for kind in (dtype, model.dtype))
+    layers = len(language_model(model).layers)
     beside = logits(model, batch)
     with model.disable_adapter():
         plain = logits(model, batch)
@@ -186,7 +182,7 @@ def check(config: Config, adapter: Path, folder: Path, dtype: torch.dtype) -> di
     alone = logits(load_base(**arguments | {"name": str(folder), "revision": None}), batch)
     spread = beside.std(-1).square().mean().sqrt()
     difference, effect = ((other - beside).square().mean().sqrt().div(spread).item() for other in (alone, plain))
-    limit = torch.finfo(rounding).eps * math.sqrt(2 * layers)
+    limit = rounding * math.sqrt(2 * layers)
     found = {"difference": difference, "effect": effect, "limit": limit, "dtype": str(dtype).removeprefix("torch.")}
     told = f"the merged model's logits are {difference:.2%} of their spread from the unmerged model's"
     if not difference <= limit:

@@ -140,20 +140,23 @@ def question_groups(samples: Sequence[Sample], image_id: int) -> list[Group]:
     return found
 
 
-def halve(group: Group) -> list[Group]:
-    """A group as two, each with a prefix of its own."""
+def fitting(group: Group, limit: int) -> list[Group]:
+    """A group, or, where it has more tokens than the limit, its halves with prefixes of their own, and so on."""
+    if group.tokens <= limit or len(group.samples) < 2:
+        return [group]
     middle = len(group.samples) // 2
-    return [make_group(part, group.preamble) for part in (group.samples[:middle], group.samples[middle:])]
+    halves = group.samples[:middle], group.samples[middle:]
+    return [small for half in halves for small in fitting(make_group(half, group.preamble), limit)]
 
 
 def balance(groups: Sequence[Group], bins: int) -> list[list[Group]]:
     """Groups dealt to `bins` so that none holds much more than another: longest first, to the emptiest (LPT)."""
     heap = [(0, number) for number in range(bins)]
     dealt: list[list[Group]] = [[] for _ in range(bins)]
-    for index in sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index)):
-        held, number = heapq.heappop(heap)
-        dealt[number].append(groups[index])
-        heapq.heappush(heap, (held + groups[index].tokens, number))
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        held, number = heap[0]
+        dealt[number].append(group)
+        heapq.heapreplace(heap, (held + group.tokens, number))
     return dealt
 
 
@@ -209,19 +212,13 @@ def share_out(groups: list[Group], processes: int) -> list[list[Group]]:
 
 def micro_batches(groups: list[Group], limit: int) -> list[list[Group]]:
     """Groups dealt to few micro-batches of at most `limit` tokens each; a row that is longer alone goes alone."""
-    waiting, fitting = list(groups), []
-    while waiting:
-        group = waiting.pop(0)
-        if group.tokens > limit and len(group.samples) > 1:
-            waiting[:0] = halve(group)
-        else:
-            fitting.append(group)
-    fewest = max(1, -(-sum(group.tokens for group in fitting) // limit))
-    for count in range(fewest, len(fitting)):
-        dealt = balance(fitting, count)
-        if heaviest(dealt) <= max(limit, max(group.tokens + group.preamble for group in fitting)):
+    groups = [small for group in groups for small in fitting(group, limit)]
+    fewest = max(1, -(-sum(group.tokens for group in groups) // limit))
+    for count in range(fewest, len(groups)):
+        dealt = balance(groups, count)
+        if heaviest(dealt) <= max(limit, max(group.tokens + group.preamble for group in groups)):
             return dealt
-    return [[group] for group in fitting]
+    return [[group] for group in groups]
 
 
 def arrange(groups: list[Group], scale: float, multiple: int = 1) -> list[list[Group]]:

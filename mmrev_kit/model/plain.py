@@ -85,22 +85,6 @@ def model_class(architecture):
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(architecture)]
 
 
-def make_architecture(path: Path, values: dict):
-    """The configuration, of its family's class, of a config.json that `read_config` has read.
-
-    Raises:
-        ConfigError: a value of another type.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    try:
-        return CONFIG_MAPPING[values["model_type"]](**values)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no configuration of a {values['model_type']} ({told}).") from None
-
-
 def complete(model, device) -> None:
     """Put in place what a model made on the device `meta` lacks beside its parameters: tied weights, and the buffers
     that no file holds, such as rotary angles, which the library computes where it makes weights anew."""

@@ -16,8 +16,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "pr
 
 
 @strict()
-def load_processor(name: str, revision: str | None = None):
-    """The own processor of the base model that `load_base` loads. Code that lies beside a model is never run.
+def load_processor(name: str):
+    """The own processor of a base model that `load_base` loads. Code that lies beside a model is never run.
 
     A random Qwen3-VL has none: its image processor with the embedded tokenizer stands in.
 
@@ -27,39 +27,39 @@ def load_processor(name: str, revision: str | None = None):
     """
     from transformers import AutoProcessor
 
-    if not stands_in(name):
-        folder = processor_folder(name, revision)
-        for file in FILES:
-            if (folder / file).is_file():
-                read_object(folder / file)
-        try:
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except ImportError as error:
-            raise ConfigError(f"{folder}: its processor needs a package: {' '.join(str(error).split())}") from None
-        except Exception as error:  # what a file of another shape raises: KeyError, TypeError, Exception itself
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:600]})") from None
-        kind, fast = type(processor).__name__, family_of(name, revision) == FAMILY
-        if fast and kind != "Qwen3VLProcessor":
-            raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")
-        if lacking := [part for part in PARTS if getattr(processor, part, None) is None]:
-            raise ConfigError(f"{folder}: {kind} has no {' and no '.join(lacking)}: no processor of images and texts.")
-        if not processor.chat_template:
-            raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
-        own, taken = folder / "chat_template.jinja", processor.chat_template  # by name, where there are several
-        taken = taken.get("default") if isinstance(taken, dict) else taken
-        if own.is_file() and taken != own.read_text(encoding="utf-8"):  # which the library passes over
-            raise ConfigError(f"{folder}: another chat template than that of {own.name} is in processor_config.json.")
-        if processor.tokenizer.pad_token_id is None:
-            raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
-        if fast:
-            refuse_contradiction(folder, processor)
+    if stands_in(name):
+        processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
+        vision = read_architecture(name).vision_config
+        processor.image_processor.patch_size = vision.patch_size
+        processor.image_processor.merge_size = vision.spatial_merge_size
+        processor.image_processor.temporal_patch_size = vision.temporal_patch_size
         return processor
-    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
-    vision = read_architecture(name).vision_config
-    processor.image_processor.patch_size = vision.patch_size
-    processor.image_processor.merge_size = vision.spatial_merge_size
-    processor.image_processor.temporal_patch_size = vision.temporal_patch_size
+    folder = processor_folder(name)
+    for file in FILES:
+        if (folder / file).is_file():
+            read_object(folder / file)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:
+        raise ConfigError(f"{folder}: its processor needs a package: {' '.join(str(error).split())}") from None
+    except Exception as error:  # what a file of another shape raises: KeyError, TypeError, Exception itself
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{folder} holds no whole processor. {AGAIN} ({reason[:600]})") from None
+    kind, fast = type(processor).__name__, family_of(name) == FAMILY
+    if fast and kind != "Qwen3VLProcessor":
+        raise ConfigError(f"{folder}: {kind} is not the processor of a Qwen3-VL; is processor_config.json missing?")
+    if lacking := [part for part in PARTS if getattr(processor, part, None) is None]:
+        raise ConfigError(f"{folder}: {kind} has no {' and no '.join(lacking)}: no processor of images and texts.")
+    if not processor.chat_template:
+        raise ConfigError(f"{folder} has no chat_template.jinja: copy it from the published model.")
+    own, taken = folder / "chat_template.jinja", processor.chat_template  # by name, where there are several
+    taken = taken.get("default") if isinstance(taken, dict) else taken
+    if own.is_file() and taken != own.read_text(encoding="utf-8"):  # which the library passes over
+        raise ConfigError(f"{folder}: another chat template than that of {own.name} is in processor_config.json.")
+    if processor.tokenizer.pad_token_id is None:
+        raise ConfigError(f"{folder}: tokenizer_config.json names no pad_token. {AGAIN}")
+    if fast:
+        refuse_contradiction(folder, processor)
     return processor
 
 
@@ -67,7 +67,7 @@ def refuse_contradiction(folder: Path, processor) -> None:
     """Raises ConfigError where a Qwen3-VL's processor makes other inputs than the model of the same folder takes."""
     if END not in processor.tokenizer.get_vocab():
         raise ConfigError(f"{folder / 'tokenizer.json'} has no token {END}, which ends an answer. {AGAIN}")
-    config = whole_config(folder / "config.json", read_object(folder / "config.json"))
+    config = whole_config(folder / "config.json")
     vision, images = config.vision_config, processor.image_processor
     pairs = {
         "image_token_id": (config.image_token_id, processor.image_token_id),
@@ -103,4 +103,5 @@ def make_encoder(config: Config, drop: str = "none") -> Encoder:
     if type(longest) is int and config.training.max_length > longest:
         has = f"the model is made for {longest:,} tokens (max_position_embeddings)"
         raise ConfigError(f"training.max_length = {config.training.max_length:,}: {has}.")
-    return (Encoder if family_of(base) == FAMILY else PlainEncoder)(processor, *limits, drop=drop)
+    kind = Encoder if values.get("model_type", FAMILY) == FAMILY else PlainEncoder
+    return kind(processor, *limits, drop=drop)

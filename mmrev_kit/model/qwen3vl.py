@@ -8,8 +8,15 @@ import torch
 
 from mmrev_kit.config.project import EMBEDDED_MODEL, resolve
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.model.base_files import FAMILY, family_in, read_config
-from mmrev_kit.model.plain import core_model, make_architecture
+from mmrev_kit.model.base_files import FAMILY, read_config, read_object
+from mmrev_kit.model.plain import core_model
+
+TOKENS = {  # by the names that a config.json gives their numbers
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 
 
 def read_architecture(name: str):
@@ -25,38 +32,36 @@ def read_architecture(name: str):
     if not path.is_file():
         raise ConfigError(f"model.name = {name!r}: there is no such architecture file.")
     values = read_config(path, name)
-    if family_in(path, name) != FAMILY:
-        return make_architecture(path, values)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    return whole_config(path, values | dict(zip(keys, ids, strict=True)))
+    if values.get("model_type", FAMILY) == FAMILY:
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+        values |= {key: tokenizer.convert_tokens_to_ids(token) for key, token in TOKENS.items()}
+    return whole_config(path, values)
 
 
-def whole_config(path: Path, values: dict):
-    """transformers' configuration of a config.json that `read_config` has read.
+def whole_config(path: Path, values: dict | None = None):
+    """transformers' configuration of a config.json that `read_config` takes; `values`: instead of what is in it.
 
     Raises:
         ConfigError: a value of another type; or, in a Qwen3-VL's, no rope_theta, or a name that transformers does not
             know, beside one that is not given and is nearly called so: a default would be used without a word.
     """
-    from transformers import Qwen3VLConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
 
-    config = make_architecture(path, {"model_type": FAMILY} | values)
-    if config.model_type != FAMILY:
+    values = values or read_object(path)
+    family = values.get("model_type", FAMILY)
+    try:
+        config = CONFIG_MAPPING[family](**{"model_type": family} | values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ConfigError(f"{path} is no configuration of a {family} ({' '.join(str(error).split())}).") from None
+    if family != FAMILY:
         return config
-    default = Qwen3VLConfig()
-    for given, known in (
-        (values, default),
-        (values["text_config"], default.text_config),
-        (values["vision_config"], default.vision_config),
-    ):
+    default, text, vision = CONFIG_MAPPING[FAMILY](), values["text_config"], values["vision_config"]
+    for given, known in ((values, default), (text, default.text_config), (vision, default.vision_config)):
         names = known.to_dict().keys()
         for name in given.keys() - names:
             if near := get_close_matches(name, names - given.keys(), 1, 0.8):
                 raise ConfigError(f"{path} has the field {name!r}, which is not known; {near[0]} is. Rename it.")
-    text = values["text_config"]
     if "rope_theta" not in text | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {}):
         raise ConfigError(f"{path} has no rope_theta in its text_config: copy it anew.")
     return config

@@ -72,17 +72,16 @@ def generate(model, encoder: Encoder, samples: list[Sample], max_new_tokens: int
     Raises:
         NotFiniteError: naming the row and the first module.
     """
-    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
-    batch.pop("labels")
     from transformers import GenerationConfig
 
+    batch = {name: value.to(device) for name, value in encoder.collate(samples, pad_left=True).items()}
+    batch.pop("labels")
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=encoder.end_id,
         pad_token_id=encoder.pad_id,
     )  # fmt: skip
     seen = _Finite()
     ids = model.generate(**batch, generation_config=greedy, logits_processor=[seen])
-    assert isinstance(ids, torch.Tensor)
     _require_finite(model, samples, seen.samples, lambda: model.generate(**batch, generation_config=greedy))
     return encoder.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

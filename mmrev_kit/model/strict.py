@@ -18,8 +18,6 @@ WRONG = re.compile(
     r"|falling back(?! to [\w ]*(implementation|version|triton|sdpa))",  # those are other code for the same numbers
     re.IGNORECASE,
 )
-
-
 # What a library says of itself: that something faster could be installed.
 ADVERT = re.compile(r"(?is)fast path is not available|not installed.*(fall|default)|triton not found")
 
@@ -61,16 +59,11 @@ def strict():
     Raises:
         ConfigError: at the end, with the first such warning.
     """
-    from transformers.utils.logging import (
-        disable_progress_bar,
-        enable_progress_bar,
-        is_progress_bar_enabled,
-        warning_once,
-    )
+    from transformers.utils import logging as library
 
-    bars = is_progress_bar_enabled()
-    disable_progress_bar()
-    warning_once.cache_clear()  # one that an earlier call met comes again
+    bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    library.warning_once.cache_clear()  # one that an earlier call met comes again
     notes, loggers = _Notes(), [logging.getLogger(name) for name in LIBRARIES]
     levels = [logger.level for logger in loggers]
 
@@ -96,6 +89,6 @@ def strict():
                 logger.removeHandler(notes)
                 logger.setLevel(level)
             if bars:
-                enable_progress_bar()
+                library.enable_progress_bar()
     if notes.found:
         raise ConfigError(f"The model cannot be used as it is configured: {notes.found[0][:500]}")

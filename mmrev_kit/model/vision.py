@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from mmrev_kit.model.plain import core_model
+
 PARTS = (
     "patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list", "num_grid_per_side",
     "interpolation_mode", "interpolation_align_corners", "deepstack_visual_indexes", "spatial_merge_size",
@@ -97,12 +99,11 @@ def tower_block(block, hidden, cos, sin):
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
+def equal_sized(visual, pixels, rows: int, columns: int):
     """The tower on images of one size.
 
     Args:
         pixels: (images, patches, values), patches in the processor's order.
-        run_block: `tower_block`, or a compiled form of it.
 
     Returns:
         hidden (images, patches, hidden), merged (images, tokens, out), and one such tensor a deepstack layer.
@@ -117,7 +118,7 @@ def equal_sized(visual, pixels, rows: int, columns: int, run_block=tower_block):
     tokens = patches // visual.spatial_merge_size**2
     layers, deepstack = list(visual.deepstack_visual_indexes), []
     for number, block in enumerate(visual.blocks):
-        hidden = run_block(block, hidden, cos, sin)
+        hidden = tower_block(block, hidden, cos, sin)
         if number in layers:
             merger = visual.deepstack_merger_list[layers.index(number)]
             deepstack.append(merger(hidden.flatten(0, 1)).view(images, tokens, -1))
@@ -175,10 +176,7 @@ def use_fast_tower(model) -> bool:
     Returns:
         Whether it does now. If not, the stock forward stays and one line says why.
     """
-    visual = next((part for name, part in model.named_modules() if name.split(".")[-1] == "visual"), None)
-    if visual is None:
-        print("vision: the model has no part named visual; its own forward is used.")
-        return False
+    visual = core_model(model).model.visual
     if type(visual).__name__.startswith("Fast"):
         return True
     lacking = missing_parts(visual)

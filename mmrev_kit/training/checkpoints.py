@@ -16,7 +16,6 @@ from mmrev_kit.config.project import project_root
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.data.run_data import RunData, people_digest
 from mmrev_kit.model.bases import VERSION, adapter_digest, base_fingerprint, base_of, version_of
-from mmrev_kit.model.loading import trainable
 from mmrev_kit.training.cards import adapter_card
 from mmrev_kit.training.history import read_history
 from mmrev_kit.training.preflight import PACKAGES
@@ -30,22 +29,11 @@ def save_adapter(run, folder: Path, losses: dict[str, float]) -> None:
 
     The saved tensors are exactly the trainable parameters.
     """
-    with files.new_folder(folder, 4 * count_trainable(run.model)) as new:
+    with files.new_folder(folder, 4 * run.num_trained) as new:
         run.model.save_pretrained(new, save_embedding_layers=False)
-        front = {"base_fingerprint": base_facts(run.config)["fingerprint"], "adapter_sha256": adapter_digest(new)}
-        card = adapter_card(run.config, front, run.progress, run.batch, count_trainable(run.model), losses)
+        front = {"base_fingerprint": base_fingerprint(**base_of(run.config)), "adapter_sha256": adapter_digest(new)}
+        card = adapter_card(run.config, front, run.progress, run.batch, run.num_trained, losses)
         files.write_text(new / "README.md", card)
-
-
-def count_trainable(model) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in trainable(model))
-
-
-def base_facts(config, version: int = VERSION) -> dict:
-    """Name, revision and fingerprint of the base model."""
-    facts = {"name": config.model.name, "revision": config.model.revision}
-    return facts | {"fingerprint": base_fingerprint(**base_of(config), version=version)}
 
 
 def _flatten(value, path: str, tensors: dict, plain: dict) -> None:
@@ -174,9 +162,10 @@ def pictures_digest(data: RunData, looks: dict[Path, str]) -> str:
 
 def run_identity(run, version: int = VERSION) -> dict:
     """What must stay the same when a run goes on, apart from its configuration; `version` is the fingerprint's."""
+    model, base = run.config.model, base_fingerprint(**base_of(run.config), version=version)
     return {
         "seed": run.config.experiment.seed,
-        "base": base_facts(run.config, version),
+        "base": {"name": model.name, "revision": model.revision, "fingerprint": base},
         "data": {_short(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.task.data.files},
         "people": people_digest(run.config),
         "pictures": pictures_digest(run.task.data, run.task.encoder.looks),
@@ -196,7 +185,7 @@ def write_manifest(run) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "compute_dtype": str(run.dtype).removeprefix("torch."),
         "num_processes": run.state.num_processes,
-        "trainable_parameters": count_trainable(run.model),
+        "trainable_parameters": run.num_trained,
         "memory": run.memory.record() if run.memory else None,
         "warnings": warnings_for(run.config),
     }

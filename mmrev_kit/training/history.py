@@ -25,17 +25,11 @@ STATE = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 OWN_FOLDERS = {"last": STATE, "final": ADAPTER, "best": ADAPTER}
 JOB = "job.yaml"  # the configuration of the job that is under way in a folder
 SECONDS_BETWEEN_WRITES = 2.0
-# Sections and keys that may differ between the parts of one run.
+# How the keys begin that may differ between the parts of one run.
 NOT_TRAINING = (
-    "adapter",
-    "evaluation",
-    "memory",
-    "launch.overwrite",
-    "launch.output_dir",
-    "launch.cpu_gib",
-    "launch.tracking",
+    "adapter.", "evaluation.", "memory.", "launch.overwrite", "launch.output_dir", "launch.cpu_gib", "launch.tracking",
     "training.save_steps",
-)
+)  # fmt: skip
 
 
 class History:
@@ -228,11 +222,7 @@ def changed_settings(config: Config, saved: Path) -> str:
     if not saved.is_file():
         return ""
     before = load_config(saved)
-    changed = {
-        key: pair
-        for key, pair in differences(before, config).items()
-        if key.split(".")[0] not in NOT_TRAINING and key not in NOT_TRAINING
-    }
+    changed = {key: pair for key, pair in differences(before, config).items() if not key.startswith(NOT_TRAINING)}
     if before.experiment.main_is_taught == config.experiment.main_is_taught:
         changed.pop("experiment.taught", None)
     if experiment_dir(before) == experiment_dir(config):
@@ -270,8 +260,8 @@ def prepare_folder(config: Config) -> dict | None:
                 f"{folder} holds a run with another configuration: {changed}. "
                 "Choose another experiment.name, or set launch.overwrite=true to replace that run."
             )
-        if history.is_file() and read_history(history)["status"] == "finished":
-            return read_history(history)
+        if history.is_file() and (found := read_history(history))["status"] == "finished":
+            return found
     if others := not_of_a_run(folder):
         named = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ConfigError(f"{named}: not written by a run, which would replace it. Move it, or choose another name.")

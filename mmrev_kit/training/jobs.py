@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from mmrev_kit.config.project import project_root
 from mmrev_kit.config.reading import load_config, to_yaml
@@ -182,17 +182,12 @@ def main(words: list[str]) -> None:
     end_with(int(parent))
     sys.stdout.reconfigure(line_buffering=True)  # into the log, which is shown as it grows
     keep_fresh(Path(folder))
-    module, function = name.split(":")
     config = load_config(Path(folder) / JOB)
-    call = getattr(import_module(module), function), config, *json.loads(arguments)
+    call = resolve_name(name), config, *json.loads(arguments)
     if config.launch.num_processes == 1:
         start_workers(1, *call)
     else:
         fork_workers(Path(folder), config.launch.num_processes, *call)
-
-
-def _silent(*words) -> None:
-    """In the place of a library's `print`."""
 
 
 def start_workers(num_processes: int, function: Callable, *arguments) -> None:
@@ -202,7 +197,7 @@ def start_workers(num_processes: int, function: Callable, *arguments) -> None:
 
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker's error is told once, by `run_job`
-    launchers.print = _silent  # it would say "Launching training on 2 CUDAs", of whatever there is
+    launchers.print = lambda *words: None  # it would say "Launching training on 2 CUDAs", of whatever there is
     launchers.notebook_launcher(function, arguments, num_processes=num_processes, use_port=free_port())
 
 

@@ -1,6 +1,6 @@
 """The configured optimizer, made from its entry in `config.optimizers`."""
 
-import importlib
+from pkgutil import resolve_name
 
 from mmrev_kit.config.optimizers import OPTIMIZERS
 from mmrev_kit.config.sections import Config
@@ -14,6 +14,5 @@ def make_optimizer(config: Config, parameters: list, device):
             print(f"{name}: on CPU this is {other}", flush=True)
             name = other
         options = OPTIMIZERS[name].cpu_options
-    module, _, kind = OPTIMIZERS[name].path.rpartition(".")
-    make = getattr(importlib.import_module(module), kind)
+    make = resolve_name(OPTIMIZERS[name].path)
     return make(parameters, lr=config.training.learning_rate, weight_decay=config.training.weight_decay, **options)

@@ -326,10 +326,10 @@ def check_cards_together(report: Preflight, config: Config, cards: list[Card]) -
     """Whether the processes of one run can work side by side on these cards."""
     processes = config.launch.num_processes or len(cards)
     used = cards[:processes]
-    sizes = {card.total_gib: index for index, card in reversed(list(enumerate(used))) if card.total_gib is not None}
-    if sizes and max(sizes) - min(sizes) > 0.5:
-        least = min(sizes)
-        report.warnings.append(f"the cards differ: the smallest, GPU {sizes[least]} with {least:.1f} GiB, decides")
+    sizes = [(card.total_gib, index) for index, card in enumerate(used) if card.total_gib is not None]
+    if sizes and max(sizes)[0] - min(sizes)[0] > 0.5:
+        least, index = min(sizes)
+        report.warnings.append(f"the cards differ: the smallest, GPU {index} with {least:.1f} GiB, decides")
     if config.launch.mode == "auto":
         return
     if processes > len(cards):

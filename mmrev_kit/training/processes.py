@@ -152,12 +152,11 @@ def check_agreement(config: Config, files: list[Path]) -> None:
     from accelerate.utils import gather_object
 
     saved = run_dir(config) / "last" / "state.json"
+    state = saved.read_bytes() if saved.is_file() else None
     facts = {
         "the configuration": to_yaml(config),
         "the data": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
-        "what is saved in launch.output_dir, which must be on a disk that all share": saved.read_bytes()
-        if saved.is_file()
-        else None,
+        "what is saved in launch.output_dir, which must be on a disk that all share": state,
     }
     everyone = gather_object([facts])
     different = [name for name in facts if any(one[name] != facts[name] for one in everyone)]

@@ -112,7 +112,7 @@ def measure(config: Config, updates: int, state, folder: Path) -> Rehearsal:
     cuda, began = state.device.type == "cuda", time.perf_counter()
     run = start(config, state)
     built = time.perf_counter() - began
-    heaviest = heaviest_updates(planned_updates(run.config, run.task, run.batch), updates)[: updates + 1]
+    heaviest = heaviest_updates(planned_updates(run.config, run.task, run.batch), updates)
     heaviest = (heaviest * (updates + 1))[: updates + 1]
     run.model.train()
     for samples in heaviest:  # warms up: a size that comes for the first time makes kernels

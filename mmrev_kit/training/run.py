@@ -214,6 +214,11 @@ class Run:
         return trainable(self.model)
 
     @property
+    def num_trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
     def batch(self) -> int:
         return effective_batch(self.config, self.state.num_processes)
 
@@ -295,8 +300,8 @@ def start(config: Config, state) -> Run:
     steps = steps_per_epoch(config, task.plan, state.num_processes)
     check_disk(config, task, steps * config.training.num_epochs, dtype, state.device)
     if state.is_main_process:
-        print("".join(f"{MARK}{line}\n" for line in task.cost), end="", flush=True)
-        print(f"{MARK}loading {config.model.name}", flush=True)
+        for line in [*task.cost, f"loading {config.model.name}"]:
+            print(f"{MARK}{line}", flush=True)
     base = load_base(**base_arguments(config, state.device))
     batcher = make_batcher(config, base, task, dtype, state)
     torch.manual_seed(seed_for(config.experiment.seed, "adapter"))  # equal LoRA initialisation on every rank
@@ -304,13 +309,15 @@ def start(config: Config, state) -> Run:
     optimizer = make_optimizer(config, trainable(model), state.device)
     if config.launch.mode == "deepspeed":
         optimizer = ShardedOptimizer(config, optimizer, trainable(model), state.device)
+    scaler = torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros(1, device=state.device))  # makes the scale: a process's first update may have no row
     run = Run(
         config=config,
         state=state,
         task=task,
         model=model,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(state.device.type, enabled=dtype == torch.float16),
+        scaler=scaler,
         dtype=dtype,
         schedule=Schedule.from_config(config.training, steps),
         history=History(run_dir(config) / "training_history.json"),

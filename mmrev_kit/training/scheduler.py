@@ -138,23 +138,20 @@ def reduced_rate(rate: float, factor: float) -> float:
 
 def warnings_for(config: Config) -> list[str]:
     """What a reader of this configuration should know before it is run; nothing is changed."""
-    training, own = config.training, config.experiment
-    told = []
+    training, own, told = config.training, config.experiment, []
     if own.task == "reverse" and own.taught not in (None, "cw"):
-        told = [
+        told.append(
             f"experiment.taught = {own.taught!r}: in task reverse main is taught by reverse rows, whatever it says."
-        ]
-    if training.learning_rate < training.min_lr:
-        return [
-            *told,
-            f"training.learning_rate = {training.learning_rate:g} is below training.min_lr = {training.min_lr:g}: "
-            "training ends after the first epoch, whatever its loss. Lower training.min_lr to train longer.",
-        ]
+        )
     reduced = reduced_rate(training.learning_rate, training.lr_reduction_factor)
-    if reduced >= training.min_lr:
-        return told
-    return [
-        *told,
-        f"The first learning-rate reduction gives {reduced:g}, already below min_lr = {training.min_lr:g}: "
-        "training ends at the first plateau. Lower training.min_lr to allow more than one rate.",
-    ]
+    if training.learning_rate < training.min_lr:
+        told.append(
+            f"training.learning_rate = {training.learning_rate:g} is below training.min_lr = {training.min_lr:g}: "
+            "training ends after the first epoch, whatever its loss. Lower training.min_lr to train longer."
+        )
+    elif reduced < training.min_lr:
+        told.append(
+            f"The first learning-rate reduction gives {reduced:g}, already below min_lr = {training.min_lr:g}: "
+            "training ends at the first plateau. Lower training.min_lr to allow more than one rate."
+        )
+    return told

@@ -39,18 +39,17 @@ def start_tracker(run):
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    step, facts = run.progress["global_step"], run.history.data
+    kind, step, facts = LOGGER_TYPE_TO_CLASS[name], run.progress["global_step"], run.history.data
     own = facts.setdefault("tracking", uuid4().hex[:8])  # of this run; another one under its name is another one there
     if name == "tensorboard":
         if step == 0:
             shutil.rmtree(run.folder / name, ignore_errors=True)  # of a run that this one replaces
-        tracker = LOGGER_TYPE_TO_CLASS[name](name, run.folder, purge_step=step + 1)
+        tracker = kind(name, run.folder, purge_step=step + 1)
     elif name == "wandb":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-        where = {"name": run.folder.name, "id": own, "resume": "allow", "dir": str(run.folder), "mode": mode}
-        tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **where)
+        tracker = kind(PROJECT, name=run.folder.name, id=own, resume="allow", dir=str(run.folder), mode=mode)
     else:
-        tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, name=f"{run.folder.name}-{own}", resume="allow")
+        tracker = kind(PROJECT, name=f"{run.folder.name}-{own}", resume="allow")
     tracker.start()
     if step == 0:
         sections = asdict(run.config).items()

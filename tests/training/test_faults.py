@@ -190,6 +190,24 @@ def test_a_nan_in_an_images_features_is_told_as_the_datas_with_image_row_and_fil
     assert str(spoiled["path"]) in explain(run, run.task.val["forward"])
 
 
+def test_a_process_without_rows_in_its_first_fp16_update_takes_the_step_of_the_others(small_config, state, monkeypatch):
+    """One row is the first process's; this one is the second. It gets gradients of 1e-3 each, at fp16's first loss
+    scale, 2^16: their norm is 1e-3 x sqrt(how many are trained)."""
+    run = start(small_config(FP16), state)
+    run.state = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, device=CPU)
+
+    def all_reduce(tensor):
+        if tensor.dtype == torch.float32:
+            assert not tensor.any()
+            tensor.fill_(2**16 * 1e-3)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    record = update(run, run.task.train["forward"][:1])
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert record["grad_norm"] == pytest.approx(1e-3 * trained**0.5, rel=1e-4)
+    assert run.taken == 1 and "skipped" not in record
+
+
 def test_a_nan_in_the_pixels_is_told_as_the_datas(small_config, state, monkeypatch):
     run = start(small_config("memory.cache_features=false"), state)
     samples = run.task.train["forward"][:8]

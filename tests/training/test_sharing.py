@@ -20,7 +20,7 @@ from mmrev_kit.files import write_json
 from mmrev_kit.model.base_files import tensor_shapes
 from mmrev_kit.model.bases import adapter_digest, fingerprint
 from mmrev_kit.model.finite import NotFiniteError
-from mmrev_kit.model.merging import adapter_layers, write_weights
+from mmrev_kit.model.merging import adapter_layers, copy_small_files, write_weights
 from mmrev_kit.training.cards import adapter_card
 from mmrev_kit.training.sharing import merge_adapter
 
@@ -152,6 +152,19 @@ def test_every_kind_of_lora_is_merged_as_stock_peft_does_and_in_shards(tmp_path,
         assert torch.equal(tensor, expected[name].half()) or (tensor - expected[name].half()).abs().max() < 4e-3, name
         changed += not torch.equal(tensor, plain[name])
     assert changed == len([name for name in load_file(adapter / "adapter_model.safetensors") if "lora_A" in name])
+
+
+def test_a_configuration_with_the_language_models_sizes_at_its_top_is_copied(tmp_path):
+    """As Qwen2.5-VL's published ones have them: there is no text_config."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    vision = {"depth": 2, "dtype": "float32", "auto_map": {"AutoModel": "code.Model"}}
+    write_json(base / "config.json", {"hidden_size": 8, "torch_dtype": "float32", "vision_config": vision})
+    copy_small_files(base, out, torch.bfloat16)
+    assert json.loads((out / "config.json").read_text()) == {
+        "hidden_size": 8, "torch_dtype": "bfloat16", "vision_config": {"depth": 2, "dtype": "bfloat16"},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
