@@ -209,9 +209,10 @@ def read_people(data: DataConfig) -> list[dict]:
 
 def changed_pictures(folder: Path, data: DataConfig) -> list[Path]:
     """The pictures of data.images_dir that are others than those which the experiment in `folder` was made from; one
-    that is no longer there is not compared."""
+    that is no longer there is not compared, nor is an experiment of another source."""
     entities, now = read_json(folder / "entities.json"), resolve(data.images_dir)
-    pairs = [pair for entity in entities for pair in zip(entity["source_image"], entity["images"], strict=True)]
+    own = [entity for entity in entities if "source_image" in entity]
+    pairs = [pair for entity in own for pair in zip(entity["source_image"], entity["images"], strict=True)]
     there = [(now / source, folder / own) for source, own in pairs if (now / source).is_file()]
     return [source for source, own in there if own.is_file() and not cmp(source, own, shallow=False)]
 

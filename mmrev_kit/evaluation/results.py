@@ -118,7 +118,7 @@ def read_facts(folder: Path) -> dict:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         kept, found = facts.get("predictions"), counted(folder)
         if facts.get("task") not in (None, *TASKS) or facts.get("taught") not in (None, *TAUGHT["forward"]):
-            raise ValueError(f"task {facts['task']!r}, taught {facts.get('taught')!r}")
+            raise ValueError(f"task {facts.get('task')!r}, taught {facts.get('taught')!r}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder}: no whole evaluation ({error}). Evaluate again.") from None
     if kept and kept != found:
@@ -196,9 +196,10 @@ def read_original(path: Path) -> dict:
     if {"reverse", "cw_image"} <= counts.keys():
         raise ConfigError(f"{path}: both reverse and cw_image, which is what such files call reverse. Keep one.")
     for test, (correct, total) in counts.items():
-        stated, whole = tests[test].get("accuracy"), type(correct) is type(total) is int
-        said = stated is None or (type(stated) in (int, float) and (not total or _same_share(stated, correct / total)))
-        if not whole or not 0 <= correct <= total or not said:
+        stated, right = tests[test].get("accuracy"), type(correct) is type(total) is int and 0 <= correct <= total
+        if right and stated is not None:
+            right = type(stated) in (int, float) and (not total or _same_share(stated, correct / total))
+        if not right:
             raise ConfigError(f"{path}: {test} says {correct!r} of {total!r} and accuracy {stated!r}.")
     return {"none": _counted({{"reverse": "cw_image"}.get(test, test): pair for test, pair in counts.items()})}
 
