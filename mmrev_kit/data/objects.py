@@ -46,15 +46,12 @@ class ObjectSampler(Sampler):
         return [rng.choice([s for s in others if s.attributes["family"] == family]) for family in families]
 
     def statement(self, rng: random.Random, subject: Subject, truth: bool) -> str:
-        """The subject's name, or one of another family."""
         return (subject if truth else self._strangers(subject, rng, 1)[0]).attributes["name"]
 
     def texts(self, rng: random.Random, subject: Subject) -> list[str]:
-        """The subject's name and three of other families."""
         return [thing.attributes["name"] for thing in (subject, *self._strangers(subject, rng, 3))]
 
     def pictures(self, rng: random.Random, subject: Subject) -> tuple[str, list[Subject]]:
-        """The subject's name, the subject, and three subjects of other families."""
         return subject.attributes["name"], [subject, *self._strangers(subject, rng, 3)]
 
 

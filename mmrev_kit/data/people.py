@@ -131,14 +131,13 @@ def write_experiment(
         (building / "images").mkdir()
         draw(building)
         write_json(building / "entities.json", entities)
-        for name, part in rows.items():
-            write_jsonl(building / f"{name}.jsonl", part)
-        found = Counter(entity["group"] for entity in entities)
-        sizes = {f"num_{group}": found[group] for group in GROUPS if found[group] or group != "bridge"}
         counts: dict[str, dict[str, int]] = {}
         for name, part in rows.items():
+            write_jsonl(building / f"{name}.jsonl", part)
             task, _, split = name.rpartition("_")
             counts.setdefault(task, {})[split] = len(part)
+        found = Counter(entity["group"] for entity in entities)
+        sizes = {f"num_{group}": found[group] for group in GROUPS if found[group] or group != "bridge"}
         write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, "counts": counts, **info})
     return Path(folder)
 

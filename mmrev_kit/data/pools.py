@@ -154,15 +154,15 @@ def task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: 
     else:  # in no step with the subjects: a subject's answer is not always the same letter
         letters = rng.sample(balanced_letters(count, rng), count)
         asked = [(subjects[i % len(subjects)], task.answers[letter]) for i, letter in enumerate(letters)]
-    rows: dict[tuple, dict] = {}
+    rows: dict[str, dict] = {}
     for subject, answer in asked:
         draws = (_draw_row(task, sampler, subject, answer, rng) for _ in range(TRIES))
-        row = next((row for row in draws if row and tuple(map(str, row.values())) not in rows), None)
+        row = next((row for row in draws if row and str(row) not in rows), None)
         if row is None:
             raise ConfigError(
                 f"No new row in {TRIES} tries: the pool is too small for so many rows. Ask for more subjects."
             )
-        rows[tuple(map(str, row.values()))] = row
+        rows[str(row)] = row
     return list(rows.values())
 
 

@@ -170,19 +170,14 @@ def pipeline_folder(name: str) -> Path:
     if not folder.is_dir():
         from diffusers import DiffusionPipeline
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             folder = Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=False))
             hf_hub_download(name, "README.md")
         except EntryNotFoundError:
             pass  # it has no card
-        except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        except (OSError, ValueError) as error:  # the hub's own errors are such
             reason = hide_secrets(str(error).strip().splitlines()[0])
             raise ConfigError(
                 f"data.image_model = {name!r}: no such folder, and no pipeline on the hub: {reason}"

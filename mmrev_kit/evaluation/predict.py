@@ -73,7 +73,7 @@ def judge(question: Question, answer: str) -> tuple[str | None, bool]:
 
 
 def answer_questions(
-    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None] | None = None
+    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None]
 ) -> list[dict]:
     """This process's share of the questions, answered; one record a question, see `predict`.
 
@@ -103,14 +103,13 @@ def answer_questions(
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
             for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
                 records.append(predict(question, encoder, answer, row, drop) | {"index": index})
-            if tell:
-                tell(min(len(order), len(records) * state.num_processes))
+            tell(min(len(order), len(records) * state.num_processes))
     return records
 
 
 def predict(question: Question, encoder: Encoder, answer: str, scores: list[float], drop: str) -> dict:
     """The record of one answer, as written to predictions.jsonl."""
-    row = question.row
+    row, parts = question.row, encoder.parts(question.row)
     read, right = judge(question, answer)
     best = question.options[max(range(len(scores)), key=scores.__getitem__)]
     # Where the right answer cannot be known any more, only the agreement with the answer to the whole prompt counts.
@@ -122,8 +121,8 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
         "order": question.order,
         "group": row.group or "main",
         "entity_id": row.entity_id,
-        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)),
-        "parts": [None if isinstance(part, Path) else part for part in encoder.parts(row)],  # None: the next picture
+        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in parts),
+        "parts": [None if isinstance(part, Path) else part for part in parts],  # None: the next picture
         "images": [str(path) for path in row.images],
         "expected": row.answer,
         "answer": answer,

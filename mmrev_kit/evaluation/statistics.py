@@ -25,8 +25,8 @@ def _array(values: Mapping | Iterable[float]) -> np.ndarray:
     return np.array(list(values.values()) if isinstance(values, Mapping) else list(values), dtype=float)
 
 
-def _rng(purpose: str, seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed_for(seed, "stats", purpose))
+def _rng(purpose: str) -> np.random.Generator:
+    return np.random.default_rng(seed_for(0, "stats", purpose))
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> list[float] | None:
