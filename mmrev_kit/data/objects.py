@@ -30,7 +30,7 @@ def credits() -> dict[str, str]:
     }
 
 
-def draw_object(icon: str, size: int, background: str = BACKGROUNDS[0]) -> Image.Image:
+def draw_object(icon: str, size: int, background: str) -> Image.Image:
     """One icon, black on a light ground, `size` pixels a side."""
     options = {"iconVariant": [icon], "iconColor": ["#000000"], "backgroundColor": [background]}
     return draw(STYLE, options | {"scale": 1.25, "seed": icon}, size)

@@ -92,7 +92,7 @@ class Asked:
     samples: tuple[Sample, ...]
 
 
-def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> list[Asked]:
+def encode_questions(config: Config, encoder: Encoder) -> list[Asked]:
     """All test questions, each multiple-choice one in the order of its file, with every option as an answer.
 
     The pictures have the size that they have where the right answer is asked for.
@@ -102,7 +102,7 @@ def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> l
     """
     in_order = replace(config, evaluation=replace(config.evaluation, option_orders=False))
     questions = read_questions(in_order)
-    samples, faults = encode_all([question.row for question in questions], encoder, quiet)
+    samples, faults = encode_all([question.row for question in questions], encoder)
     raise_faults(faults, config.data.drop_faulty)
     found = []
     for question, sample in zip(questions, samples, strict=True):
