@@ -80,9 +80,8 @@ def make_portraits(folder: str | Path, data: DataConfig, seed: int) -> Path:
         for _, path, name in pictures:
             shutil.copyfile(path, building / name)
 
-    info = {"source": "diffusers", "seed": seed, "image_size": data.image_size} | {
-        name: getattr(data, name) for name in ("images_per_entity", "image_model", "image_options")
-    }
+    info = {"source": "diffusers", "seed": seed}
+    info |= {name: getattr(data, name) for name in ("image_size", "images_per_entity", "image_model", "image_options")}
     info |= {"connectors": connectors, "image_credits": credits}
     write_experiment(folder, entities, experiment_rows(entities, connectors, seed), draw, **info)
     remove_folder(kept)

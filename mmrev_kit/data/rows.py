@@ -195,10 +195,9 @@ def _wrong_entity(entity) -> str | None:
         return f"a {type(entity).__name__}, not an object with fields."
     if type(entity.get("id", entity.get("entity_id"))) not in (str, int):
         return "its id is neither text nor a whole number."
-    hidden = [name for name in entity if name.strip().lower() in ("id", "group", "images", "description")]
-    hidden = [name for name in hidden if name != name.strip().lower()]
-    if hidden:
-        return f"the field {hidden[0]!r} is not read: names are in lower case, without spaces."
+    for name in entity:
+        if name != (read := name.strip().lower()) and read in ("id", "group", "images", "description"):
+            return f"the field {name!r} is not read: names are in lower case, without spaces."
     images = entity.get("images") or []
     if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(i, str) for i in images)):
         return "images is neither a path nor a list of paths."
