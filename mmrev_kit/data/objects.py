@@ -72,15 +72,9 @@ def make_object_pool(
             for background in BACKGROUNDS
         ]
         parts[split] = [Subject(f"object_{next(number):04d}", attributes) for attributes in looks]
-    return make_pool(
-        folder,
-        "object",
-        parts,
-        ObjectSampler,
-        lambda subject: draw_object(subject.attributes["icon"], image_size, subject.attributes["background"]),
-        rows_per_task,
-        seed,
-        image_size=image_size,
-        num_objects=sum(len(family) for family in FAMILIES),
-        image_credits=credits(),
-    )
+
+    def picture(subject: Subject) -> Image.Image:
+        return draw_object(subject.attributes["icon"], image_size, subject.attributes["background"])
+
+    info = {"image_size": image_size, "num_objects": sum(map(len, FAMILIES)), "image_credits": credits()}
+    return make_pool(folder, "object", parts, ObjectSampler, picture, rows_per_task, seed, **info)

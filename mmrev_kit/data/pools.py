@@ -253,16 +253,10 @@ def make_face_pool(
     subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]
     look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
     parts = split_off(subjects, rng_for(seed, "pool", "split"))
-    return make_pool(
-        folder,
-        "face",
-        parts,
-        FaceSampler,
-        lambda subject: draw_face(subject.attributes, image_size, look_of[subject.id]),
-        rows_per_task,
-        seed,
-        image_size=image_size,
-        num_faces=num_faces,
-        faces={split: len(part) for split, part in parts.items()},
-        image_credits=credits(),
-    )
+
+    def picture(subject: Subject) -> Image.Image:
+        return draw_face(subject.attributes, image_size, look_of[subject.id])
+
+    info = {"image_size": image_size, "num_faces": num_faces}
+    info |= {"faces": {split: len(part) for split, part in parts.items()}, "image_credits": credits()}
+    return make_pool(folder, "face", parts, FaceSampler, picture, rows_per_task, seed, **info)
