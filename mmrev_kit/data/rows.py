@@ -20,10 +20,7 @@ FIELDS |= {"entity_id", "group", "image_choices", "choices", "options", "answer"
 
 def _modern(record: dict, task: TaskType) -> dict:
     """The record under today's field names; folders of the original scripts are read as they are."""
-    record = dict(record)
-    for new, old in OLD_NAMES.items():
-        if new not in record and old in record:
-            record[new] = record[old]
+    record = {new: record[old] for new, old in OLD_NAMES.items() if old in record} | record
     options = record.get("options")
     if isinstance(options, dict) and sorted(options) == list(LETTERS):
         record.setdefault(task.options or "choices", [options[letter] for letter in LETTERS])

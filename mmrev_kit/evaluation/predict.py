@@ -143,6 +143,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         drops: from `DROPS`.
     """
     import torch
+    from accelerate.utils import gather_object
 
     with worker_state(Path(folder)) as state:
         if state.is_main_process:
@@ -164,10 +165,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             found += answer_questions(config, model, questions, drop, state, tell)
         seconds, cards = time.perf_counter() - began, torch.cuda.device_count() if config.launch.mode == "auto" else 0
         peak = max(map(peak_memory_gib, [torch.device("cuda", index) for index in range(cards)] or [state.device]))
-        if state.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            found = gather_object(found)
+        found = gather_object(found)
         if state.is_main_process:
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
             (Path(folder) / "facts.json").unlink(missing_ok=True)  # the old evaluation is no longer whole
