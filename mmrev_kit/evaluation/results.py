@@ -266,14 +266,10 @@ def find_evaluations(
     for word in words:
         more = published().values() if word == "published" else [read_evaluation(resolve(word))]
         for one in more:
-            name = next((name for name in _names(one) if name not in found), None)
+            place = one.folder.parent.name if one.folder.is_file() else one.folder.name
+            names = one.name, f"{one.name} ({place})", str(one.folder)  # the last is its own alone
+            name = next((name for name in names if name not in found), None)
             if name is None:
                 raise ConfigError(f"compare names {one.folder} twice.")
             found[name] = replace(one, name=name)
     return found
-
-
-def _names(one: Evaluation) -> list[str]:
-    """What an evaluation may be called beside others, the shortest first; the last is its own alone."""
-    place = one.folder.parent.name if one.folder.is_file() else one.folder.name
-    return [one.name, f"{one.name} ({place})", str(one.folder)]
