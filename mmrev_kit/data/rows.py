@@ -198,5 +198,5 @@ def _wrong_entity(entity) -> str | None:
     images = entity.get("images") or []
     if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(i, str) for i in images)):
         return "images is neither a path nor a list of paths."
-    wrong = [name for name in ("description", "group") if not isinstance(entity.get(name) or "", str)]
+    wrong = [name for name in ("description", "group") if not isinstance(entity.get(name), str | None)]
     return f"its {wrong[0]} is not a text." if wrong else None
