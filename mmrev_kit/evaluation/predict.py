@@ -111,7 +111,8 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
     """The record of one answer, as written to predictions.jsonl."""
     row, parts = question.row, encoder.parts(question.row)
     read, right = judge(question, answer)
-    best = question.options[max(range(len(scores)), key=scores.__getitem__)]
+    options = dict(zip(question.options, scores, strict=True))
+    best = max(options, key=options.__getitem__)
     # Where the right answer cannot be known any more, only the agreement with the answer to the whole prompt counts.
     judged = drop == "none" or (drop == "text" and row.type.known_without_text)
     return {
@@ -128,7 +129,7 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
         "answer": answer,
         "read_as": read,
         "right": right if judged else None,
-        "options": dict(zip(question.options, scores, strict=True)),
+        "options": options,
         "likeliest": best,
         "likeliest_right": best == row.answer if judged else None,
     }
