@@ -11,7 +11,7 @@ from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.reporting import paced
 from mmrev_kit.config.sections import Config
 from mmrev_kit.data.faults import Fault
-from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_image, look_of
+from mmrev_kit.data.images import ImageError, image_roots, load_image, locate_image, look_of, whole_pictures
 from mmrev_kit.data.prompts import Encoder, PromptError, Sample
 from mmrev_kit.data.records import read_info
 from mmrev_kit.data.run_data import read_experiment
@@ -171,7 +171,7 @@ def read_images(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with whole_pictures(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, found in zip(paths if quiet else paced(paths, "images"), pool.map(read, paths), strict=True):
             if isinstance(found, ImageError):
                 broken[path] = str(found)

@@ -7,7 +7,7 @@ rows of one person that correlate by .2.
 
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 from mmrev_kit.config.project import experiment_dir
 from mmrev_kit.config.sections import Config, DataConfig
@@ -103,20 +103,20 @@ def design_of(config: Config) -> list[str]:
     which the check tells.
     """
     folder, own = experiment_dir(config), config.experiment
-    sizes, questions = Counter(config.data.group_sizes), None
+    if config.data.source == "shapes" or (config.data.source == "folder" and not folder.exists()):
+        return []
+    sizes, asked = Counter(config.data.group_sizes), defaultdict(set)
     if folder.exists():
         try:
             sizes = Counter(entity.get("group", "main") for entity in read_entities(folder))
         except DataError:
             return []
-        asked: dict[str, set] = {}
         for _, record in read_jsonl(folder / "reverse_test.jsonl")[0]:  # cw_image asks as many
-            asked.setdefault(str(record.get("entity_id")), set()).add(json.dumps(record, sort_keys=True))
-        questions = min(map(len, asked.values()), default=0)
+            asked[str(record.get("entity_id"))].add(json.dumps(record, sort_keys=True))
+        if not asked:
+            return []
     drawn = min((drawn_questions(size) for size in (sizes["main"], sizes["control"]) if size), default=QUESTIONS)
-    questions = drawn if questions is None else questions
-    if config.data.source == "shapes" or not questions or (config.data.source == "folder" and not folder.exists()):
-        return []
+    questions = min(map(len, asked.values())) if asked else drawn
     larger = QUESTIONS if questions == drawn else None  # as the kit asks; other files may ask as often in any group
     counts = sizes["main"], sizes["control"], questions
     lines = design_lines(*counts, own.task, own.taught, config.data.share_both, larger)

@@ -41,7 +41,7 @@ def raise_faults(faults: list[Fault], drop: bool) -> None:
     """
     fatal = [fault for fault in faults if not (drop and fault.of_row)]
     if fatal:
-        raise DataError(fatal if drop else faults)
+        raise DataError(fatal)
     if faults:
         reasons = Counter(fault.reason.split(":")[-1].strip() for fault in faults)
         print(f"{len({fault.where for fault in faults})} rows dropped (data.drop_faulty): ", end="")

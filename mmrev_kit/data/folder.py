@@ -17,7 +17,8 @@ from mmrev_kit.data.faults import DataError, Fault
 from mmrev_kit.data.images import ImageError, load_image, look_of, why_missing
 from mmrev_kit.data.partners import connector_split, experiment_rows
 from mmrev_kit.data.people import ENTITY_FIELDS, entity_record, write_experiment
-from mmrev_kit.data.records import Records, read_json, read_list
+from mmrev_kit.data.records import Records, read_list
+from mmrev_kit.data.rows import read_entities
 from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.data.texts import normal
 
@@ -209,9 +210,14 @@ def read_people(data: DataConfig) -> list[dict]:
 
 def changed_pictures(folder: Path, data: DataConfig) -> list[Path]:
     """The pictures of data.images_dir that are others than those which the experiment in `folder` was made from; one
-    that is no longer there is not compared."""
-    entities, now = read_json(folder / "entities.json"), resolve(data.images_dir)
-    pairs = [pair for entity in entities for pair in zip(entity["source_image"], entity["images"], strict=True)]
+    that is no longer there is not compared, nor is an experiment of another source.
+
+    Raises:
+        DataError: see `rows.read_entities`.
+    """
+    now, pairs = resolve(data.images_dir), []
+    for entity in read_entities(folder):
+        pairs += zip(entity.get("source_image") or [], entity["images"], strict=False)  # one may have been taken out
     there = [(now / source, folder / own) for source, own in pairs if (now / source).is_file()]
     return [source for source, own in there if own.is_file() and not cmp(source, own, shallow=False)]
 

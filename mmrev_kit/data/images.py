@@ -8,6 +8,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -35,7 +36,7 @@ GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow's decoders raise on damaged files (cut short, bytes flipped); they share no base class.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, LookupError, EOFError, OverflowError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -118,6 +119,18 @@ def near_names(folder: Path, name: str) -> list[str]:
     return [str((parent / other).relative_to(folder.resolve())) for other in near]
 
 
+@contextmanager
+def whole_pictures():
+    """Within it Pillow decodes no part of a picture, although another library may have told it to. Threads that decode
+    share one around all of them: the first to leave its own would give the setting back before the others are done."""
+    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = allowed
+
+
+@whole_pictures()
 def load_image(path: str | Path) -> Image.Image:
     """The whole picture at `path` as 8-bit RGB, upright as its EXIF orientation says, clear areas white.
 
@@ -125,8 +138,6 @@ def load_image(path: str | Path) -> Image.Image:
         ImageError: missing, truncated, damaged or no image; none of `FORMATS`; several frames, or more than
             `MAX_PIXELS`; or a mode that has no known white.
     """
-    allowed = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it, and half a picture would pass
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a directory, pipe or device, not a regular file")
@@ -148,8 +159,6 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"{path}: more than {MAX_PIXELS:,} pixels; save it smaller.") from None
     except DECODING_ERRORS as error:
         raise ImageError(f"{path}: {error or type(error).__name__}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
 def _is_raw(path: str | Path, image: Image.Image) -> bool:
@@ -167,8 +176,8 @@ def _way_out(path: str | Path) -> str:
     """What a file is that is none of `FORMATS`, and what to do."""
     with open(path, "rb") as file:
         head = file.read(64)
-    found = [told for begins, told in WAYS_OUT.items() if re.match(begins, head, re.DOTALL | re.IGNORECASE)]
-    return found[0] if found else "cannot identify a picture in it; save it as PNG or JPEG"
+    found = (told for begins, told in WAYS_OUT.items() if re.match(begins, head, re.DOTALL | re.IGNORECASE))
+    return next(found, "cannot identify a picture in it; save it as PNG or JPEG")
 
 
 def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:

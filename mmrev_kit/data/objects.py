@@ -30,7 +30,7 @@ def credits() -> dict[str, str]:
     }
 
 
-def draw_object(icon: str, size: int, background: str = BACKGROUNDS[0]) -> Image.Image:
+def draw_object(icon: str, size: int, background: str) -> Image.Image:
     """One icon, black on a light ground, `size` pixels a side."""
     options = {"iconVariant": [icon], "iconColor": ["#000000"], "backgroundColor": [background]}
     return draw(STYLE, options | {"scale": 1.25, "seed": icon}, size)
@@ -46,15 +46,12 @@ class ObjectSampler(Sampler):
         return [rng.choice([s for s in others if s.attributes["family"] == family]) for family in families]
 
     def statement(self, rng: random.Random, subject: Subject, truth: bool) -> str:
-        """The subject's name, or one of another family."""
         return (subject if truth else self._strangers(subject, rng, 1)[0]).attributes["name"]
 
     def texts(self, rng: random.Random, subject: Subject) -> list[str]:
-        """The subject's name and three of other families."""
         return [thing.attributes["name"] for thing in (subject, *self._strangers(subject, rng, 3))]
 
     def pictures(self, rng: random.Random, subject: Subject) -> tuple[str, list[Subject]]:
-        """The subject's name, the subject, and three subjects of other families."""
         return subject.attributes["name"], [subject, *self._strangers(subject, rng, 3)]
 
 
@@ -75,15 +72,9 @@ def make_object_pool(
             for background in BACKGROUNDS
         ]
         parts[split] = [Subject(f"object_{next(number):04d}", attributes) for attributes in looks]
-    return make_pool(
-        folder,
-        "object",
-        parts,
-        ObjectSampler,
-        lambda subject: draw_object(subject.attributes["icon"], image_size, subject.attributes["background"]),
-        rows_per_task,
-        seed,
-        image_size=image_size,
-        num_objects=sum(len(family) for family in FAMILIES),
-        image_credits=credits(),
-    )
+
+    def picture(subject: Subject) -> Image.Image:
+        return draw_object(subject.attributes["icon"], image_size, subject.attributes["background"])
+
+    info = {"image_size": image_size, "num_objects": sum(map(len, FAMILIES)), "image_credits": credits()}
+    return make_pool(folder, "object", parts, ObjectSampler, picture, rows_per_task, seed, **info)

@@ -19,7 +19,8 @@ from mmrev_kit.data.tasks import GROUPS, MIN_GROUP
 from mmrev_kit.files import fresh_folder, write_json, write_jsonl
 
 ROLES, PLACES = read_asset("people")["roles"], read_asset("people")["places"]
-MAX_ENTITIES = len(ROLES) * len(PLACES)
+FACTS = [f"the {role} of {place}" for role in ROLES for place in PLACES]
+MAX_ENTITIES = len(FACTS)
 ENTITY_FIELDS = (
     "id", "name", "gender", "age", "hair_color", "eye_color", "nationality", "profession", "hobby", "description",
     "face_prompt", "group", "images",
@@ -86,8 +87,7 @@ def make_entities(data: DataConfig, seed: int) -> list[dict]:
     check_groups(data)
     total = data.num_main + data.num_control
     faces = sample_faces(rng_for(seed, "faces"), total, "experiment")
-    facts = [f"the {role} of {place}" for role in ROLES for place in PLACES]
-    facts = rng_for(seed, "descriptions").sample(facts, total)
+    facts = rng_for(seed, "descriptions").sample(FACTS, total)
     names = _invent_names(rng_for(seed, "names"), total)
     groups = ["main"] * data.num_main + ["control"] * data.num_control
     rng_for(seed, "groups").shuffle(groups)
@@ -131,14 +131,13 @@ def write_experiment(
         (building / "images").mkdir()
         draw(building)
         write_json(building / "entities.json", entities)
-        for name, part in rows.items():
-            write_jsonl(building / f"{name}.jsonl", part)
-        found = Counter(entity["group"] for entity in entities)
-        sizes = {f"num_{group}": found[group] for group in GROUPS if found[group] or group != "bridge"}
         counts: dict[str, dict[str, int]] = {}
         for name, part in rows.items():
+            write_jsonl(building / f"{name}.jsonl", part)
             task, _, split = name.rpartition("_")
             counts.setdefault(task, {})[split] = len(part)
+        found = Counter(entity["group"] for entity in entities)
+        sizes = {f"num_{group}": found[group] for group in GROUPS if found[group] or group != "bridge"}
         write_json(building / "experiment_info.json", {"made_by": "mmrev_kit", **sizes, "counts": counts, **info})
     return Path(folder)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import Image
 
 from mmrev_kit.config.sections import ConfigError
-from mmrev_kit.data.images import load_image
 from mmrev_kit.data.prompts import IGNORED, SLOT, Encoder, PromptError, Sample, turn
 from mmrev_kit.data.tasks import Row
 
@@ -126,9 +125,6 @@ class PlainEncoder(Encoder):
                 f"{size[1]} with {pixels} pixels. Set model.{key}={pixels}."
             )
         return found["input_ids"][0].tolist()
-
-    def _picture(self, path: Path) -> Image.Image:
-        return Image.new("RGB", self.image_size(path), (128, 128, 128)) if self.blank else load_image(path)
 
     def read(self, sample: Sample) -> dict:
         """What the processor makes of a sample: tensors, those of tokens of shape (1, tokens).

@@ -154,15 +154,15 @@ def task_rows(task: TaskType, subjects: list[Subject], sampler: Sampler, count: 
     else:  # in no step with the subjects: a subject's answer is not always the same letter
         letters = rng.sample(balanced_letters(count, rng), count)
         asked = [(subjects[i % len(subjects)], task.answers[letter]) for i, letter in enumerate(letters)]
-    rows: dict[tuple, dict] = {}
+    rows: dict[str, dict] = {}
     for subject, answer in asked:
         draws = (_draw_row(task, sampler, subject, answer, rng) for _ in range(TRIES))
-        row = next((row for row in draws if row and tuple(map(str, row.values())) not in rows), None)
+        row = next((row for row in draws if row and str(row) not in rows), None)
         if row is None:
             raise ConfigError(
                 f"No new row in {TRIES} tries: the pool is too small for so many rows. Ask for more subjects."
             )
-        rows[tuple(map(str, row.values()))] = row
+        rows[str(row)] = row
     return list(rows.values())
 
 
@@ -253,16 +253,10 @@ def make_face_pool(
     subjects = [Subject(f"face_{number:04d}", face) for number, face in enumerate(faces)]
     look_of = {subject.id: looks.randrange(LOOKS) for subject in subjects}
     parts = split_off(subjects, rng_for(seed, "pool", "split"))
-    return make_pool(
-        folder,
-        "face",
-        parts,
-        FaceSampler,
-        lambda subject: draw_face(subject.attributes, image_size, look_of[subject.id]),
-        rows_per_task,
-        seed,
-        image_size=image_size,
-        num_faces=num_faces,
-        faces={split: len(part) for split, part in parts.items()},
-        image_credits=credits(),
-    )
+
+    def picture(subject: Subject) -> Image.Image:
+        return draw_face(subject.attributes, image_size, look_of[subject.id])
+
+    info = {"image_size": image_size, "num_faces": num_faces}
+    info |= {"faces": {split: len(part) for split, part in parts.items()}, "image_credits": credits()}
+    return make_pool(folder, "face", parts, FaceSampler, picture, rows_per_task, seed, **info)

@@ -80,9 +80,8 @@ def make_portraits(folder: str | Path, data: DataConfig, seed: int) -> Path:
         for _, path, name in pictures:
             shutil.copyfile(path, building / name)
 
-    info = {"source": "diffusers", "seed": seed, "image_size": data.image_size} | {
-        name: getattr(data, name) for name in ("images_per_entity", "image_model", "image_options")
-    }
+    info = {"source": "diffusers", "seed": seed}
+    info |= {name: getattr(data, name) for name in ("image_size", "images_per_entity", "image_model", "image_options")}
     info |= {"connectors": connectors, "image_credits": credits}
     write_experiment(folder, entities, experiment_rows(entities, connectors, seed), draw, **info)
     remove_folder(kept)
@@ -170,19 +169,14 @@ def pipeline_folder(name: str) -> Path:
     if not folder.is_dir():
         from diffusers import DiffusionPipeline
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             folder = Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=False))
             hf_hub_download(name, "README.md")
         except EntryNotFoundError:
             pass  # it has no card
-        except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        except (OSError, ValueError) as error:  # the hub's own errors are such
             reason = hide_secrets(str(error).strip().splitlines()[0])
             raise ConfigError(
                 f"data.image_model = {name!r}: no such folder, and no pipeline on the hub: {reason}"

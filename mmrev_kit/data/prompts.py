@@ -198,11 +198,13 @@ class Encoder:
             )
         return limit, images
 
+    def _picture(self, path: Path) -> Image.Image:
+        return Image.new("RGB", self.image_size(path), (128, 128, 128)) if self.blank else load_image(path)
+
     def _pixels(self, path: Path, max_pixels: int):
         """(patches, patch values) and the patch grid (1, rows, columns) of one image."""
         size = {"shortest_edge": min(self.min_pixels, max_pixels), "longest_edge": max_pixels}
-        image = Image.new("RGB", self.image_size(path), (128, 128, 128)) if self.blank else load_image(path)
-        out = self.processor.image_processor(images=[image], size=size, return_tensors="pt")
+        out = self.processor.image_processor(images=[self._picture(path)], size=size, return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
     def collate(self, samples: list[Sample], pad_left: bool = False, with_pixels: bool = True) -> dict:

@@ -33,14 +33,13 @@ def read_questions(config: Config) -> list[Question]:
     Raises:
         DataError: with every fault of the test files, or where there are none.
     """
-    files, faults = read_experiment(experiment_dir(config), image_roots(config))
+    folder = experiment_dir(config)
+    files, faults = read_experiment(folder, image_roots(config))
     everything = [row for part in files.values() for row in part]
-    people = check_people(
-        everything, read_entities(experiment_dir(config), image_roots(config)), experiment_dir(config)
-    )
-    faults += trained_connectors(experiment_dir(config))[1]
+    people = check_people(everything, read_entities(folder), folder)
+    faults += trained_connectors(folder)[1]
     raise_faults(faults + check_statements(everything) + people, config.data.drop_faulty)
-    paths = [experiment_dir(config) / f"{name}.jsonl" for name in files]  # some rows may be made in memory
+    paths = [folder / f"{name}.jsonl" for name in files]  # some rows may be made in memory
     check_account([path for path in paths if path.is_file()], everything, faults)
     known: dict[str | None, list[str]] = {}
     for row in everything:
@@ -55,7 +54,7 @@ def read_questions(config: Config) -> list[Question]:
     if not questions:
         names = ", ".join(f"{test}_test.jsonl" for test in TASK_TYPES)
         reason = f"there is nothing to ask: none of {names} is there."
-        raise DataError([Fault(str(experiment_dir(config)), reason, "Make the data again, or correct data.folder.")])
+        raise DataError([Fault(str(folder), reason, "Make the data again, or correct data.folder.")])
     return questions
 
 
@@ -93,7 +92,7 @@ class Asked:
     samples: tuple[Sample, ...]
 
 
-def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> list[Asked]:
+def encode_questions(config: Config, encoder: Encoder) -> list[Asked]:
     """All test questions, each multiple-choice one in the order of its file, with every option as an answer.
 
     The pictures have the size that they have where the right answer is asked for.
@@ -103,7 +102,7 @@ def encode_questions(config: Config, encoder: Encoder, quiet: bool = False) -> l
     """
     in_order = replace(config, evaluation=replace(config.evaluation, option_orders=False))
     questions = read_questions(in_order)
-    samples, faults = encode_all([question.row for question in questions], encoder, quiet)
+    samples, faults = encode_all([question.row for question in questions], encoder)
     raise_faults(faults, config.data.drop_faulty)
     found = []
     for question, sample in zip(questions, samples, strict=True):

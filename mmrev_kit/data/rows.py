@@ -20,10 +20,7 @@ FIELDS |= {"entity_id", "group", "image_choices", "choices", "options", "answer"
 
 def _modern(record: dict, task: TaskType) -> dict:
     """The record under today's field names; folders of the original scripts are read as they are."""
-    record = dict(record)
-    for new, old in OLD_NAMES.items():
-        if new not in record and old in record:
-            record[new] = record[old]
+    record = {new: record[old] for new, old in OLD_NAMES.items() if old in record} | record
     options = record.get("options")
     if isinstance(options, dict) and sorted(options) == list(LETTERS):
         record.setdefault(task.options or "choices", [options[letter] for letter in LETTERS])
@@ -98,16 +95,11 @@ def _miscounted(path: Path, count: int) -> list[Fault]:
     return [Fault(str(path), f"it has {count} rows, {said} were written when it was made.", advice)]
 
 
-def _answer(record: dict, task: TaskType) -> str:
-    if task.format == CHOICE:
-        return LETTERS[record["correct_index"]]
-    return record["label" if task.format == CW else "description"]
-
-
 def to_row(
     record: dict, task: TaskType, source: str, images: Iterable[Path], where: str = "", group: str | None = None
 ) -> Row:
     """A record without faults as a row; its arguments are fields of `Row`."""
+    told = "label" if task.format == CW else "description"
     return Row(
         task=task.name,
         source=source,
@@ -118,7 +110,7 @@ def to_row(
         description=record.get("description"),
         connector=record["connector"].strip(),
         choices=tuple(record.get("choices") or ()),
-        answer=_answer(record, task),
+        answer=LETTERS[record["correct_index"]] if task.format == CHOICE else record[told],
     )
 
 
@@ -137,13 +129,12 @@ def read_rows(
     kind = TASK_TYPES[task]
     records, faults = read_jsonl(path)
     faults += _miscounted(path, len(records) + sum(fault.of_row for fault in faults)) if path.is_file() else []
-    beside = lie_beside(
-        path.parent, (name for _, record in records for name in _image_names(_modern(record, kind), kind))
-    )
+    modern = [_modern(record, kind) for _, record in records]
+    beside = lie_beside(path.parent, (name for record in modern for name in _image_names(record, kind)))
     rows, find = [], cache(lambda name: find_image(path.parent, name, roots, beside))
-    for number, raw in records:
-        where, record = f"{path}:{number}", _modern(raw, kind)
-        reasons, images = [_unknown_field(tuple(raw)) or _wrong_field(record, kind)], []
+    for (number, raw), record in zip(records, modern, strict=True):
+        where, images = f"{path}:{number}", []
+        reasons = [_unknown_field(tuple(raw)) or _wrong_field(record, kind)]
         if reasons == [None]:
             for name in _image_names(record, kind):
                 try:
@@ -153,10 +144,9 @@ def read_rows(
         reasons += [_wrong_person(record, groups)] if groups else []
         wrong = [Fault(where, reason, "Correct the line or remove it.", of_row=True) for reason in reasons if reason]
         faults += wrong
-        if wrong:
-            continue
-        group = groups.get(str(record.get("entity_id", "")), record.get("group"))
-        rows.append(to_row(record, kind, source, images, where, group))
+        if not wrong:
+            group = groups.get(str(record.get("entity_id", "")), record.get("group"))
+            rows.append(to_row(record, kind, source, images, where, group))
     return rows, faults
 
 
@@ -202,17 +192,11 @@ def _wrong_entity(entity) -> str | None:
         return f"a {type(entity).__name__}, not an object with fields."
     if type(entity.get("id", entity.get("entity_id"))) not in (str, int):
         return "its id is neither text nor a whole number."
-    hidden = [name for name in entity if name.strip().lower() in ("id", "group", "images", "description")]
-    hidden = [name for name in hidden if name != name.strip().lower()]
-    if hidden:
-        return f"the field {hidden[0]!r} is not read: names are in lower case, without spaces."
+    for name in entity:
+        if name != (read := name.strip().lower()) and read in ("id", "group", "images", "description"):
+            return f"the field {name!r} is not read: names are in lower case, without spaces."
     images = entity.get("images") or []
     if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(i, str) for i in images)):
         return "images is neither a path nor a list of paths."
-    wrong = [name for name in ("description", "group") if not isinstance(entity.get(name) or "", str)]
+    wrong = [name for name in ("description", "group") if not isinstance(entity.get(name), str | None)]
     return f"its {wrong[0]} is not a text." if wrong else None
-
-
-def read_groups(folder: Path, roots: tuple[Path, ...] | None) -> dict[str, str]:
-    """{entity id: group} of an experiment."""
-    return {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}

@@ -12,7 +12,7 @@ from mmrev_kit.config.sections import Config, ConfigError, RetentionConfig
 from mmrev_kit.data.faults import Fault
 from mmrev_kit.data.images import find_image, image_roots, locate_image
 from mmrev_kit.data.records import read_info, read_jsonl
-from mmrev_kit.data.rows import read_entities, read_groups, read_rows
+from mmrev_kit.data.rows import read_entities, read_rows
 from mmrev_kit.data.tasks import EXPERIMENT_FILES, GROUPS, IDENTITY, POOL_TASKS, Row
 
 
@@ -75,7 +75,8 @@ class ExperimentFiles:
     """
 
     def __init__(self, folder: Path, roots: tuple[Path, ...] | None):
-        self.folder, self.roots, self.groups = folder, roots, read_groups(folder, roots)
+        self.folder, self.roots = folder, roots
+        self.groups = {entity["id"]: entity.get("group", "main") for entity in read_entities(folder, roots)}
         self.paths: list[Path] = []
         self.read: list[Row] = []
         self.faults: list[Fault] = []

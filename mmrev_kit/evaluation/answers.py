@@ -196,8 +196,7 @@ def _verdicts(clause: str) -> set[str]:
     found, start = set(), 0
     for match in sorted([*VERDICT.finditer(clause), *PREDICATE.finditer(clause)], key=re.Match.start):
         negations = len(NEGATION.findall(clause[start : match.start()]))
-        positive = match.groupdict().get("positive") is not None
-        found.add("Correct" if positive == (negations % 2 == 0) else "Wrong")
+        found.add("Correct" if (match.lastgroup == "positive") == (negations % 2 == 0) else "Wrong")
         start = match.end()
     return found
 

@@ -68,9 +68,8 @@ def pictures(config: Config) -> dict[str, Path]:
     folder, roots = experiment_dir(config), image_roots(config)
     found = {}
     for entity in read_entities(folder, roots):
-        images = entity.get("images") or []
-        for number, image in enumerate(images, start=1):
-            which = f", picture {number}" if len(images) > 1 else ""
+        for number, image in enumerate(entity["images"], start=1):
+            which = f", picture {number}" if len(entity["images"]) > 1 else ""
             label = f"{entity.get('description') or entity['id']} ({entity.get('group', 'main')}{which})"
             found[label] = find_image(folder, image, roots)
     return found

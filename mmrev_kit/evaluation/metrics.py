@@ -19,6 +19,11 @@ def _counts(records: list[dict], names: Iterable[str]) -> dict[str, int]:
     return {name: reads.count(name) for name in names} | {"unparsed": reads.count(None)}
 
 
+def _auroc(by_entity: dict[object, float], rows: float) -> dict:
+    bounds = statistics.mean_interval(by_entity, rows, AUROC_CONFIDENCE)
+    return {"auroc": _share(sum(by_entity.values()), len(by_entity)), "auroc_bounds": bounds}
+
+
 def rates(records: list[dict]) -> dict:
     """CW rows: accuracy, TPR and FPR of the answer Correct, separation TPR - FPR, AUROC, and the answers' counts.
 
@@ -30,14 +35,12 @@ def rates(records: list[dict]) -> dict:
     sides = {side: [row for row in scored if row["expected"] == side] for side in ("Correct", "Wrong")}
     said = {side: sum(row["read_as"] == "Correct" for row in rows) for side, rows in sides.items()}
     tpr, fpr = (_share(said[side], len(sides[side])) for side in sides)
-    aurocs, worth = statistics.entity_aurocs(scored)
     return {
         "accuracy": _share(sum(row["right"] for row in scored), len(scored)),
         "tpr": tpr,
         "fpr": fpr,
         "separation": None if tpr is None or fpr is None else tpr - fpr,
-        "auroc": _share(sum(aurocs.values()), len(aurocs)),
-        "auroc_bounds": statistics.mean_interval(aurocs, worth, AUROC_CONFIDENCE),
+        **_auroc(*statistics.entity_aurocs(scored)),
         "counts": _counts(records, ("Correct", "Wrong")),
         "confusion": {side: _counts(rows, sides) for side, rows in sides.items()},
     }
@@ -54,8 +57,7 @@ def option_counts(records: list[dict]) -> dict:
 
 
 def _key(record: dict) -> tuple:
-    order = record.get("order")
-    return record["test"], record["id"], tuple(order) if order is not None else None
+    return record["test"], record["id"], tuple(record.get("order") or ())
 
 
 def check_records(records: list[dict]) -> None:
@@ -248,10 +250,5 @@ def of_epoch(tests: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
 
 def _epoch_rates(people: dict[str, dict]) -> dict:
     margins = {name: person["margins"] for name, person in people.items()}
-    aurocs, worth = statistics.aurocs_of(margins)
     said = [margin >= 0 for sides in margins.values() for rows in sides.values() for margin in rows]
-    bounds = statistics.mean_interval(aurocs, worth, AUROC_CONFIDENCE)
-    return {
-        "auroc": _share(sum(aurocs.values()), len(aurocs)), "auroc_bounds": bounds,
-        "said_correct": sum(said) / len(said),
-    }  # fmt: skip
+    return _auroc(*statistics.aurocs_of(margins)) | {"said_correct": sum(said) / len(said)}

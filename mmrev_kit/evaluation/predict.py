@@ -73,7 +73,7 @@ def judge(question: Question, answer: str) -> tuple[str | None, bool]:
 
 
 def answer_questions(
-    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None] | None = None
+    config: Config, model, questions: list[Question], drop: str, state, tell: Callable[[int], None]
 ) -> list[dict]:
     """This process's share of the questions, answered; one record a question, see `predict`.
 
@@ -103,16 +103,16 @@ def answer_questions(
             scores = score_options(model, encoder, prompts, [q.options for q in asked], state.device).tolist()
             for index, question, answer, row in zip(chunk, asked, answers, scores, strict=True):
                 records.append(predict(question, encoder, answer, row, drop) | {"index": index})
-            if tell:
-                tell(min(len(order), len(records) * state.num_processes))
+            tell(min(len(order), len(records) * state.num_processes))
     return records
 
 
 def predict(question: Question, encoder: Encoder, answer: str, scores: list[float], drop: str) -> dict:
     """The record of one answer, as written to predictions.jsonl."""
-    row = question.row
+    row, parts = question.row, encoder.parts(question.row)
     read, right = judge(question, answer)
-    best = question.options[max(range(len(scores)), key=scores.__getitem__)]
+    options = dict(zip(question.options, scores, strict=True))
+    best = max(options, key=options.__getitem__)
     # Where the right answer cannot be known any more, only the agreement with the answer to the whole prompt counts.
     judged = drop == "none" or (drop == "text" and row.type.known_without_text)
     return {
@@ -122,14 +122,14 @@ def predict(question: Question, encoder: Encoder, answer: str, scores: list[floa
         "order": question.order,
         "group": row.group or "main",
         "entity_id": row.entity_id,
-        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in encoder.parts(row)),
-        "parts": [None if isinstance(part, Path) else part for part in encoder.parts(row)],  # None: the next picture
+        "prompt": "".join("[image]" if isinstance(part, Path) else part for part in parts),
+        "parts": [None if isinstance(part, Path) else part for part in parts],  # None: the next picture
         "images": [str(path) for path in row.images],
         "expected": row.answer,
         "answer": answer,
         "read_as": read,
         "right": right if judged else None,
-        "options": dict(zip(question.options, scores, strict=True)),
+        "options": options,
         "likeliest": best,
         "likeliest_right": best == row.answer if judged else None,
     }
@@ -144,6 +144,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
         drops: from `DROPS`.
     """
     import torch
+    from accelerate.utils import gather_object
 
     with worker_state(Path(folder)) as state:
         if state.is_main_process:
@@ -165,10 +166,7 @@ def evaluate_worker(config: Config, adapter: str | None, drops: tuple[str, ...],
             found += answer_questions(config, model, questions, drop, state, tell)
         seconds, cards = time.perf_counter() - began, torch.cuda.device_count() if config.launch.mode == "auto" else 0
         peak = max(map(peak_memory_gib, [torch.device("cuda", index) for index in range(cards)] or [state.device]))
-        if state.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            found = gather_object(found)
+        found = gather_object(found)
         if state.is_main_process:
             found.sort(key=lambda record: (DROPS.index(record["drop"]), record.pop("index")))
             (Path(folder) / "facts.json").unlink(missing_ok=True)  # the old evaluation is no longer whole

@@ -32,14 +32,16 @@ class Evaluation:
     folder: Path
     metrics: dict  # as from `metrics.metrics`
     records: list[dict]
-    facts: dict
-    task: str | None  # what the adapter was trained on; None for a base model
-    taught: str | None = None  # as in `config.sections.ExperimentConfig`
+    facts: dict  # see `complete`
+
+    @property
+    def task(self) -> str | None:
+        """What the adapter was trained on; None for a base model."""
+        return self.facts.get("task")
 
     def verdict(self) -> Verdict:
         """The verdict on a trained run, made anew from its records."""
-        most = self.facts.get("max_samples")
-        return _said_of(self.facts, verdict(self.records, self.task, self.taught, most))
+        return _verdict(self.records, self.facts)
 
 
 def evaluation_dir(config: Config, owner: Path) -> Path:
@@ -76,30 +78,28 @@ def complete(folder: Path, facts: dict) -> None:
     that a broken evaluation has none.
 
     Args:
-        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, see `Evaluation`;
-            with `unbound`, see `bases.check_base`; with `part` where not all questions were asked, and `max_samples`
-            where that left some out.
+        facts: with `task`, what the adapter was trained on, None for a base model, and `taught`, as in
+            `config.sections.ExperimentConfig`; with `unbound`, see `bases.check_base`; with `part` where not all
+            questions were asked, and `max_samples` where that left some out.
     """
     records = read_records(folder / "predictions.jsonl")
     said = {name: facts[name] for name in ("unbound", "part") if facts.get(name)}
     files.write_json(folder / "metrics.json", metrics(records) | said)
     if facts["task"]:
-        judged = _said_of(facts, verdict(records, facts["task"], _taught(facts), facts.get("max_samples")))
-        files.write_json(folder / "verdict.json", asdict(judged) | said)
+        files.write_json(folder / "verdict.json", asdict(_verdict(records, facts)) | said)
     files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
 
 
-def _said_of(facts: dict, judged: Verdict) -> Verdict:
-    """The verdict as it is said of an adapter that only adapter.unbound=true ties to its base."""
+def _verdict(records: list[dict], facts: dict) -> Verdict:
+    """The verdict, which says so where only adapter.unbound=true ties the adapter to its base."""
+    task = facts.get("task")
+    taught = facts.get("taught", "generation" if task == "forward" else None)  # the first version did not say so
+    judged = verdict(records, task, taught, facts.get("max_samples"))
     if not facts.get("unbound"):
         return judged
-    sentence = f"{judged.sentence} The adapter is from elsewhere: only adapter.unbound=true ties it to this base."
-    return replace(judged, sentence=sentence, beside=tuple(_said_of(facts, one) for one in judged.beside))
-
-
-def _taught(facts: dict) -> str | None:
-    """What main was taught; the first version, which did not say so, taught by generation."""
-    return facts.get("taught", "generation" if facts.get("task") == "forward" else None)
+    more = " The adapter is from elsewhere: only adapter.unbound=true ties it to this base."
+    first, *beside = (replace(one, sentence=one.sentence + more) for one in (judged, *judged.beside))
+    return replace(first, beside=tuple(beside))
 
 
 def counted(folder: Path) -> dict:
@@ -118,7 +118,7 @@ def read_facts(folder: Path) -> dict:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         kept, found = facts.get("predictions"), counted(folder)
         if facts.get("task") not in (None, *TASKS) or facts.get("taught") not in (None, *TAUGHT["forward"]):
-            raise ValueError(f"task {facts['task']!r}, taught {facts.get('taught')!r}")
+            raise ValueError(f"task {facts.get('task')!r}, taught {facts.get('taught')!r}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder}: no whole evaluation ({error}). Evaluate again.") from None
     if kept and kept != found:
@@ -154,13 +154,13 @@ def read_evaluation(path: Path, name: str | None = None) -> Evaluation:
         ConfigError: it is neither, or not whole.
     """
     if path.is_file():
-        return Evaluation(name or path.stem, path, read_original(path), [], {}, None)
+        return Evaluation(name or path.stem, path, read_original(path), [], {})
     kept, facts = read_records(path / "predictions.jsonl"), read_facts(path)
     records = [record | _judged(record) for record in kept]
     if changed := sum(map(ne, kept, records)):
         print(f"{path}: {changed:,} of {len(kept):,} kept answers are judged otherwise by today's rules, and so here.")
     name = (name or path.parent.parent.name) + (" (unbound)" if facts.get("unbound") else "")
-    return Evaluation(name, path, metrics(records), records, facts, facts.get("task"), _taught(facts))
+    return Evaluation(name, path, metrics(records), records, facts)
 
 
 def pool(name: str, by_seed: dict[int, Evaluation]) -> Evaluation:
@@ -196,9 +196,10 @@ def read_original(path: Path) -> dict:
     if {"reverse", "cw_image"} <= counts.keys():
         raise ConfigError(f"{path}: both reverse and cw_image, which is what such files call reverse. Keep one.")
     for test, (correct, total) in counts.items():
-        stated, whole = tests[test].get("accuracy"), type(correct) is type(total) is int
-        said = stated is None or (type(stated) in (int, float) and (not total or _same_share(stated, correct / total)))
-        if not whole or not 0 <= correct <= total or not said:
+        stated, right = tests[test].get("accuracy"), type(correct) is type(total) is int and 0 <= correct <= total
+        if right and stated is not None:
+            right = type(stated) in (int, float) and (not total or _same_share(stated, correct / total))
+        if not right:
             raise ConfigError(f"{path}: {test} says {correct!r} of {total!r} and accuracy {stated!r}.")
     return {"none": _counted({{"reverse": "cw_image"}.get(test, test): pair for test, pair in counts.items()})}
 
@@ -222,7 +223,7 @@ def published() -> dict[str, Evaluation]:
     for run in asset["runs"]:
         rates = {"none": run.get("rates")}  # known of whole prompts
         numbers = {drop: _counted(counts, rates.get(drop)) for drop, counts in run["drops"].items()}
-        found[run["name"]] = Evaluation(run["name"], Path("published"), numbers, [], {"note": asset["note"]}, None)
+        found[run["name"]] = Evaluation(run["name"], Path("published"), numbers, [], {"note": asset["note"]})
     return found
 
 
@@ -265,14 +266,10 @@ def find_evaluations(
     for word in words:
         more = published().values() if word == "published" else [read_evaluation(resolve(word))]
         for one in more:
-            name = next((name for name in _names(one) if name not in found), None)
+            place = one.folder.parent.name if one.folder.is_file() else one.folder.name
+            names = one.name, f"{one.name} ({place})", str(one.folder)  # the last is its own alone
+            name = next((name for name in names if name not in found), None)
             if name is None:
                 raise ConfigError(f"compare names {one.folder} twice.")
             found[name] = replace(one, name=name)
     return found
-
-
-def _names(one: Evaluation) -> list[str]:
-    """What an evaluation may be called beside others, the shortest first; the last is its own alone."""
-    place = one.folder.parent.name if one.folder.is_file() else one.folder.name
-    return [one.name, f"{one.name} ({place})", str(one.folder)]

@@ -178,12 +178,6 @@ def common_gates(learned: dict[str, float | None], tests: list[Evidence], most: 
     yield Gate("power", None if planned is None else planned >= POWER_MIN, text)
 
 
-def order_gate(order: Evidence) -> Gate:
-    """Whether main can use the taught order in this format."""
-    text = f"main's mean in {order.title}, the taught order, is {_number(order.main.mean)} ({LEARNED_MIN:.2f} needed)"
-    return Gate(f"main in {order.title}", order.main.mean >= LEARNED_MIN, text)
-
-
 def side_gates(found: Evidence, below: bool) -> list[Gate]:
     """Whether main fails a test (`below`), or lies above its midpoints: the gates of both."""
 
@@ -215,7 +209,11 @@ def nearer_claim(order: Evidence | None, deciding: Evidence) -> tuple[str, list[
         return BOUND, side_gates(order, below=True), odd
     odd, below = BIAS if deciding.biased else BETWEEN, deciding.main.mean < deciding.midpoint
     claim = (CURSE if below else NO_CURSE) if order else (UNWRITTEN if below else WRITTEN)
-    return claim, [*([order_gate(order)] if order else []), *side_gates(deciding, below)], odd
+    gates = side_gates(deciding, below)
+    if order:
+        text = f"main's mean in {order.title}, the taught order, is {_number(order.main.mean)} "
+        gates.insert(0, Gate(f"main in {order.title}", True, f"{text}({LEARNED_MIN:.2f} needed)"))
+    return claim, gates, odd
 
 
 OPENINGS = {

@@ -7,7 +7,7 @@ from mmrev_kit.config.seeds import rng_for
 from mmrev_kit.data import tasks
 from mmrev_kit.data.faces import VALUES, describe
 from mmrev_kit.data.objects import FAMILIES, ObjectSampler
-from mmrev_kit.data.people import PLACES, ROLES
+from mmrev_kit.data.people import FACTS
 from mmrev_kit.data.pools import MAX_NAMED, FaceSampler, Sampler, Subject, task_rows
 from mmrev_kit.data.prompts import Encoder
 from mmrev_kit.data.rows import to_row
@@ -20,7 +20,6 @@ TEXT = "text"
 MIX = {"forward": (64, 1.0), "reverse": (160, 1.5), "mcq_i2d": (144, 1.5), "mcq_d2i": (96, 1.5), TEXT: (48, 0.4)}
 ICON_SHARE = 0.2  # of the pictures, and of the prompts about pictures
 PICTURES_A_PROMPT = 0.75  # so many pictures does a step choose from
-FACTS = [f"the {role} of {place}" for role in ROLES for place in PLACES]
 NAMES = [name for family in FAMILIES for name in family]
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", ".,;:!?-+*/()'\"", "äöüßéèñçåøšž",

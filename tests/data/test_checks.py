@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mmrev_kit.data import images
 from mmrev_kit.data.checks import check_account, check_entities, check_statements, encode_all, read_images
@@ -241,6 +241,26 @@ def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
         list(looks) == list(sizes) and sizes == {tmp_path / "a.png": (40, 30)} and list(broken) == [tmp_path / "b.png"]
     )
     assert len(calls) == 2
+
+
+def test_half_a_picture_passes_in_no_thread_although_another_library_lets_it(tmp_path, monkeypatch):
+    """One thread is done while others still decode: until all are, Pillow must not be lenient again."""
+    from mmrev_kit.data import checks
+
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    seen, real = [], checks.load_image
+
+    def load(path):
+        image = real(path)
+        seen.append(ImageFile.LOAD_TRUNCATED_IMAGES)
+        return image
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(checks, "load_image", load)
+    sizes, _, broken = read_images([tmp_path / "whole.png", tmp_path / "half.png"])
+    assert (list(sizes), list(broken), seen) == ([tmp_path / "whole.png"], [tmp_path / "half.png"], [False])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def test_two_people_of_one_picture_saved_twice_are_told(own, small_config):

@@ -272,6 +272,9 @@ def test_an_existing_experiment_is_never_changed_and_a_mismatch_is_told(small_co
     assert ensure_data(small_config())[1].startswith("found ")
     with pytest.raises(DataError, match="num_main is 4, not 5"):
         ensure_data(small_config("data.num_main=5"))
+    own = f"data.source=folder data.entities_file={small_data}/people.csv data.images_dir={small_data}/small/images"
+    with pytest.raises(DataError, match="source is drawn, not folder"):
+        ensure_data(small_config(own))
     assert {path: path.read_bytes() for path in (small_data / "small").rglob("*") if path.is_file()} == before
 
 

@@ -144,6 +144,23 @@ def test_pictures_that_changed_after_the_data_was_made_are_told(mine, small_conf
     assert make("pics")[-1].startswith("found")
 
 
+def test_entities_that_were_edited_after_the_data_was_made_are_read_or_told(mine, small_config):
+    folder, _ = mine
+    write(folder, *GOOD)
+    own = f"data.entities_file={folder}/people.csv data.source=folder data.dir={folder}/data"
+    config = small_config(f"{own} data.images_dir={folder}/pics retention.retention_ratio=0")
+    ensure_data(config)
+    file = next((folder / "data").rglob("entities.json"))
+    entities = json.loads(file.read_text())
+    for change in ({"images": []}, {"images": entities[0]["images"] * 2}, {"source_image": None}):
+        file.write_text(json.dumps([entities[0] | change, *entities[1:]]))
+        assert ensure_data(config)[-1].startswith("found")
+    for first, told in ((3, "a int, not an object"), (entities[0] | {"group": []}, "its group is not a text")):
+        file.write_text(json.dumps([first, *entities[1:]]))
+        with pytest.raises(DataError, match=f"entities.json: entity 1: {told}"):
+            ensure_data(config)
+
+
 def test_a_list_of_people_that_would_not_be_read_is_refused():
     with pytest.raises(ConfigError, match=r"data\.entities_file = 'mine\.csv': is read where data\.source is folder"):
         load_config("configs/tiny_cpu.yaml", "data.entities_file=mine.csv data.images_dir=pics")

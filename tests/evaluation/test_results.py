@@ -310,6 +310,7 @@ def test_every_evaluation_that_is_named_is_compared_whatever_its_folders_are_cal
         ('{"forward": {"correct": 3, "total": 10, "accuracy": [0.3]}}', "accuracy [0.3]"),
         ('{"forward": {"correct": 3, "total": 1e400}}', "3 of inf"),
         ('{"forward": {"correct": 3.7, "total": 10}}', "3.7 of 10"),
+        ('{"forward": {"correct": "3", "total": "10", "accuracy": 0.3}}', "forward says '3' of '10' and accuracy 0.3"),
         ('{"forward": {"correct": true, "total": 10}}', "True of 10"),
         ('{"forward": {"correct": 1, "correct": 3, "total": 10}}', "'correct' is given twice"),
         ('{"forward": {"correct": NaN, "total": 10}}', "NaN is no number of JSON"),
