@@ -85,7 +85,7 @@ def complete(folder: Path, facts: dict) -> None:
     records = read_records(folder / "predictions.jsonl")
     said = {name: facts[name] for name in ("unbound", "part") if facts.get(name)}
     files.write_json(folder / "metrics.json", metrics(records) | said)
-    if facts["task"]:
+    if facts.get("task"):
         files.write_json(folder / "verdict.json", asdict(_verdict(records, facts)) | said)
     files.write_json(folder / "facts.json", facts | {"predictions": counted(folder)})
 
@@ -133,7 +133,7 @@ def judge_anew(folder: Path) -> None:
     facts, path = read_facts(folder), folder / "predictions.jsonl"
     records = read_records(path)
     judged = [record | _judged(record) for record in records]
-    there = all((folder / name).is_file() for name in ["metrics.json", "verdict.json"][: 2 if facts["task"] else 1])
+    there = all((folder / name).is_file() for name in ["metrics.json", "verdict.json"][: 2 if facts.get("task") else 1])
     if judged != records or not there:
         (folder / "facts.json").unlink()
         files.write_jsonl(path, judged)
