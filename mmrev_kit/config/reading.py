@@ -73,6 +73,19 @@ def _nest(key: str, value) -> dict:
     return value
 
 
+def split_paths(text: str | None, setting: str) -> list[str]:
+    """The words of a setting that names paths, separated by spaces and quoted where they hold some.
+
+    Raises:
+        ConfigError: a quote that has no end.
+    """
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        advice = "Quote a path that has spaces in it, once on each side."
+        raise ConfigError(f"{setting} = {text!r}: {error}. {advice}") from None
+
+
 def _read_overrides(text: str) -> list[tuple[str, str, object]]:
     """(word, key, value) of each `section.key=value` word; a value is text, or a list or mapping in YAML's brackets.
 

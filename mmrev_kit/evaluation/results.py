@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import shlex
 from dataclasses import asdict, dataclass, replace
 from operator import ne
 from pathlib import Path
 
 from mmrev_kit import files
 from mmrev_kit.config.project import experiment_dir, resolve
+from mmrev_kit.config.reading import split_paths
 from mmrev_kit.config.sections import TASKS, TAUGHT, Config, ConfigError
 from mmrev_kit.data.assets import read_asset
 from mmrev_kit.data.records import parse_json
@@ -257,13 +257,7 @@ def find_evaluations(
         found = {mine.name: mine} | found
     if base:
         found["base"] = read_evaluation(base, "base")
-    try:
-        words = shlex.split(others or "")
-    except ValueError as error:
-        raise ConfigError(
-            f"compare = {others!r}: {error}. Quote a path that has spaces in it, once on each side."
-        ) from None
-    for word in words:
+    for word in split_paths(others, "compare"):
         more = published().values() if word == "published" else [read_evaluation(resolve(word))]
         for one in more:
             place = one.folder.parent.name if one.folder.is_file() else one.folder.name

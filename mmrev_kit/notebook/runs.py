@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reading import split_paths
 from mmrev_kit.notebook.parameters import is_interactive
 from mmrev_kit.notebook.progress import LogLines, Progress
 from mmrev_kit.training.history import read_history
@@ -49,9 +50,11 @@ def follow(paths: str | None, output_dir: str) -> None:
     An interrupt ends the showing and is no error: what comes next shows the runs as they stand.
 
     Args:
-        paths: run folders or files in them, separated by spaces; None: all of `output_dir`.
+        paths: run folders or files in them, see `find_histories`; None: all of `output_dir`.
     """
-    given = [resolve(path) for path in paths.split()] if paths else sorted(resolve(output_dir).glob("*"))
+    given = (
+        [resolve(path) for path in split_paths(paths, "histories")] if paths else sorted(resolve(output_dir).glob("*"))
+    )
     folders = dict.fromkeys(path if path.is_dir() else path.parent for path in given)
     holders = {folder: holder for folder in folders if (holder := read_holder(folder))}
     for folder, holder in holders.items():

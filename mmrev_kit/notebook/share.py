@@ -106,17 +106,21 @@ def share(given: list[str], folder: str | None) -> int:
         folder: where to; None: outputs/gallery for its own pages, outputs/shared for others.
 
     Raises:
-        ConfigError: there is no such notebook.
+        ConfigError: there is no such notebook, or a page would take the place of another.
         SystemExit: see `executed`.
     """
     given = given or [name for name in NAMES if name not in SWEEPS]
     own = [name for name in NAMES if name in given]
-    paths = [resolve(path) for path in given if path not in NAMES]
+    paths = dict.fromkeys(resolve(path) for path in given if path not in NAMES)
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ConfigError(f"{', '.join(missing)}: there is no such notebook. Execute it first.")
     target, pages = resolve(folder or ("outputs/shared" if paths else GALLERY)), {}
     for path in paths:
-        pages[path.stem if path.stem not in pages else f"{path.parent.name}_{path.stem}"] = path
+        names = path.stem, f"{path.parent.name}_{path.stem}"
+        name = next((name for name in names if name not in (*pages, *own)), None)
+        if name is None:
+            raise ConfigError(f"{path}: its page would take the place of another. Share it into a folder of its own.")
+        pages[name] = path
     pages |= {name: executed(name) for name in own}
     links = pages if paths else pages | {name: source_of(name) for name in NAMES if (target / f"{name}.html").is_file()}
     for name, path in pages.items():

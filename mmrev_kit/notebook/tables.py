@@ -1,6 +1,9 @@
 """A run's history as tables and a sentence."""
 
+from collections import Counter
+
 from mmrev_kit.config.project import resolve
+from mmrev_kit.config.reading import split_paths
 from mmrev_kit.config.reporting import decimal, duration, loss_text
 from mmrev_kit.config.sections import ConfigError
 from mmrev_kit.training.history import read_history
@@ -70,13 +73,13 @@ def find_histories(paths: str | None, output_dir: str) -> dict[str, dict]:
     """{run name: history} of the given run folders or history files, or of every run in `output_dir`.
 
     Args:
-        paths: names separated by spaces, relative to the project root; None for all.
+        paths: as `split_paths` reads them, relative to the project root; None for all.
 
     Raises:
         ConfigError: a path without a history, or no run at all.
     """
     if paths:
-        files = [resolve(path) for path in paths.split()]
+        files = [resolve(path) for path in split_paths(paths, "histories")]
         files = [file / "training_history.json" if file.is_dir() else file for file in files]
     else:
         files = sorted(resolve(output_dir).glob("*/training_history.json"))
@@ -84,4 +87,7 @@ def find_histories(paths: str | None, output_dir: str) -> dict[str, dict]:
     if missing or not files:
         where = ", ".join(missing) if missing else f"No run in {resolve(output_dir)}."
         raise ConfigError(f"There is no training history: {where} Train first with notebooks/train.ipynb.")
-    return {file.parent.name: read_history(file) for file in files}
+    files = list(dict.fromkeys(files))
+    alike = Counter(file.parent.name for file in files)  # runs of one name in several folders are told by their paths
+    named = {str(file) if alike[file.parent.name] > 1 else file.parent.name: file for file in files}
+    return {name: read_history(file) for name, file in named.items()}

@@ -511,6 +511,12 @@ def test_histories_are_found_or_told(tmp_path):
     write_json(tmp_path / "old" / "history.json", old)
     (history,) = find_histories(str(tmp_path / "old" / "history.json"), "outputs").values()
     assert [record["val_loss"] for record in history["epochs"]] == [{"validation": 1.5}, {"validation": 1.2}]
+    write_json(tmp_path / "other runs" / "old" / "history.json", old | {"val_loss": [3.0, 2.0]})
+    paths = f"{tmp_path}/old '{tmp_path}/other runs/old/history.json' {tmp_path}/old/history.json"
+    write_json(tmp_path / "old" / "training_history.json", history)
+    assert [one["epochs"][-1]["val_loss"]["validation"] for one in find_histories(paths, "outputs").values()] == [
+        1.2, 2.0, 1.2
+    ]  # fmt: skip
     assert summary(history) == (
         "The run ended after epoch 2; its lowest validation loss on validation rows is 1.2, after epoch 2."
     )

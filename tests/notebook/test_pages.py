@@ -146,6 +146,22 @@ def test_notebooks_of_ones_own_are_shared_with_an_index(tmp_path, capsys):
         share.share(["none.ipynb"], str(tmp_path))
 
 
+def test_no_page_takes_the_place_of_another(tmp_path, monkeypatch):
+    texts = {"a/train": "first", "b/train": "second", "c/b/train": "third"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), tmp_path / f"{name}.ipynb"
+        )
+    first, second, third = (str(tmp_path / f"{name}.ipynb") for name in texts)
+    monkeypatch.setattr(share, "executed", lambda name: tmp_path / "a" / "train.ipynb")
+    assert share.share([second, "train", second], str(tmp_path / "pages")) == 0
+    assert "second" in (tmp_path / "pages" / "b_train.html").read_text()
+    assert "first" in (tmp_path / "pages" / "train.html").read_text()
+    with pytest.raises(ConfigError, match=r"c/b/train\.ipynb: its page would take the place of another"):
+        share.share([first, second, third], str(tmp_path / "pages"))
+
+
 def test_links_of_an_executed_notebook_lead_where_they_led(tmp_path):
     text = "# A\n\n## B\n\n[it](it.ipynb), [there](../configs/a.md#x), [out](https://a.b/c.ipynb), [here](#B)"
     copy = tmp_path / "outputs" / "run" / "mine.ipynb"
