@@ -79,7 +79,7 @@ def read_cards() -> list[Card]:
         holder = "this kernel" if pid == str(os.getpid()) else f"pid {pid} ({Path(','.join(name)).name})"
         holders.setdefault(uuid, []).append(holder)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = []
+    cards, driver = [], ""
     for row in ask("--query-gpu=index,uuid,name,compute_cap,memory.total,memory.free,driver_version"):
         index, uuid, *name, capability, total, free, driver = row
         if visible is not None and not any(
@@ -89,6 +89,8 @@ def read_cards() -> list[Card]:
         gib = [float(mib) / 1024 if mib.isdigit() else None for mib in (total, free)]  # else [N/A] or the like
         capability = _numbers(capability) or None
         cards.append(Card(", ".join(name), capability, *gib, driver, holders.get(uuid, [])))
+    if (visible or "").strip().startswith("MIG-"):  # the first slice of a card, and no more, is what CUDA then shows
+        cards.append(Card("a MIG slice", None, None, None, driver))
     return cards
 
 

@@ -139,7 +139,8 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"), [(None, [32, 16]), ("1", [16]), ("GPU-a", [32]), ("1,0", [32, 16]), ("", []), ("-1", [])]
+    ("visible", "expected"),
+    [(None, [32, 16]), ("1", [16]), ("GPU-a", [32]), ("1,0", [32, 16]), ("", []), ("-1", []), ("MIG-c", [None])],
 )
 def test_the_drivers_tool_is_read_and_hidden_cards_do_not_count(monkeypatch, tmp_path, visible, expected):
     tool = tmp_path / "nvidia-smi"
