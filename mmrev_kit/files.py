@@ -51,8 +51,9 @@ def needing(path: Path, size: int | None = None):
     except (OSError, SafetensorError) as error:
         code, said = getattr(error, "errno", None), re.search(r"\(os error (\d+)\)", str(error))
         if (int(said[1]) if said else code) not in FULL:  # safetensors says it in words alone
-            named = Path(getattr(error, "filename", None) or "")
-            beside = named.parent == path.parent and named.name.startswith(f".{path.name}.")  # made on the way to it
+            named = getattr(error, "filename", None)
+            named = Path(named if isinstance(named, str | Path) else "")  # else bytes, or the number of an open file
+            beside = named.name.startswith(f".{path.name}.") and named.parent.absolute() == path.parent.absolute()
             if code in DENIED and (beside or named in (path, *path.parents)):
                 reason = f"{path} cannot be written ({error.strerror}: {error.filename}). Choose another folder."
                 raise NotWritable(error.errno, reason) from None

@@ -358,6 +358,19 @@ def test_a_place_that_cannot_be_written_is_named_where_it_exists(folder):
         write_text("/proc/mine", "")
 
 
+def test_a_place_of_a_relative_path_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.chdir("/proc")
+    with pytest.raises(files.NotWritable, match=r"^mine cannot be written"):
+        write_text("mine", "")
+
+
+@pytest.mark.parametrize("named", [7, b"/elsewhere"])
+def test_an_error_that_names_an_open_file_or_bytes_stays_what_it_is(tmp_path, named):
+    with pytest.raises(OSError, match="Errno 5") as told, files.needing(tmp_path / "a"):
+        raise OSError(errno.EIO, "Input/output error", named)
+    assert told.value.filename == named
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_remove_folder(tmp_path, exists):
     folder = tmp_path / "last"
