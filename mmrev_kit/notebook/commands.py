@@ -1,6 +1,5 @@
 """What `mmrev` runs: each command does what the notebook of that name does, by the same code."""
 
-import json
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from mmrev_kit.evaluation import tables
 from mmrev_kit.evaluation.results import read_evaluation
 from mmrev_kit.notebook import budget, launch, sweep_results, sweep_runs
 from mmrev_kit.notebook.render import execute
-from mmrev_kit.notebook.sweeps import read_sweep
+from mmrev_kit.notebook.sweeps import override_words, read_sweep
 from mmrev_kit.training.loop import launched_worker
 from mmrev_kit.training.preflight import preflight, torch_build
 from mmrev_kit.training.sharing import merge_adapter
@@ -42,24 +41,24 @@ def read_flags(given: Namespace, default: str, more: dict | None = None) -> Conf
     """
     named = {flag: value for flag in FLAGS[given.command] if (value := getattr(given, flag)) is not None}
     values = {FLAGS[given.command][flag]: value for flag, value in named.items()} | (more or {})
-    file, made = given.config or default, as_made(named) if given.command == "train" else []
+    file, made = given.config or default, as_made(named) if given.command == "train" else ""
     asked = load_config(file, given.overrides, values)
-    config = load_config(file, " ".join([*made, given.overrides]), values) if made else asked
+    config = load_config(file, f"{made} {given.overrides}", values) if made else asked
     for key, (other, own) in differences(asked, config).items() if is_first() else ():
         print(f"NOTE: {key} = {own!r}, as what is there was made with, and not {other!r}")
     return config
 
 
-def as_made(named: dict) -> list[str]:
+def as_made(named: dict) -> str:
     """Overrides: how the kit made the data and the pool that flags name; none for what is not there, or of others."""
     data, pool = (
         read_info(resolve(named[flag])) if flag in named else {} for flag in ("data_dir", "face_retention_pool")
     )
     own = {field.name for field in fields(DataConfig)} & data.keys() if data.get("source") != "folder" else set()
-    words = [f"data.{name}={json.dumps(data[name])}" for name in sorted(own)]
-    words += [f"experiment.seed={data['seed']}"] if "seed" in data else []
-    words += [f"retention.num_faces={pool['num_faces']}"] if "num_faces" in pool else []
-    return words
+    settings = {f"data.{name}": data[name] for name in sorted(own)}
+    settings |= {"experiment.seed": data["seed"]} if "seed" in data else {}
+    settings |= {"retention.num_faces": pool["num_faces"]} if "num_faces" in pool else {}
+    return override_words(settings)
 
 
 def is_first() -> bool:

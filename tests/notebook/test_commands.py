@@ -16,6 +16,7 @@ from mmrev_kit import __main__ as program
 from mmrev_kit.config import flags
 from mmrev_kit.config.reading import load_config
 from mmrev_kit.config.sections import Config, ConfigError
+from mmrev_kit.files import write_json
 from mmrev_kit.memory.estimate import estimate, evaluation
 from mmrev_kit.notebook import commands
 
@@ -181,6 +182,16 @@ def test_a_training_takes_the_folders_that_its_flags_name_as_they_were_made(smal
     assert "NOTE: retention.num_faces = 40, as" in told and len(told.splitlines()) == 4
     assert flagged(f"train {words} --overrides data.num_main=5").data.num_main == 5
     assert flagged(f"generate-data --data_dir {small_data}/small").data.num_main == 20  # which is refused then
+
+
+def test_how_data_was_made_is_taken_over_whatever_is_in_it(tmp_path):
+    made = {"image_options": {"steps": 2, "prompt": "of one's own"}, "image_model": "a b/c", "num_control": 0}
+    write_json(
+        tmp_path / "own people" / "experiment_info.json",
+        made | {"made_by": "mmrev_kit", "source": "diffusers", "seed": 7},
+    )
+    config = flagged(f"train --data_dir '{tmp_path}/own people'")
+    assert {name: getattr(config.data, name) for name in made} == made and config.experiment.seed == 7
 
 
 def test_every_setting_behind_a_name_is_there():
