@@ -213,11 +213,18 @@ def changed_pictures(folder: Path, data: DataConfig) -> list[Path]:
     that is no longer there is not compared, nor is an experiment of another source.
 
     Raises:
-        DataError: see `rows.read_entities`.
+        DataError: see `rows.read_entities`; or an entity does not say of each of its images what it was made from.
     """
     now, pairs = resolve(data.images_dir), []
     for entity in read_entities(folder):
-        pairs += zip(entity.get("source_image") or [], entity["images"], strict=False)  # one may have been taken out
+        if "source_image" not in entity:
+            continue
+        sources, images = entity["source_image"], entity["images"]
+        texts = isinstance(sources, list) and all(isinstance(source, str) for source in sources)
+        if not texts or len(sources) != len(images):
+            reason = f"{entity['id']}: source_image does not name a picture for each of its images."
+            raise DataError([Fault(str(folder / "entities.json"), reason, "Restore the file, or make the data again.")])
+        pairs += zip(sources, images, strict=True)
     there = [(now / source, folder / own) for source, own in pairs if (now / source).is_file()]
     return [source for source, own in there if own.is_file() and not cmp(source, own, shallow=False)]
 

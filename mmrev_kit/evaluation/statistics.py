@@ -25,6 +25,10 @@ def _array(values: Mapping | Iterable[float]) -> np.ndarray:
     return np.array(list(values.values()) if isinstance(values, Mapping) else list(values), dtype=float)
 
 
+def _rng(purpose: str) -> np.random.Generator:
+    return np.random.default_rng(seed_for(0, "stats", purpose))
+
+
 def wilson(correct: int, n: int, confidence: float = 0.95) -> list[float] | None:
     """Wilson's score interval [low, high] of a share (Wilson 1927); None for n = 0."""
     from scipy.stats import binomtest
@@ -131,8 +135,7 @@ def permutation_above_chance(means: Mapping | Iterable[float], chance: float) ->
         for deviation in deviations:
             sums = np.concatenate([sums + deviation, sums - deviation])
         return float((sums >= observed).mean())
-    rng = np.random.default_rng(seed_for(0, "stats", "sign flips"))
-    signs = rng.choice([-1.0, 1.0], size=(DRAWS, len(deviations)))
+    signs = _rng("sign flips").choice([-1.0, 1.0], size=(DRAWS, len(deviations)))
     return float((1 + (signs @ deviations >= observed).sum()) / (1 + DRAWS))
 
 
@@ -153,8 +156,7 @@ def permutation_difference(
     if math.comb(len(pooled), size) <= EXACT_LIMIT:
         chosen = np.array(list(itertools.combinations(range(len(pooled)), size)))
         return difference, float((pooled[chosen].sum(axis=1) >= observed).mean())
-    rng = np.random.default_rng(seed_for(0, "stats", "assignments"))
-    shuffled = rng.permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
+    shuffled = _rng("assignments").permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
     return difference, float((1 + (shuffled[:, :size].sum(axis=1) >= observed).sum()) / (1 + DRAWS))
 
 

@@ -212,7 +212,8 @@ def nearer_claim(order: Evidence | None, deciding: Evidence) -> tuple[str, list[
     gates = side_gates(deciding, below)
     if order:
         text = f"main's mean in {order.title}, the taught order, is {_number(order.main.mean)} "
-        gates.insert(0, Gate(f"main in {order.title}", True, f"{text}({LEARNED_MIN:.2f} needed)"))
+        learned = order.main.mean >= LEARNED_MIN
+        gates.insert(0, Gate(f"main in {order.title}", learned, f"{text}({LEARNED_MIN:.2f} needed)"))
     return claim, gates, odd
 
 

@@ -152,9 +152,15 @@ def test_entities_that_were_edited_after_the_data_was_made_are_read_or_told(mine
     ensure_data(config)
     file = next((folder / "data").rglob("entities.json"))
     entities = json.loads(file.read_text())
-    for change in ({"images": []}, {"images": entities[0]["images"] * 2}, {"source_image": None}):
+    for change in (
+        {"images": []},
+        {"images": entities[0]["images"] * 2},
+        {"source_image": None},
+        {"source_image": [5]},
+    ):
         file.write_text(json.dumps([entities[0] | change, *entities[1:]]))
-        assert ensure_data(config)[-1].startswith("found")
+        with pytest.raises(DataError, match=r"entities\.json: .*: source_image does not name a picture for each"):
+            ensure_data(config)
     for first, told in ((3, "a int, not an object"), (entities[0] | {"group": []}, "its group is not a text")):
         file.write_text(json.dumps([first, *entities[1:]]))
         with pytest.raises(DataError, match=f"entities.json: entity 1: {told}"):
